@@ -1,0 +1,37 @@
+# Two commands suffice on a fresh machine: `make train` and `make test`. Both set up what they need.
+#   ARGS="..."     options passed on, as in: make train ARGS="--epochs 3"
+#   PYTHON=...     the Python (3.11 or newer) to build .venv with
+#   SKIP_FFCV=1    set up without FFCV
+
+BIN := .venv/bin
+ARGS ?=
+# Waiting threads that spin for long slow down whatever shares the machine (docs/log.md).
+export GOMP_SPINCOUNT ?= 10000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint bench clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -n '2,4s/^# */  /p' Makefile
+
+setup:  ## Install everything into .venv (done once, then reused)
+	@setup/install.sh
+
+train: setup  ## Set up, train CURE on the quickstart recipe and write its report
+	$(BIN)/cure-fast train quickstart $(ARGS)
+
+test: setup  ## Set up and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: setup  ## Run the benchmarks
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+clean:  ## Remove .venv, caches and build outputs; runs/ and data/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find cure_fast kernels loaders bench tests -type d -name __pycache__ -prune -exec rm -rf {} +

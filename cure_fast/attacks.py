@@ -1,0 +1,73 @@
+"""Attacks as functions: images in, adversarial images out, the model's state untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cure_fast.kernels import pgd_step_
+
+Start = Literal["normal", "uniform", "zero"]
+# Scale of the "normal" start in pixel units, from TRADES (Zhang et al., ICML 2019).
+NORMAL_START = 0.001
+
+
+def start_point(
+    x: Tensor, *, eps: float, start: Start, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return ``x`` plus the first perturbation, inside the eps-ball and [0, 1], without gradient.
+
+    Args:
+        x: images [N, C, H, W] in [0, 1].
+        eps: radius of the L-inf ball in pixel units.
+        start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball, and
+            ``zero`` adds nothing.
+        generator: source of the noise, on the device of ``x``; None takes torch's default.
+    """
+    if start == "zero":
+        return x.detach().clone(memory_format=torch.preserve_format)
+    noise = torch.empty_like(x)
+    if start == "normal":
+        noise.normal_(0, NORMAL_START, generator=generator).clamp_(-eps, eps)
+    else:
+        noise.uniform_(-eps, eps, generator=generator)
+    return noise.add_(x.detach()).clamp_(0, 1)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Start = "uniform",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the last iterate of projected gradient ascent on ``objective(model(x_adv))``.
+
+    The mode of the model (train or eval) and whether its parameters take gradients are the
+    caller's; no ``.grad`` of a parameter is touched.
+
+    Args:
+        model: network from images [N, C, H, W] in [0, 1] to logits [N, K].
+        x: natural images [N, C, H, W] in [0, 1].
+        objective: from logits [N, K] to a scalar, summed over the batch: a mean would scale the
+            gradients down by N, below what half precision can hold.
+        eps: radius of the L-inf ball in pixel units.
+        step_size: length of one step in pixel units.
+        steps: number of steps; 0 returns the start.
+        start: first perturbation; see :func:`start_point`.
+        generator: source of the start's noise.
+    """
+    x_adv = start_point(x, eps=eps, start=start, generator=generator)
+    for _ in range(steps):
+        with torch.enable_grad():
+            leaf = x_adv.requires_grad_()
+            (grad,) = torch.autograd.grad(objective(model(leaf)), leaf)
+        x_adv = pgd_step_(leaf.detach(), x, grad, step_size=step_size, eps=eps)
+    return x_adv

@@ -1,0 +1,113 @@
+"""Checkpoints: one folder per saved step, whole or absent, checked by hash before it is read.
+
+``checkpoint-<step>/`` holds ``state.pt`` (tensors and plain values, read with
+``weights_only=True``) and, written last, ``manifest.json`` with the size and SHA-256 of
+``state.pt``. The folder is written under a temporary name, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cure_fast.errors import InputError
+
+FORMAT = 1
+PREFIX = "checkpoint-"
+# The newest and the one before it, in case the newest turns out damaged.
+KEPT = 2
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any]) -> Path:
+    """Store ``state`` as the checkpoint of ``step``, keep the newest two, and return its path.
+
+    Args:
+        folder: folder that holds the run's checkpoints; made when absent.
+        step: number of finished steps.
+        state: tensors and plain values.
+        config: resolved configuration, stored so that a resumed run can be compared with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{PREFIX}{step:09d}"
+    temporary = folder / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    data = temporary / "state.pt"
+    torch.save(state, data)
+    flush(data)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "torch": torch.__version__,
+        "bytes": data.stat().st_size,
+        "sha256": file_hash(data),
+        "config": config,
+    }
+    write_json(temporary / "manifest.json", manifest)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    flush(folder)
+    for old in sorted(folder.glob(f"{PREFIX}*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return the newest valid checkpoint's state and configuration, and why others were skipped.
+
+    Raises:
+        InputError: if there is no valid checkpoint.
+    """
+    skipped = []
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        problem, manifest = check_checkpoint(path)
+        if problem:
+            skipped.append(f"{path.name}: {problem}")
+            continue
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return state, manifest["config"], skipped
+    reasons = "; ".join(skipped) or "none was written"
+    raise InputError(f"no valid checkpoint in {folder}: {reasons}. Start the run without --resume.")
+
+
+def check_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return what is wrong with the checkpoint ("" if nothing), and its manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        data = path / "state.pt"
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, this version reads {FORMAT}", {}
+        if data.stat().st_size != manifest["bytes"] or file_hash(data) != manifest["sha256"]:
+            return "state.pt is not what was written", {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}", {}
+    return "", manifest
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write the file, or the entries of the folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that a reader finds the old file or the whole new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)

@@ -1,0 +1,352 @@
+"""The typed configuration of a run: frozen dataclasses and their checks.
+
+Every field is a flag of the same name on the command line (``batch_size`` is
+``--batch-size``), so names are unique across the groups. The docstring under a
+field is the flag's help and states its unit and range. A check that fails
+raises :class:`InputError` naming the flag, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from cure_fast.errors import InputError
+
+
+def check(condition: bool, flag: str, value: object, expected: str) -> None:
+    """Raise :class:`InputError` naming ``flag`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, got {value!r}.")
+
+
+def check_range(
+    owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Raise unless the number ``owner.name`` is finite and lies in [low, high] (or (low, high])."""
+    value = getattr(owner, name)
+    inside = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low < value if open_low else low <= value)
+        and value <= high
+    )
+    bounds = f"{'more than' if open_low else 'at least'} {low:g}"
+    if high != math.inf:
+        bounds += f" and at most {high:g}"
+    check(inside, name, value, f"a number {bounds}")
+
+
+def check_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
+    """Raise unless the string ``owner.name`` is one of ``choices``."""
+    value = getattr(owner, name)
+    check(value in choices, name, value, f"one of {', '.join(choices)}")
+
+
+def check_literals(owner: object) -> None:
+    """Raise unless every ``Literal`` field of the dataclass ``owner`` holds one of its values."""
+    for name, hint in get_type_hints(type(owner)).items():
+        if get_origin(hint) is Literal:
+            check_choice(owner, name, get_args(hint))
+
+
+def parse_fraction(text: str) -> float:
+    """Return the number that ``text`` writes, as a decimal or as a fraction such as ``8/255``.
+
+    Raises:
+        ValueError: if ``text`` is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    if slash and float(denominator) == 0:
+        raise ValueError(f"the denominator of {text!r} is zero")
+    value = float(numerator) / float(denominator) if slash else float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    return value
+
+
+def format_pixel(value: float) -> str:
+    """Return a distance in pixel units as ``8/255`` where it is a whole number of 255ths."""
+    steps = value * 255
+    whole = round(steps)
+    return f"{whole}/255" if whole and abs(steps - whole) < 1e-9 else f"{value:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images, the held-out validation split, and how batches are fed."""
+
+    data: str = "cifar10"
+    """Data set: cifar10, cifar100, svhn, digits, or folder:PATH with PATH/train/<class>/ and
+    PATH/test/<class>/ image folders."""
+    data_root: str = "data"
+    """Folder that holds the data sets, or receives them when they are downloaded."""
+    download: bool = True
+    """Download cifar10, cifar100 or svhn when it is not below the data root."""
+    train_images: int | None = None
+    """Number of training images to use, drawn evenly over the classes; None takes all."""
+    val_images: int = 1000
+    """Images held out of the training set to pick the best checkpoint, at least one per class."""
+    split_seed: int = 0
+    """Seed of the draw of training and validation images."""
+    crop_padding: int = 4
+    """Training augmentation: zero padding in pixels before a random crop; 0 turns it off."""
+    flip: bool = True
+    """Training augmentation: mirror each image left to right with probability 1/2."""
+    loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    """How batches are fed; auto takes FFCV where it is installed, else resident, else torch."""
+    workers: int | None = None
+    """Threads (FFCV) or processes (torch) that load batches; None takes one thread for FFCV, which
+    was fastest, and all usable cores for torch."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check(bool(self.data.strip()), "data", self.data, "the name of a data set")
+        if self.train_images is not None:
+            check_range(self, "train_images", 1)
+        check_range(self, "val_images", 1)
+        check_range(self, "split_seed", 0, 2**63 - 1)
+        check_range(self, "crop_padding", 0, 64)
+        if self.workers is not None:
+            check_range(self, "workers", 0, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and where its first weights come from."""
+
+    model: str = "resnet18"
+    """Architecture; `cure-fast list` shows all."""
+    width: int | None = None
+    """Channels of the first stage (widening factor for wide ResNets); None takes the published."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layer: 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet), which is what
+    the public CURE code builds for ResNet-50 and -101."""
+    normalize: Literal["none", "dataset"] = "none"
+    """First layer of the model: none, or the data set's mean and deviation taken out."""
+    init_from: str | None = None
+    """File with the first weights (.safetensors, or a .pt of plain tensors); None trains from
+    scratch or from the pre-training stage."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        if self.width is not None:
+            check_range(self, "width", 1, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Natural training before the method starts (skipped with --init-from)."""
+
+    pretrain_epochs: int = 0
+    """Epochs of natural pre-training; 0 skips the stage."""
+    pretrain_lr: float = 0.1
+    """Peak learning rate of the stage."""
+    pretrain_weight_decay: float = 5e-4
+    """Weight decay of the stage."""
+    pretrain_schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
+    """Learning-rate schedule of the stage, with the milestones of --milestones."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_range(self, "pretrain_epochs", 0, 100_000)
+        check_range(self, "pretrain_lr", 0, open_low=True)
+        check_range(self, "pretrain_weight_decay", 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """The L-inf attack inside each training step."""
+
+    eps: float = 8 / 255
+    """Radius of the L-inf ball in pixel units of [0, 1]; a decimal or a fraction such as 8/255."""
+    step_size: float = 2 / 255
+    """Length of one attack step in pixel units of [0, 1]."""
+    attack_steps: int = 10
+    """Number of attack steps."""
+    start: Literal["normal", "uniform", "zero"] = "normal"
+    """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
+    attack_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm during the attack: running statistics (eval) or the batch's own (train)."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_range(self, "eps", 0, 1)
+        check_range(self, "step_size", 0, 1)
+        check_range(self, "attack_steps", 0, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    epochs: int = 200
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per step."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser: SGD with momentum, or Adam (which the public CURE code takes for DeiT)."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1)."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty added to the gradient."""
+    schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
+    """Learning rate: multistep multiplies by --lr-decay at each milestone; onecycle rises linearly
+    for a quarter of the run, then falls linearly to zero; cosine falls to zero."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Drops of the multistep schedule, as fractions of the run (0.5,0.75: epochs 100 and 150 of
+    200)."""
+    lr_decay: float = 0.1
+    """Factor of each multistep drop, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_range(self, "epochs", 1, 100_000)
+        check_range(self, "batch_size", 1, 1_000_000)
+        check_range(self, "lr", 0, 1000, open_low=True)
+        check_range(self, "momentum", 0, 0.999999)
+        check_range(self, "weight_decay", 0, 1)
+        check_range(self, "lr_decay", 0, 1, open_low=True)
+        increasing = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        inside = all(math.isfinite(m) and 0 < m < 1 for m in self.milestones)
+        check(
+            increasing and inside,
+            "milestones",
+            self.milestones,
+            "increasing fractions of the run, each between 0 and 1",
+        )
+        check(
+            not self.nesterov or self.momentum > 0,
+            "nesterov",
+            True,
+            "a positive --momentum with it",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation after each epoch and the attacks on the finished model."""
+
+    attacks: tuple[str, ...] = ("natural", "pgd20", "cw20")
+    """Attacks on the test images: natural, pgdK, cwK (K steps), aa (AutoAttack standard)."""
+    eval_eps: float | None = None
+    """Radius of these attacks in pixel units of [0, 1]; None takes --eps."""
+    eval_step_size: float | None = None
+    """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
+    8/255 is within 5 % of the 0.003 that the compared codes use."""
+    limit: int | None = None
+    """Test images to use, the first ones; None takes all."""
+    aa_limit: int | None = None
+    """Test images for AutoAttack alone, the first ones; None takes --limit."""
+    eval_batch_size: int = 256
+    """Images per batch of an attack; changes the time, not the result, but for aa, which draws its
+    random starts per batch."""
+    val_every: int = 1
+    """Epochs between validations."""
+    val_attack_steps: int = 10
+    """PGD steps of the validation attack."""
+
+    def __post_init__(self) -> None:
+        if self.eval_eps is not None:
+            check_range(self, "eval_eps", 0, 1)
+        if self.eval_step_size is not None:
+            check_range(self, "eval_step_size", 0, 1)
+        if self.limit is not None:
+            check_range(self, "limit", 1)
+        if self.aa_limit is not None:
+            check_range(self, "aa_limit", 1)
+        check_range(self, "eval_batch_size", 1, 1_000_000)
+        check_range(self, "val_every", 1)
+        check_range(self, "val_attack_steps", 1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how the run executes."""
+
+    out: str | None = None
+    """Run folder; None takes runs/<recipe>-<method>-s<seed>."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    seed: int = 0
+    """Seed of the weights, the batch order, the augmentation and the attacks."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Precision of training: auto is bf16 on GPUs that have it, fp16 with loss scaling on others,
+    float32 on the CPU. Evaluation is always float32."""
+    deterministic: bool = False
+    """Use deterministic GPU algorithms (slower)."""
+    log_every: int = 20
+    """Steps between rows of step metrics."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    cache: str = "~/.cache/cure-fast"
+    """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_range(self, "seed", 0, 2**63 - 1)
+        check_range(self, "log_every", 1)
+        check_range(self, "checkpoint_every", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Settings of the training method; each method has its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str = "custom"
+    """Name of the recipe, recorded in the run folder."""
+    method: str = "cure"
+    """Training method or preset; `cure-fast list` shows all."""
+    settings: MethodSettings = field(default_factory=MethodSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs:
+    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack."""
+
+    attacks: tuple[str, ...] | None = None
+    """Attacks, with commas: natural, pgdK, cwK (K steps), aa (AutoAttack standard); None takes the
+    run's own, or natural,pgd20,cw20 for a file."""
+    limit: int | None = None
+    """Test images to use, the first ones; None takes all."""
+    eps: float | None = None
+    """Radius in pixel units of [0, 1], such as 8/255; None takes the run's, or 8/255 for a file."""
+    step_size: float | None = None
+    """Step of pgdK and cwK in pixel units of [0, 1]; None takes the run's, or a tenth of eps."""
+    batch_size: int = 256
+    """Images per batch; changes the time, not the result, but for aa, which draws its random starts
+    per batch."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    seed: int = 0
+    """Seed of the attacks' random starts."""
+    data: str | None = None
+    """Data set, for a file that does not say it."""
+    data_root: str = "data"
+    """Folder that holds the data sets."""
+    model: str | None = None
+    """Architecture, for a file that does not say it."""
+    width: int | None = None
+    """Width of the architecture, for a file that does not say it; None takes the published."""
+    out: str | None = None
+    """Folder for results.json and resumable states of a file; None keeps nothing."""

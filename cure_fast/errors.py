@@ -1,0 +1,33 @@
+"""Errors a user can act on, each with the exit code that the command line documents."""
+
+from __future__ import annotations
+
+
+class CureFastError(Exception):
+    """Base of the errors below: the command line prints the message alone and exits with `code`."""
+
+    code = 1
+
+
+class InputError(CureFastError, ValueError):
+    """A bad flag, file, label or image: says what was expected, what came and what to do."""
+
+    code = 2
+
+
+class DivergedError(CureFastError, ArithmeticError):
+    """The loss or a weight is no longer finite."""
+
+    code = 3
+
+
+class MemoryExhaustedError(CureFastError):
+    """The device has no memory left for this batch size."""
+
+    code = 4
+
+
+class StoppedError(CureFastError):
+    """A signal asked the run to stop; it can be continued with ``--resume``."""
+
+    code = 75

@@ -1,0 +1,276 @@
+"""The main job: data, natural start, training, attacks, report, each from where it stands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cure_fast.checkpoint import load_checkpoint, save_checkpoint
+from cure_fast.config import Config, MethodSettings, PretrainConfig
+from cure_fast.config_json import digest, to_dict
+from cure_fast.environment import choose_device, choose_dtype
+from cure_fast.evaluate import evaluate
+from cure_fast.loaders import DATASETS, ImageSet, Loader, make_loader, read_dataset, split_train
+from cure_fast.log import RunLog
+from cure_fast.models import ImageClassifier, build_model
+from cure_fast.results import evaluate_run, print_results
+from cure_fast.runs import check_same_run, run_folder, start_record
+from cure_fast.signals import stop_on_signal
+from cure_fast.trainer import Run, build_run, fit
+from cure_fast.weights import load_into, read_weights, save_weights
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run: training, the validation split held out of it, and test."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+
+def read_data(config: Config) -> Data:
+    """Read the data set and hold out the validation split."""
+    options = {"download": config.data.download}
+    name, root = config.data.data, Path(config.data.data_root).expanduser()
+    whole = read_dataset(name, root, "train", **options)
+    train, val = split_train(
+        whole,
+        train_images=config.data.train_images,
+        val_images=config.data.val_images,
+        seed=config.data.split_seed,
+    )
+    return Data(train=train, val=val, test=read_dataset(name, root, "test", **options))
+
+
+def new_model(config: Config, num_classes: int) -> ImageClassifier:
+    """Return the configured network with weights drawn from the run's seed, on the CPU."""
+    normalize = None
+    if config.model.normalize == "dataset":
+        info = DATASETS.get(config.data.data)
+        # An image folder has no published statistics; half and half maps [0, 1] to [-1, 1].
+        normalize = (info.mean, info.std) if info else ((0.5,) * 3, (0.5,) * 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return build_model(
+            config.model.model,
+            num_classes=num_classes,
+            width=config.model.width,
+            stem=config.model.stem,
+            normalize=normalize,
+        )
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Run the whole job and return its folder.
+
+    Args:
+        config: what to train, on what, and how.
+        resume: continue the run in its folder from the newest valid checkpoint.
+
+    Raises:
+        CureFastError: with the exit code that the command line documents.
+    """
+    device = choose_device(config.run.device)
+    torch.backends.cudnn.benchmark = not config.run.deterministic
+    torch.backends.cudnn.deterministic = config.run.deterministic
+    folder = run_folder(config, resume=resume)
+    if resume:
+        check_same_run(folder, config)
+    with stop_on_signal() as stop:
+        data = read_data(config)
+        print(
+            f"data: {config.data.data}, {len(data.train):,} training, {len(data.val):,} validation "
+            f"and {len(data.test):,} test images, {len(data.train.classes)} classes"
+        )
+        loader = open_loader(config, data, device)
+        print(f"loader: {loader.reason}")
+        start_record(folder, config, loader.reason)
+        model = new_model(config, len(data.train.classes))
+        take_start(config, data, model, folder, device, stop)
+        train_stage(config, data, model, loader, folder, "train", device, stop)
+        results = evaluate_run(folder, config, data.test, device, stop)
+    print_results(results)
+    from cure_fast.report import write_report
+
+    print(f"report: {write_report(folder)}")
+    return folder
+
+
+def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
+    """Return the loader of the training images."""
+    return make_loader(
+        config.data.loader,
+        data.train,
+        batch_size=config.optim.batch_size,
+        device=device,
+        seed=config.run.seed,
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+        workers=config.data.workers,
+        cache=Path(config.run.cache).expanduser(),
+    )
+
+
+def take_start(
+    config: Config,
+    data: Data,
+    model: ImageClassifier,
+    folder: Path,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> None:
+    """Load the weights training starts from, and keep a copy as ``start.safetensors``."""
+    kept = folder / "start.safetensors"
+    if kept.exists():
+        load_into(model, read_weights(kept), source=str(kept))
+        return
+    if config.model.init_from is not None:
+        source = Path(config.model.init_from).expanduser()
+        print(f"start: weights of {source}")
+    elif config.pretrain.pretrain_epochs:
+        source = pretrain(config, data, folder, device, stop)
+    else:
+        return
+    load_into(model, read_weights(source), source=str(source))
+    save_weights(model, kept, weights_metadata(config, data))
+
+
+def pretrain(
+    config: Config, data: Data, folder: Path, device: torch.device, stop: Callable[[], bool]
+) -> Path:
+    """Train naturally, or take the result from the cache; return the file of weights.
+
+    The cache's key is all that decides the weights. The stage's epochs are copied into the run's
+    metrics, so that its report shows them whether they ran now or earlier.
+    """
+    staged = natural_stage(config)
+    decisive = {
+        **{name: to_dict(staged)[name] for name in ("model", "optim")},
+        "seed": config.run.seed,
+        "dtype": str(choose_dtype(config.run.amp, device)),
+        "device": device.type,
+        "images": data.train.checksum() + data.val.checksum(),
+        "crop_padding": config.data.crop_padding,
+        "flip": config.data.flip,
+        "torch": torch.__version__,
+    }
+    cached = Path(config.run.cache).expanduser() / "pretrained" / digest(decisive)
+    cached.mkdir(parents=True, exist_ok=True)
+    weights, done = cached / "model.safetensors", cached / "done"
+    if done.exists():
+        print(f"start: naturally pre-trained earlier, {weights}")
+    else:
+        model = new_model(staged, len(data.train.classes))
+        loader = open_loader(staged, data, device)
+        train_stage(staged, data, model, loader, cached, "pretrain", device, stop)
+        done.touch()
+        shutil.rmtree(cached / "checkpoints")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as target:
+        target.write((cached / "metrics.jsonl").read_text(encoding="utf-8"))
+    return weights
+
+
+def natural_stage(config: Config) -> Config:
+    """Return the configuration of the natural pre-training stage."""
+    stage = config.pretrain
+    return replace(
+        config,
+        method="natural",
+        settings=MethodSettings(),
+        pretrain=PretrainConfig(),
+        optim=replace(
+            config.optim,
+            epochs=stage.pretrain_epochs,
+            lr=stage.pretrain_lr,
+            weight_decay=stage.pretrain_weight_decay,
+            schedule=stage.pretrain_schedule,
+        ),
+    )
+
+
+def train_stage(
+    config: Config,
+    data: Data,
+    model: ImageClassifier,
+    loader: Loader,
+    folder: Path,
+    stage: str,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> None:
+    """Train ``model`` to the end, from the newest checkpoint in ``folder`` where there is one."""
+    model.compute_dtype = choose_dtype(config.run.amp, device)
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    run = build_run(config, model, loader, device)
+    checkpoints = folder / "checkpoints"
+    if checkpoints.exists():
+        state, _, skipped = load_checkpoint(checkpoints)
+        run.load_state_dict(state)
+        for reason in skipped:
+            print(f"warning: skipped {reason}")
+        print(f"{stage}: resumed after step {run.step}")
+    log = RunLog(
+        folder,
+        stage,
+        epochs=config.optim.epochs,
+        tensorboard=config.run.tensorboard,
+        upto_step=run.step,
+    )
+    metadata = weights_metadata(config, data)
+
+    def save(run: Run, best: bool) -> None:
+        if best:
+            save_weights(run.model, folder / "model.safetensors", metadata)
+            for name, network in run.networks.items():
+                save_weights(network, folder / f"{name}.safetensors", metadata)
+        save_checkpoint(checkpoints, run.step, run.state_dict(), to_dict(config))
+
+    try:
+        fit(run, log, validate=lambda run: validate(run, data.val), save=save, stop=stop)
+    finally:
+        log.close()
+
+
+def validate(run: Run, val: ImageSet) -> dict[str, Any]:
+    """Return natural and robust accuracy in percent on the validation split."""
+    robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
+    attack = run.config.attack
+    results = evaluate(
+        run.model,
+        torch.from_numpy(val.images),
+        torch.from_numpy(val.labels),
+        num_classes=len(val.classes),
+        attacks=["natural", *([robust] if robust else [])],
+        eps=attack.eps,
+        step_size=attack.step_size,
+        batch_size=run.config.eval.eval_batch_size,
+        device=run.device,
+        seed=run.config.run.seed,
+    )
+    return {
+        "natural": results["natural"].accuracy,
+        "robust": results[robust].accuracy if robust else None,
+        "attack": robust,
+        "count": results["natural"].count,
+    }
+
+
+def weights_metadata(config: Config, data: Data) -> dict[str, str]:
+    """Return what a file of weights says of itself: enough to rebuild the model and its data."""
+    return {
+        "recipe": config.name,
+        "method": config.method,
+        "data": config.data.data,
+        "model": config.model.model,
+        "width": "" if config.model.width is None else str(config.model.width),
+        "stem": config.model.stem,
+        "normalize": config.model.normalize,
+        "eps": repr(config.attack.eps),
+        "num_classes": str(len(data.train.classes)),
+    }

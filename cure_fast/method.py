@@ -1,0 +1,131 @@
+"""What training is made of: a method (what to optimise) and policies (what else moves weights).
+
+A method is one frozen record of functions in one file of ``cure_fast/methods``. A policy
+touches weights or gradients across steps; policies combine as a tuple whose order is the
+order of application. Neither knows about devices, precision or loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from cure_fast.config import Config, MethodSettings
+
+if TYPE_CHECKING:
+    from cure_fast.trainer import Run
+
+# Named scalars of one step; "total" is the one that is minimised.
+Terms = dict[str, Tensor]
+
+
+class Policy:
+    """Touches weights or gradients across steps; every hook does nothing by default."""
+
+    def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[None]:
+        """Return a context that spans the loss, the backward pass and the optimiser's step."""
+        return nullcontext()
+
+    def on_grads(self, run: Run) -> None:
+        """Change the gradients, which are complete and unscaled."""
+
+    def on_step(self, run: Run) -> None:
+        """Act after the optimiser's step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+
+@contextmanager
+def around(
+    policies: Sequence[Policy], run: Run, x: Tensor, x_adv: Tensor, y: Tensor
+) -> Iterator[None]:
+    """Enter every policy's :meth:`Policy.around` in order, and leave them in reverse."""
+    with ExitStack() as stack:
+        for policy in policies:
+            stack.enter_context(policy.around(run, x, x_adv, y))
+        yield
+
+
+def no_policies(run: Run) -> tuple[Policy, ...]:
+    """Return no policy."""
+    return ()
+
+
+def no_networks(run: Run) -> dict[str, nn.Module]:
+    """Return no further network."""
+    return {}
+
+
+def backward_total(run: Run, terms: Terms) -> None:
+    """Accumulate the gradient of ``terms["total"]`` into every parameter's ``.grad``."""
+    run.scale(terms["total"]).backward()
+
+
+def keep_config(config: Config) -> Config:
+    """Return the configuration as it is."""
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A training method as a record of functions.
+
+    Attributes:
+        name: what ``--method`` takes.
+        label: name as papers write it, for reports.
+        title: one line for ``cure-fast list``.
+        paper: authors, title, venue.
+        settings: default settings; their type holds the method's flags.
+        attack: from (run, x, y) to adversarial images inside the eps-ball and [0, 1]; called with
+            the model in ``attack_mode``.
+        loss: from (run, x, x_adv, y) to :data:`Terms`.
+        backward: fills the gradients from the terms; the default takes the total.
+        networks: builds further networks (a teacher, an average), which checkpoints store.
+        policies: builds the policies of a run.
+        preset: changes other parts of the configuration when the method is chosen by name.
+        uses_attack: False for a method that trains on natural images alone.
+    """
+
+    name: str
+    label: str
+    title: str
+    paper: str
+    settings: MethodSettings
+    attack: Callable[[Run, Tensor, Tensor], Tensor]
+    loss: Callable[[Run, Tensor, Tensor, Tensor], Terms]
+    backward: Callable[[Run, Terms], None] = backward_total
+    networks: Callable[[Run], dict[str, nn.Module]] = no_networks
+    policies: Callable[[Run], tuple[Policy, ...]] = no_policies
+    preset: Callable[[Config], Config] = keep_config
+    uses_attack: bool = True
+
+
+@contextmanager
+def attack_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put ``model`` into eval or train mode without parameter gradients, and restore both after.
+
+    Each module gets its own former mode back, so a frozen BatchNorm stays frozen, and each
+    parameter its own ``requires_grad``.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if mode == "eval":
+            model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)

@@ -1,0 +1,58 @@
+"""TRADES (Zhang et al., ICML 2019, arXiv 1901.08573; official code yaodongyu/TRADES).
+
+L = CE(x, y) + beta * KL(p(x) || p(x')), gradient through both p(x) and p(x').
+The attack raises the same KL. The official code recomputes the logits of x in every attack
+step; the weights do not move meanwhile, so here they are computed once, with equal result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cure_fast.config import MethodSettings, check_range
+from cure_fast.losses import cross_entropy, kl_divergence
+from cure_fast.method import Method, Terms
+
+if TYPE_CHECKING:
+    from cure_fast.trainer import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradesSettings(MethodSettings):
+    """TRADES."""
+
+    beta: float = 6.0
+    """Weight of the KL term; more trades natural for robust accuracy."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", 0)
+
+
+def kl_attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
+    """Return PGD images that raise KL(p(x) || p(x')), with p(x) fixed."""
+    with torch.no_grad():
+        natural = run.model(x)
+    return run.pgd(x, lambda logits: kl_divergence(natural, logits).sum())
+
+
+def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+    """Return CE(x, y) + beta * KL(p(x) || p(x'))."""
+    logits, logits_adv = run.model(x), run.model(x_adv)
+    natural_ce = cross_entropy(logits, y).mean()
+    kl = kl_divergence(logits, logits_adv).mean()
+    return {"total": natural_ce + run.settings.beta * kl, "natural_ce": natural_ce, "kl": kl}
+
+
+TRADES = Method(
+    name="trades",
+    label="TRADES",
+    title="TRADES: cross-entropy on natural images plus KL to the adversarial prediction",
+    paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019",
+    settings=TradesSettings(),
+    attack=kl_attack,
+    loss=loss,
+)

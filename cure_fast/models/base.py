@@ -1,0 +1,88 @@
+"""What every model is: images in [0, 1] at the door, normalisation inside, float32 logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a deviation per channel.
+
+    The buffers are not part of the state dict, so that published weights load strictly; the
+    values travel in the model's configuration.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer(
+            "mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised images, same shape and dtype."""
+        return (x - self.mean) / self.std
+
+
+class ImageClassifier(nn.Module):
+    """Base of all models: ``forward`` = normalise, then :meth:`logits`, in the chosen precision.
+
+    Attributes:
+        stem_names: top-level modules before the first block (convolution, and its BatchNorm).
+        classifier_name: top-level module that maps features to logits, an ``nn.Linear``.
+        unused_modules: top-level modules that published weights may carry for this architecture
+            though no forward pass ever calls them; loading leaves them out.
+        width: channels of the first stage, or the widening factor of a wide ResNet.
+        compute_dtype: ``None`` computes in the input's dtype; ``torch.bfloat16`` or
+            ``torch.float16`` run :meth:`logits` under autocast. The logits are float32 or wider
+            either way. Evaluation sets it to ``None``.
+    """
+
+    stem_names: ClassVar[tuple[str, ...]]
+    classifier_name: ClassVar[str]
+    unused_modules: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.normalize: nn.Module = nn.Identity()
+        self.compute_dtype: torch.dtype | None = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [N, K] of normalised images [N, C, H, W]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [N, K], float32 or wider, of images [N, C, H, W] in [0, 1]."""
+        if self.compute_dtype is None:
+            logits = self.logits(self.normalize(x))
+        else:
+            with torch.autocast(x.device.type, self.compute_dtype):
+                logits = self.logits(self.normalize(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def block_first_convs(model: ImageClassifier) -> list[str]:
+    """Return the parameter names of the first convolution inside each residual block, in order.
+
+    These are the tensors that the public CURE code masks: it takes the names that contain
+    ``conv1``, but for the first parameter, the stem.
+    """
+    return [name for name, _ in model.named_parameters() if name.endswith(".conv1.weight")]
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Return the mean [N, C] over all positions of features [N, C, H, W] of any size.
+
+    A mean rather than adaptive pooling, whose backward pass on a GPU is not deterministic.
+    """
+    return x.mean(dim=(2, 3))

@@ -1,0 +1,323 @@
+"""The training loop: one step, and the loop over epochs around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cure_fast.attacks import pgd
+from cure_fast.config import Config, OptimConfig
+from cure_fast.errors import DivergedError, StoppedError
+from cure_fast.loaders import Loader
+from cure_fast.log import RunLog
+from cure_fast.method import Method, Policy, Terms, around, attack_mode
+from cure_fast.methods import find_method
+from cure_fast.methods.conserve import Conserve
+from cure_fast.models import ImageClassifier
+from cure_fast.policies import Revision
+from cure_fast.progress import track
+from cure_fast.schedules import lr_at
+
+P = TypeVar("P", bound=Policy)
+
+
+@dataclass
+class Run:
+    """Everything one training stage moves; what a checkpoint stores is in :meth:`state_dict`.
+
+    Attributes:
+        config: the whole configuration.
+        method: the training method.
+        model: the network that is trained.
+        optimizer: moves the model's parameters.
+        loader: feeds the training images.
+        device: where all of it lives.
+        scaler: loss scaling for fp16; passes everything through in other precisions.
+        generators: sources of random numbers by use: ``attack`` and ``policy``.
+        networks: further networks by name, such as CURE's revision model.
+        policies: what else touches weights or gradients, in order.
+        epoch: 0-based epoch under way.
+        batch: 0-based batch of the epoch that comes next, or is under way.
+        step: 0-based step of the run that comes next, or is under way.
+        sums: sums of the terms over the epoch under way.
+        best: validation accuracy in percent of the best epoch so far: (selected, natural), and
+            its 1-based number.
+    """
+
+    config: Config
+    method: Method
+    model: ImageClassifier
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    device: torch.device
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
+    generators: dict[str, torch.Generator]
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    policies: tuple[Policy, ...] = ()
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    best: tuple[float, float, int] | None = None
+
+    @property
+    def settings(self) -> Any:
+        """The method's settings, of the type its file defines."""
+        return self.config.settings
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.loader.batches_per_epoch * self.config.optim.epochs
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that is done, in [0, 1)."""
+        return self.step / self.total_steps
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss times fp16's scale (itself in other precisions)."""
+        return self.scaler.scale(loss)
+
+    def policy(self, kind: type[P]) -> P:
+        """Return the run's policy of type ``kind``."""
+        return next(policy for policy in self.policies if isinstance(policy, kind))
+
+    def pgd(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return PGD images [N, C, H, W] that raise ``objective``, by the configured attack."""
+        attack = self.config.attack
+        return pgd(
+            self.model,
+            x,
+            objective,
+            eps=attack.eps,
+            step_size=attack.step_size,
+            steps=attack.attack_steps,
+            start=attack.start,
+            generator=self.generators["attack"],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that :meth:`load_state_dict` needs to continue: tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "networks": {name: net.state_dict() for name, net in self.networks.items()},
+            "policies": [policy.state_dict() for policy in self.policies],
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "sums": self.sums,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name].cpu())
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for policy, policy_state in zip(self.policies, state["policies"], strict=True):
+            policy.load_state_dict(policy_state)
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.best = None if state["best"] is None else tuple(state["best"])
+
+
+def build_run(config: Config, model: ImageClassifier, loader: Loader, device: torch.device) -> Run:
+    """Return a run at its first step: optimiser, random sources, further networks and policies."""
+    model.train()
+    fp16 = model.compute_dtype is torch.float16
+    run = Run(
+        config=config,
+        method=find_method(config.method),
+        model=model,
+        optimizer=build_optimizer(config.optim, model),
+        loader=loader,
+        device=device,
+        scaler=torch.amp.GradScaler(device.type, enabled=fp16),  # pyright: ignore[reportPrivateImportUsage]
+        generators={
+            name: torch.Generator(device).manual_seed(config.run.seed * 2 + offset)
+            for offset, name in enumerate(("attack", "policy"))
+        },
+    )
+    run.networks = {name: net.to(device) for name, net in run.method.networks(run).items()}
+    run.policies = run.method.policies(run)
+    return run
+
+
+def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser over all parameters; weight decay acts on every one of them."""
+    if optim.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+    )
+
+
+def train_step(run: Run, x: Tensor, y: Tensor) -> Terms:
+    """Train on one batch; return the detached terms of its loss.
+
+    Args:
+        run: what is moved.
+        x: natural images [N, C, H, W] in [0, 1], float32, channels_last.
+        y: labels [N] int64.
+    """
+    with attack_mode(run.model, run.config.attack.attack_mode):
+        x_adv = run.method.attack(run, x, y)
+    with around(run.policies, run, x, x_adv, y):
+        terms = run.method.loss(run, x, x_adv, y)
+        run.method.backward(run, terms)
+        run.scaler.unscale_(run.optimizer)
+        for policy in run.policies:
+            policy.on_grads(run)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    for policy in run.policies:
+        policy.on_step(run)
+    run.optimizer.zero_grad(set_to_none=True)
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def set_lr(run: Run) -> float:
+    """Set and return the learning rate of the step that comes next."""
+    lr = lr_at(run.config.optim, run.progress)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, Any]:
+    """Train to the end of the epoch under way; return its row of metrics.
+
+    Raises:
+        DivergedError: when a loss is not finite at a logging step or the end of the epoch.
+        StoppedError: when ``stop()`` says so, after the step under way.
+    """
+    config = run.config
+    started, images, lr = time.monotonic(), 0, set_lr(run)
+    total = run.loader.num_images
+    title = f"{log.stage} epoch {run.epoch + 1}/{config.optim.epochs}"
+    with (
+        track(title, total) as advance,
+        run.loader.epoch(run.epoch, start_batch=run.batch) as batches,
+    ):
+        advance(run.batch * config.optim.batch_size)
+        for x, y in batches:
+            lr = set_lr(run)
+            terms = train_step(run, x, y)
+            for name, term in terms.items():
+                run.sums[name] = run.sums.get(name, torch.zeros_like(term)) + term
+            if run.step % config.run.log_every == 0:
+                check_finite(run, terms)
+                log.step(run.step, run.step / run.loader.batches_per_epoch, lr, terms)
+            run.batch += 1
+            run.step += 1
+            images += len(y)
+            advance(len(y))
+            if stop():
+                raise StoppedError("stopped by a signal")
+    means = {name: value / run.batch for name, value in run.sums.items()}
+    check_finite(run, means)
+    seconds = time.monotonic() - started
+    run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
+    return {
+        "epoch": run.epoch,
+        "step": run.step,
+        "lr": lr,
+        "terms": {name: float(value) for name, value in means.items()},
+        "images": images,
+        "seconds": seconds,
+        "images_per_s": images / seconds,
+        **policy_metrics(run),
+    }
+
+
+def policy_metrics(run: Run) -> dict[str, Any]:
+    """Return the epoch's fraction of weights updated per tensor, and the revision's moves."""
+    row: dict[str, Any] = {"updated": None, "revision": None}
+    for policy in run.policies:
+        if isinstance(policy, Conserve):
+            row["updated"] = policy.take_updated()
+        if isinstance(policy, Revision):
+            row["revision"] = policy.metrics(run)
+    return row
+
+
+def check_finite(run: Run, terms: Terms) -> None:
+    """Raise :class:`DivergedError` unless every term is finite (reads the device)."""
+    values = {name: float(term) for name, term in terms.items()}
+    if all(abs(value) < float("inf") for value in values.values()):
+        return
+    shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    raise DivergedError(
+        f"the loss is not finite in epoch {run.epoch + 1}, step {run.step}: {shown}. "
+        f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
+    )
+
+
+def fit(
+    run: Run,
+    log: RunLog,
+    *,
+    validate: Callable[[Run], dict[str, Any]],
+    save: Callable[[Run, bool], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Train to the last epoch: per epoch, train, validate, note the best, save, log.
+
+    Args:
+        run: what is moved.
+        log: receives one row per epoch and one per logging step.
+        validate: from the run to ``{"natural", "robust", "attack", "count"}``, percent and counts.
+        save: stores the run; the second argument tells whether this epoch is the best so far.
+        stop: polled after each step.
+
+    Raises:
+        StoppedError: when ``stop()`` says so, once the run is saved.
+    """
+    epochs, config = run.config.optim.epochs, run.config
+    while run.epoch < epochs:
+        try:
+            row = train_epoch(run, log, stop)
+        except StoppedError:
+            save(run, False)
+            raise
+        last = run.epoch == epochs
+        row["validation"] = None
+        best = False
+        if last or run.epoch % config.eval.val_every == 0:
+            row["validation"] = validate(run)
+            best = note_best(run, row["validation"])
+        # The row goes first: a run killed between the two writes it again after --resume.
+        log.epoch(row)
+        if best or last or run.epoch % config.run.checkpoint_every == 0:
+            save(run, best)
+
+
+def note_best(run: Run, validation: dict[str, Any]) -> bool:
+    """Return whether this epoch beats all before it, and remember it if so.
+
+    The robust accuracy decides, and the natural one where it is equal; natural training is judged
+    by natural accuracy alone.
+    """
+    selected = validation["robust"] if run.method.uses_attack else validation["natural"]
+    score = (selected, validation["natural"])
+    if run.best is not None and score <= run.best[:2]:
+        return False
+    run.best = (*score, run.epoch)
+    return True

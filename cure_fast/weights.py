@@ -1,0 +1,353 @@
+"""Weights in files: read without ever running code from them, load strictly, write atomically."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cure_fast.errors import InputError
+from cure_fast.models import ImageClassifier
+
+LOG = logging.getLogger(__name__)
+
+# Name of the weights inside a run folder.
+WEIGHTS_FILE = "model.safetensors"
+# Where training codes keep the state dict inside a checkpoint, most telling name first.
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# Put before every key by DataParallel, by wrappers that normalise, and by torch.compile.
+PREFIXES = ("module.", "model.", "_orig_mod.")
+# First bytes of a pickle by itself, protocols 2 to 5.
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Keys that an error message lists of each kind.
+LISTED_KEYS = 4
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the state dict in a file, on the CPU, with the prefixes of wrappers removed.
+
+    Args:
+        path: a ``.safetensors`` file; any other file is read as one of ``torch.save`` (.pt, .pth,
+            .tar), holding a state dict alone or under ``state_dict``, ``model_state_dict``,
+            ``model`` or ``net``; or a run folder, which stands for its ``model.safetensors``.
+
+    Returns:
+        Dense tensors by name, in the file's order and dtypes. Names lose any leading ``module.``,
+        ``model.`` and ``_orig_mod.``.
+
+    Raises:
+        InputError: if the file is absent, cut short, something else than weights (a web page, a
+            Git LFS pointer), or holds pickled objects, which are never executed.
+    """
+    file = _find(path)
+    _check_is_no_text(file)
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    return _strip_prefixes(file, _state_dict_of(file, content))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return what :func:`save_weights` stored beside the weights; empty where nothing was stored.
+
+    Args:
+        path: a ``.safetensors`` file, or a run folder.
+
+    Raises:
+        InputError: if it is absent or no complete safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = _find(path)
+    _check_is_no_text(file)
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(_damaged(file, "safetensors", str(error))) from error
+
+
+def save_weights(
+    model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write the model's state dict as safetensors; the file is complete or not there at all.
+
+    Tensors are stored as contiguous copies in their own dtype. The bytes go to a temporary name
+    in the same folder, are synced to the disk, and take the final name last.
+
+    Args:
+        model: its parameters and persistent buffers are stored under their state-dict names.
+        path: file to write, in an existing folder; an older one is replaced.
+        metadata: strings to store beside the weights.
+
+    Raises:
+        OSError: if the folder cannot be written to, or the disk is full; no partial file stays.
+    """
+    from safetensors.torch import save
+
+    file = Path(path)
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(save(state, metadata=dict(metadata)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The new name is safe from a power cut only once the folder is on the disk too.
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy ``weights`` into the model: every tensor must be there, fit and be finite.
+
+    Modules that published files carry without ever using them
+    (:attr:`ImageClassifier.unused_modules`) are left out, which is logged. The model is unchanged
+    when an error is raised.
+
+    Args:
+        model: keeps its device, dtype and memory layout.
+        weights: state dict as :func:`read_weights` returns it.
+        source: what to call the weights in messages, such as their file.
+
+    Raises:
+        InputError: for missing, unexpected, mis-shaped, mistyped or non-finite tensors.
+    """
+    unused = {name for name in weights if name.split(".", 1)[0] in model.unused_modules}
+    if unused:
+        modules = ", ".join(sorted({name.split(".", 1)[0] for name in unused}))
+        LOG.warning(
+            "%s: left out %d tensors of %s, which no forward pass uses.",
+            *(source, len(unused), modules),
+        )
+    weights = {name: tensor for name, tensor in weights.items() if name not in unused}
+    own = model.state_dict()
+    _check_keys(own, weights, source)
+    _check_shapes(model, own, weights, source)
+    for name, tensor in weights.items():
+        expected = own[name].dtype
+        if tensor.is_floating_point() != expected.is_floating_point or tensor.is_complex():
+            raise InputError(
+                f"{source}: {name} has dtype {tensor.dtype}, expected {expected}. "
+                "Save the weights as plain floating-point tensors."
+            )
+        # In the model's dtype, as a finite float64 can be infinite in float32.
+        if not torch.isfinite(tensor.to(expected)).all():
+            raise InputError(
+                f"{source}: {name} holds values that are not finite numbers. The training that "
+                "wrote it diverged, or the file is damaged; take an earlier checkpoint."
+            )
+    model.load_state_dict(dict(weights))
+
+
+def _check_keys(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise :class:`InputError` unless both have the same names."""
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    if not missing and not unexpected:
+        return
+    parts = [f"{source}: the weights are of another architecture than the model."]
+    if missing:
+        parts.append(f"Missing from them: {_first(missing)}.")
+    if unexpected:
+        parts.append(f"Not in the model: {_first(unexpected)}.")
+    parts.append("Choose the --model that they were trained with.")
+    raise InputError(" ".join(parts))
+
+
+def _check_shapes(
+    model: ImageClassifier,
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    source: str,
+) -> None:
+    """Raise :class:`InputError` unless the shapes agree, naming the setting that differs."""
+    wrong = [name for name in own if own[name].shape != weights[name].shape]
+    if not wrong:
+        return
+    shapes = _first(
+        f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}" for name in wrong
+    )
+    raise InputError(
+        f"{source}: tensors of another shape than the model's: {shapes}."
+        + "".join(_reasons(model, own, weights))
+    )
+
+
+def _reasons(
+    model: ImageClassifier, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> Iterable[str]:
+    """Yield a sentence for each setting by which weights with the right names can differ."""
+    classifier, stem = f"{model.classifier_name}.weight", f"{model.stem_names[0]}.weight"
+    # A tensor of the wrong rank fits no setting.
+    if own[classifier].ndim == weights[classifier].ndim:
+        classes, features = weights[classifier].shape
+        own_classes, own_features = own[classifier].shape
+        if classes != own_classes:
+            yield (
+                f" They tell {classes} classes apart, the model {own_classes}: "
+                "choose the data set that they were trained on."
+            )
+        if features != own_features:
+            width, rest = divmod(model.width * features, own_features)
+            if rest == 0:
+                yield f" Their width is {width}, the model's {model.width}: pass --width {width}."
+    if own[stem].ndim == weights[stem].ndim and own[stem].shape[2:] != weights[stem].shape[2:]:
+        size = weights[stem].shape[2]
+        yield f" Their first convolution is {size}x{size}: choose the other --stem."
+
+
+def _first(names: Iterable[str]) -> str:
+    """Return the first few names joined, and how many more there are."""
+    names = list(names)
+    listed = ", ".join(names[:LISTED_KEYS])
+    more = len(names) - LISTED_KEYS
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """Return the file that ``path`` names, or raise :class:`InputError`."""
+    file = Path(path)
+    try:
+        file = file.expanduser()
+        mode = file.stat().st_mode
+    except (OSError, RuntimeError, ValueError) as error:  # absent, no such home, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{file}: cannot be opened ({reason}). Give the path of a weights file or a run folder."
+        ) from error
+    if stat.S_ISDIR(mode):
+        if not (file / WEIGHTS_FILE).is_file():
+            raise InputError(
+                f"{file}: this folder has no {WEIGHTS_FILE}. Give a weights file, or the folder "
+                "of a run that has finished."
+            )
+        return file / WEIGHTS_FILE
+    # A pipe or device could block forever.
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{file}: not a regular file. Give a weights file or a run folder.")
+    return file
+
+
+def _check_is_no_text(file: Path) -> None:
+    """Raise :class:`InputError` for a failed download: nothing, a web page, an LFS pointer."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not start:
+        raise InputError(f"{file}: the file is empty. Copy or download it again.")
+    if text.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{file}: a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its "
+            "repository."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise InputError(
+            f"{file}: a web page, not weights. The download reached a log-in, consent or error "
+            "page; download the file itself again."
+        )
+
+
+def _damaged(file: Path, kind: str, detail: str = "") -> str:
+    """Return the message for a file that its reader refuses."""
+    return (
+        f"{file}: not a complete {kind} file{f' ({detail})' if detail else ''}. It was cut short "
+        "or is something else: copy or download it again. Expected .safetensors, or .pt, .pth or "
+        ".tar of torch.save."
+    )
+
+
+def _read_safetensors(file: Path) -> object:
+    """Return the tensors of a safetensors file by name."""
+    from safetensors.torch import load
+
+    # From bytes, not from a mapping of the file, which a later truncation turns into a crash.
+    try:
+        return load(file.read_bytes())
+    except Exception as error:  # the parser of an untrusted file: whatever it throws, it refused
+        raise InputError(_damaged(file, "safetensors", str(error))) from error
+
+
+def _read_torch(file: Path) -> object:
+    """Return what a ``torch.save`` file holds, if that is tensors and plain values alone."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the parser of an untrusted file: whatever it throws, it refused
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        # A zip archive that opened, or a bare pickle. Other bytes fail in the unpickler as well.
+        if isinstance(error, pickle.UnpicklingError) and start in (b"PK", *PICKLE_STARTS):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise InputError(
+                f"{file}: holds pickled Python objects{f' ({named[1]})' if named else ''}, not "
+                "tensors and plain values alone. Loading them could run any code, so they were "
+                "refused and nothing was run. Where you trust the file, open it in the code that "
+                "wrote it and save model.state_dict() as safetensors or with torch.save."
+            ) from error
+        # Only these carry a sentence for people.
+        detail = str(error).split("\n")[0].rstrip(".") if isinstance(error, RuntimeError) else ""
+        raise InputError(_damaged(file, "torch.save", detail)) from error
+
+
+def _state_dict_of(file: Path, content: object) -> dict[str, Tensor]:
+    """Return the state dict that the content is, or has under a usual name."""
+    found = content
+    if isinstance(content, Mapping) and not _all_tensors(content):
+        wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)]
+        found = wrapped[0] if wrapped else content
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(
+            f"{file}: expected a state dict (tensors by name), got {type(found).__name__}"
+            f"{' without entries' if isinstance(found, Mapping) else ''}. "
+            "Save model.state_dict() to it."
+        )
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{file}: expected tensors by name, alone or under one of "
+                f"{', '.join(WRAPPER_KEYS)}; {name!r} is a {type(tensor).__name__}. "
+                "Save model.state_dict() to it."
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise InputError(
+                f"{file}: {name} is not a dense tensor with values. Save a plain floating-point "
+                "model."
+            )
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _all_tensors(content: Mapping[object, object]) -> bool:
+    return all(isinstance(value, Tensor) for value in content.values())
+
+
+def _strip_prefixes(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the prefixes that wrappers put before their names."""
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        short = name
+        while short.startswith(PREFIXES):
+            short = short.split(".", 1)[1]
+        if short in stripped:
+            raise InputError(
+                f"{file}: holds two sets of weights ({short} appears twice once the prefixes "
+                f"{', '.join(PREFIXES)} are removed). Save one state dict to it."
+            )
+        stripped[short] = tensor
+    return stripped

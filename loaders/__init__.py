@@ -1,0 +1,28 @@
+"""Data sets, splits and the three loaders that feed training with the same batches."""
+
+from __future__ import annotations
+
+from .augment import crop_flip, to_float
+from .base import Loader, eval_batches
+from .beton import check_beton, ensure_beton, write_beton
+from .choose import make_loader
+from .datasets import DATASETS, DatasetInfo, read_dataset
+from .image_set import ImageSet, check_images
+from .split import split_train
+
+__all__ = [
+    "DATASETS",
+    "DatasetInfo",
+    "ImageSet",
+    "Loader",
+    "check_beton",
+    "check_images",
+    "crop_flip",
+    "ensure_beton",
+    "eval_batches",
+    "make_loader",
+    "read_dataset",
+    "split_train",
+    "to_float",
+    "write_beton",
+]

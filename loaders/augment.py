@@ -1,0 +1,157 @@
+"""Random crop and flip of a batch, and the way from uint8 pixels to floats in [0, 1].
+
+The parameters come from a CPU generator seeded by (seed, epoch, batch), and a pixel is divided by
+255 with correct rounding, so the same batch has the same bytes on every device and from every
+loader.
+
+On the CPU NumPy does the work, in one thread: 0.6 ms for 128 CIFAR images. The same steps in torch
+took 0.9 ms on one thread and 3 to 20 ms on two threads of a machine whose two cores had other work
+too (as a loader's thread gives them), since each step waits for the slowest thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .seeds import AUGMENTATION, generator_of
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Parameters of one batch.
+
+    Attributes:
+        padding: zero pixels added on every side before the crop.
+        top: first row of the crop in the padded image, int64 [N] in [0, 2 * padding].
+        left: first column of the crop, int64 [N] in [0, 2 * padding].
+        mirror: whether the crop is mirrored left to right, bool [N].
+    """
+
+    padding: int
+    top: Tensor
+    left: Tensor
+    mirror: Tensor
+
+
+def draw_crop_flip(
+    count: int, *, seed: int, epoch: int, batch: int, crop_padding: int, flip: bool
+) -> CropFlip:
+    """Return the parameters of ``count`` images, on the CPU.
+
+    Args:
+        count: number of images N.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        batch: number of the batch in the epoch, from 0.
+        crop_padding: padding in pixels; 0 turns the crop off.
+        flip: mirror each image with probability 1/2. Turning it off leaves the crops as they are.
+    """
+    generator = generator_of(seed, AUGMENTATION, epoch, batch)
+    corner = torch.randint(0, 2 * crop_padding + 1, (2, count), generator=generator)
+    mirror = torch.randint(0, 2, (count,), generator=generator).bool()
+    return CropFlip(crop_padding, corner[0], corner[1], mirror & flip)
+
+
+def crop_flip(
+    images: Tensor, *, seed: int, epoch: int, batch: int, crop_padding: int, flip: bool
+) -> Tensor:
+    """Return randomly cropped and mirrored images as float32 [N, 3, H, W] in [0, 1], channels_last.
+
+    Args:
+        images: uint8 [N, H, W, 3], on any device; not changed.
+        seed: see :func:`draw_crop_flip`, like the others.
+        epoch: see there.
+        batch: see there.
+        crop_padding: see there.
+        flip: see there.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    if not crop_padding and not flip:
+        return to_float(images)
+    draw = draw_crop_flip(
+        len(images), seed=seed, epoch=epoch, batch=batch, crop_padding=crop_padding, flip=flip
+    )
+    return apply_crop_flip(images, draw)
+
+
+def apply_crop_flip(images: Tensor, draw: CropFlip) -> Tensor:
+    """Return ``images`` (uint8 [N, H, W, 3]) cropped, mirrored and scaled as ``draw`` says.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    _check(images)
+    if images.device.type == "cpu":
+        return _scale_numpy(_crop_flip_numpy(images.numpy(), draw))
+    return _scale_torch(_crop_flip_torch(images, draw))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [0, 1], channels_last; no augmentation.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    _check(images)
+    return _scale_numpy(images.numpy()) if images.device.type == "cpu" else _scale_torch(images)
+
+
+def _check(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(
+            f"images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}."
+        )
+
+
+def _crop_flip_numpy(images: NDArray[np.uint8], draw: CropFlip) -> NDArray[np.uint8]:
+    count, height, width, _ = images.shape
+    p = draw.padding
+    padded = np.zeros((count, height + 2 * p, width + 2 * p, 3), np.uint8)
+    padded[:, p : p + height, p : p + width] = images
+    image, row, column, byte = padded.strides
+    # Every crop of every image, [N, 2p+1, 2p+1, H, W * 3], as a view; one per image is copied out.
+    crops = as_strided(
+        padded, (count, 2 * p + 1, 2 * p + 1, height, width * 3), (image, row, column, row, byte)
+    )
+    out = crops[np.arange(count), draw.top.numpy(), draw.left.numpy()].reshape(images.shape)
+    mirror = draw.mirror.numpy()
+    out[mirror] = out[mirror][:, :, ::-1]
+    return out
+
+
+def _crop_flip_torch(images: Tensor, draw: CropFlip) -> Tensor:
+    count, height, width, _ = images.shape
+    p = draw.padding
+    padded = images.new_zeros(count, height + 2 * p, width + 2 * p, 3)
+    padded[:, p : p + height, p : p + width] = images
+    image, row, column, byte = padded.stride()
+    crops = padded.as_strided(
+        (count, 2 * p + 1, 2 * p + 1, height, width * 3), (image, row, column, row, byte)
+    )
+    # One transfer for the three; from pageable memory it is staged at once and stalls nothing.
+    drawn = torch.stack((draw.top, draw.left, draw.mirror.long()))
+    top, left, mirror = drawn.to(images.device, non_blocking=True)
+    each = torch.arange(count, device=images.device)
+    out = crops[each, top, left].view(images.shape)
+    return torch.where(mirror.bool()[:, None, None, None], out.flip(2), out)
+
+
+def _scale_numpy(images: NDArray[np.uint8]) -> Tensor:
+    out = images.astype(np.float32)
+    np.divide(out, np.float32(255), out=out)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def _scale_torch(images: Tensor) -> Tensor:
+    # By a tensor: on a GPU torch turns a division by a number into a product with its reciprocal.
+    divisor = torch.full((), 255.0, device=images.device)
+    nchw = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return nchw.float().div_(divisor)

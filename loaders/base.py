@@ -1,0 +1,177 @@
+"""What every loader promises: order, augmentation and batch shapes, whatever feeds the pixels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cure_fast.errors import InputError
+
+from .augment import crop_flip, to_float
+from .image_set import ImageSet, check_images
+from .seeds import epoch_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What the batches of a loader look like.
+
+    Attributes:
+        batch_size: images per batch, at least 1.
+        device: where batches are delivered.
+        seed: seed of the order and the augmentation.
+        crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.
+        flip: mirror each image left to right with probability 1/2.
+    """
+
+    batch_size: int
+    device: torch.device
+    seed: int
+    crop_padding: int
+    flip: bool
+
+
+class Loader(ABC):
+    """Training batches of one image set; the subclasses differ in where the pixels come from.
+
+    With the same set and settings every subclass delivers the same batches, byte for byte: the
+    order is a function of (seed, epoch), the augmentation of (seed, epoch, batch). The last batch
+    holds what is left; a single image left over is passed over, since BatchNorm cannot train on
+    it (another image each epoch). An explicit batch size of 1 is taken at its word.
+
+    Attributes:
+        kind: ``ffcv``, ``resident`` or ``torch``.
+        reason: one line that says which loader this is and why it was chosen.
+        batch_size: images per batch.
+        num_images: images delivered in an epoch.
+        batches_per_epoch: batches delivered in an epoch.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, image_set: ImageSet, settings: BatchSettings, *, why: str) -> None:
+        check_images(image_set, training=True)
+        count, batch_size = len(image_set), settings.batch_size
+        if batch_size < 1:
+            raise InputError(f"--batch-size: expected at least 1, got {batch_size}.")
+        if count < 2:
+            raise InputError(
+                f"{image_set.name}: expected at least 2 training images, got {count}: BatchNorm "
+                f"cannot train on a batch of one; give more with --train-images."
+            )
+        left_over = batch_size > 1 and count % batch_size == 1
+        self.settings = settings
+        self.batch_size = batch_size
+        self.num_images = count - left_over
+        self.batches_per_epoch = -(-self.num_images // batch_size)
+        self.reason = f"{self.kind}: {why}"
+        if left_over:
+            self.reason += (
+                f"; {count} images in batches of {batch_size} leave one over, which is passed over "
+                f"in each epoch, as BatchNorm cannot train on it"
+            )
+        self._count = count
+
+    @contextmanager
+    def epoch(
+        self, epoch: int, *, start_batch: int = 0
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Open an epoch; leaving the context at any time ends its threads and processes.
+
+        Yields:
+            an iterator of (x, y) on the device: x float32 [n, 3, H, W] in [0, 1], channels_last;
+            y int64 [n]. Both are the caller's to keep and to change.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start_batch: batches to leave out at the start; the others are as in a whole epoch.
+
+        Raises:
+            InputError: for a ``start_batch`` beyond the end of the epoch.
+        """
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise InputError(
+                f"start_batch: expected 0 to {self.batches_per_epoch}, got {start_batch}: "
+                f"the data or the batch size has changed since the checkpoint."
+            )
+        order = epoch_order(self._count, seed=self.settings.seed, epoch=epoch)
+        batches = order[: self.num_images].split(self.batch_size)[start_batch:]
+        if not batches:
+            yield iter(())
+            return
+        with self._read(batches) as pixels:
+            augmented = self._augment(pixels, epoch, start_batch)
+            try:
+                yield augmented
+            finally:
+                augmented.close()
+
+    def _augment(
+        self, pixels: Iterable[tuple[Tensor, Tensor]], epoch: int, start_batch: int
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        settings = self.settings
+        for batch, (images, labels) in enumerate(pixels, start_batch):
+            x = crop_flip(
+                images,
+                seed=settings.seed,
+                epoch=epoch,
+                batch=batch,
+                crop_padding=settings.crop_padding,
+                flip=settings.flip,
+            )
+            yield x, labels
+
+    @abstractmethod
+    def _read(
+        self, batches: Sequence[Tensor]
+    ) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
+        """Open the batches whose image indices are given (each int64 [n] on the CPU).
+
+        Yields:
+            (images uint8 [n, H, W, 3], labels int64 [n]) per batch, on the device. The images need
+            to stay as they are until the next batch is asked for, the labels for good.
+        """
+
+
+def eval_batches(
+    image_set: ImageSet, *, batch_size: int, device: torch.device, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the first ``limit`` images (None: all) in order, each once, not augmented.
+
+    Args:
+        image_set: the images.
+        batch_size: images per batch, at least 1; the last batch holds what is left.
+        device: where batches are delivered.
+        limit: number of images, at least 1.
+
+    Yields:
+        (x float32 [n, 3, H, W] in [0, 1] channels_last, y int64 [n]) on the device.
+
+    Raises:
+        InputError: for a number below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"--eval-batch-size: expected at least 1, got {batch_size}.")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: expected at least 1, got {limit}.")
+    count = len(image_set) if limit is None else min(limit, len(image_set))
+    images, labels = shared_tensors(image_set)
+    for start in range(0, count, batch_size):
+        part = slice(start, min(start + batch_size, count))
+        yield to_float(images[part].to(device)), labels[part].clone().to(device)
+
+
+def shared_tensors(image_set: ImageSet) -> tuple[Tensor, Tensor]:
+    """Return the images and labels as CPU tensors that share the set's memory where they can.
+
+    Read-only arrays (a memory map) are copied: torch has no read-only tensors.
+    """
+    arrays = (image_set.images, image_set.labels)
+    images, labels = (torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays)
+    return images, labels

@@ -1,0 +1,69 @@
+"""Which loader feeds a run, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cure_fast.errors import InputError
+
+from .base import BatchSettings, Loader
+from .ffcv_loader import FfcvLoader
+from .ffcv_reader import ffcv_problem
+from .image_set import ImageSet
+from .resident import ResidentLoader, fits_device
+from .torch_loader import TorchLoader
+
+KINDS = ("auto", "ffcv", "resident", "torch")
+
+
+def make_loader(
+    kind: str,
+    image_set: ImageSet,
+    *,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+    crop_padding: int,
+    flip: bool,
+    workers: int | None,
+    cache: Path,
+) -> Loader:
+    """Return the loader of training images; ``loader.reason`` says which it is and why.
+
+    Args:
+        kind: ``ffcv``, ``resident``, ``torch``, or ``auto``: FFCV where it can be imported, else
+            resident if the set takes less than a quarter of the device's free memory, else torch.
+        image_set: training images, at least two, with every class among them.
+        batch_size: images per batch, at least 1.
+        device: where batches are delivered.
+        seed: seed of the order and the augmentation.
+        crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.
+        flip: mirror each image left to right with probability 1/2.
+        workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
+        cache: folder below which FFCV's file is kept.
+
+    Raises:
+        InputError: for an unknown kind, FFCV asked for and not usable, its file refused or not
+            writable, or images that do not pass.
+    """
+    if kind not in KINDS:
+        raise InputError(f"--loader: expected one of {', '.join(KINDS)}, got {kind!r}.")
+    settings = BatchSettings(
+        batch_size=batch_size, device=device, seed=seed, crop_padding=crop_padding, flip=flip
+    )
+    why = "asked for"
+    if kind in ("auto", "ffcv"):
+        problem = ffcv_problem()
+        if not problem:
+            return FfcvLoader(image_set, settings, workers=workers, cache=cache)
+        if kind == "ffcv":
+            raise InputError(f"--loader ffcv: {problem}; or use --loader auto.")
+        why = problem
+    megabytes = image_set.images.nbytes / 1e6
+    if kind == "resident" or (kind == "auto" and fits_device(image_set, device)):
+        return ResidentLoader(image_set, settings, why=f"{why}; {megabytes:.0f} MB on {device}")
+    if kind == "auto":
+        why += f", and {megabytes:.0f} MB are more than a quarter of the free memory of {device}"
+    return TorchLoader(image_set, settings, workers=workers, why=why)

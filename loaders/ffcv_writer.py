@@ -1,0 +1,117 @@
+"""Writes a .beton file and reads it back: the child process of :mod:`.beton`.
+
+    python -m cure_fast.loaders.ffcv_writer IMAGES.npy LABELS.npy OUT.beton
+
+prints the checksum of what FFCV reads from the finished file, image by image in order.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ffcv_reader import import_ffcv, open_epoch, open_reader
+from .image_set import content_checksum
+
+# FFCV's smallest page; a file takes at least two, so small sets stay small.
+MIN_PAGE_BYTES = 1 << 21
+IMAGES_PER_PAGE = 16
+READ_BATCH = 256
+
+
+class Samples:
+    """(image, label) by index, as FFCV's writer asks for them."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images[index], int(self.labels[index])
+
+
+def write_samples(samples: Samples, path: Path) -> None:
+    """Write ``samples`` in raw mode, in this process.
+
+    FFCV's own writer starts processes and never ends when one of them raises, and it leaves
+    shared memory behind when it is killed. Without processes an exception is an exception, and
+    the same samples give the same bytes.
+
+    Args:
+        samples: images of one size.
+        path: file to write.
+    """
+    import_ffcv()
+    from ffcv.fields import IntField, RGBImageField  # pyright: ignore[reportMissingImports]
+    from ffcv.writer import DatasetWriter, MemoryAllocator, Value  # pyright: ignore[reportMissingImports]
+
+    class InProcessWriter(DatasetWriter):
+        def _write_common(
+            self, num_samples: int, queue_content: Any, work_fn: Any, extra_worker_args: Any
+        ) -> None:
+            self.num_samples = num_samples
+            self.prepare()
+            shared = self.metadata_sm
+            self.metadata_sm: Any = SimpleNamespace(buf=bytearray(shared.size))
+            shared.close()
+            shared.unlink()
+            allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+            todo, allocations = SimpleQueue(), SimpleQueue()
+            for chunk in [*queue_content, None]:
+                todo.put(chunk)
+            work_fn(
+                todo,
+                self.metadata_sm,
+                self.metadata_type,
+                self.fields,
+                allocator,
+                Value("Q", 0),
+                allocations,
+                *extra_worker_args,
+            )
+            self.finalize(allocations.get())
+
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    size = _page_bytes(samples.images[0].nbytes)
+    writer = InProcessWriter(str(path), fields, page_size=size, num_workers=1)
+    writer.from_indexed_dataset(samples)
+
+
+def _page_bytes(image_bytes: int) -> int:
+    """Return a power of two that holds some images, so that little of a page stays empty."""
+    return max(MIN_PAGE_BYTES, 1 << (image_bytes * IMAGES_PER_PAGE - 1).bit_length())
+
+
+def read_samples(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return all images (uint8 [N, H, W, 3]) and labels (int64 [N]) that FFCV reads, in order."""
+    reader = open_reader(path, batch_size=READ_BATCH, threads=1)
+    with open_epoch(reader, np.arange(reader.reader.num_samples, dtype=np.int64)) as batches:
+        parts = [(images.copy(), labels.copy()) for images, labels in batches]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def main(arguments: list[str]) -> None:
+    """Write, read back, compare with the source sample by sample, print the checksum."""
+    images_file, labels_file, out = arguments
+    images, labels = np.load(images_file, mmap_mode="r"), np.load(labels_file)
+    write_samples(Samples(images, labels), Path(out))
+    read_images, read_labels = read_samples(Path(out))
+    if read_images.shape != images.shape:
+        sys.exit(f"wrote images {list(images.shape)}, read {list(read_images.shape)} back")
+    same = (read_images == images).all(axis=(1, 2, 3)) & (read_labels == labels)
+    if not same.all():
+        sys.exit(f"sample {np.flatnonzero(~same)[0]} was read back with other pixels or label")
+    print(content_checksum(read_images, read_labels))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""A class-per-folder image tree: PATH/train/<class>/<image> and PATH/test/<class>/<image>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cure_fast.errors import InputError
+from cure_fast.progress import track
+
+from .image_set import ImageSet
+
+FOLDER_PREFIX = "folder:"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+# Pillow's modes of at most 8 bits per channel; the others would be cut to 8 bits without a word.
+MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")
+
+
+def read_folder(name: str, split: str) -> ImageSet:
+    """Return the images below ``PATH/<split>``, classes and files in the order of their names.
+
+    Images become RGB (an alpha channel is dropped). Files and folders whose name begins with a
+    dot, and files with another suffix than :data:`SUFFIXES`, are passed over.
+
+    Args:
+        name: ``folder:PATH``; a relative path starts at the working directory.
+        split: ``train`` or ``test``.
+
+    Raises:
+        InputError: naming the folder, class or file: absent, empty, unreadable, of another size
+            than the first image, or a test class that is no training class.
+    """
+    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    classes = _classes(path / "train")
+    if split != "train":
+        _check_same_classes(path, classes, _classes(path / split))
+    files = [(file, label) for label, c in enumerate(classes) for file in _files(path / split / c)]
+    first = _read_image(files[0][0])
+    _check_square(files[0][0], first)
+    images = np.empty((len(files), *first.shape), np.uint8)
+    with track(f"reading {path / split}", len(files)) as advance:
+        for index, (file, _) in enumerate(files):
+            image = _read_image(file)
+            if image.shape != first.shape:
+                raise InputError(
+                    f"{file}: expected {_size(first)} pixels like {files[0][0].name}, got "
+                    f"{_size(image)}; bring all images to one size."
+                )
+            images[index] = image
+            advance(1)
+    return ImageSet(
+        name=name,
+        images=images,
+        labels=np.array([label for _, label in files], np.int64),
+        classes=classes,
+        source=f"image folder {path / split}",
+    )
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    """Return the names of the class folders in ``folder``."""
+    if not folder.is_dir():
+        raise InputError(
+            f"--data: expected the folder {folder} with one folder of images per class; "
+            f"there is none."
+        )
+    classes = tuple(p.name for p in _visible(folder) if p.is_dir())
+    if len(classes) < 2:
+        raise InputError(
+            f"{folder}: expected at least two class folders, got {len(classes)}; "
+            f"the images of a class belong into {folder}/<class>/."
+        )
+    return classes
+
+
+def _check_same_classes(path: Path, train: tuple[str, ...], test: tuple[str, ...]) -> None:
+    """Raise unless the test classes are the training classes."""
+    missing, extra = sorted(set(train) - set(test)), sorted(set(test) - set(train))
+    if missing or extra:
+        found = [f"without {', '.join(missing)}"] if missing else []
+        found += [f"with {', '.join(extra)} besides"] if extra else []
+        raise InputError(
+            f"{path / 'test'}: expected the class folders of {path / 'train'}, got them "
+            f"{' and '.join(found)}; make both alike."
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the image files of one class."""
+    files = [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES]
+    if not files:
+        raise InputError(
+            f"{folder}: the class is empty; expected image files ({', '.join(SUFFIXES)}). "
+            f"Add some, or remove the folder."
+        )
+    return files
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    """Return an image as uint8 [H, W, 3]."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise InputError(
+                    f"{file}: expected 8 bits per channel, got an image of mode {image.mode}; "
+                    f"convert it first."
+                )
+            return np.asarray(image.convert("RGB"))
+    # Pillow raises all of these for files that are cut, mislabelled or hostile.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file}: the image cannot be read ({error}); replace or delete it."
+        ) from error
+
+
+def _check_square(file: Path, image: NDArray[np.uint8]) -> None:
+    if image.shape[0] != image.shape[1]:
+        raise InputError(
+            f"{file}: expected a square image, got {_size(image)} pixels; crop or resize all "
+            f"images to one square size."
+        )
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    """Return width x height as text."""
+    return f"{image.shape[1]}x{image.shape[0]}"

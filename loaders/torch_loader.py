@@ -1,0 +1,76 @@
+"""A plain torch DataLoader: worker processes gather the batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .base import BatchSettings, Loader, shared_tensors
+from .image_set import ImageSet
+
+T = TypeVar("T")
+
+
+class TorchLoader(Loader):
+    """Gathers batches in worker processes (``workers``; 0: in the training process itself)."""
+
+    kind = "torch"
+
+    def __init__(
+        self, image_set: ImageSet, settings: BatchSettings, *, workers: int | None, why: str
+    ) -> None:
+        self.workers = usable_cores() if workers is None else workers
+        super().__init__(image_set, settings, why=f"{why}; {self.workers} worker processes")
+        self._batches = _Batches(*shared_tensors(image_set))
+
+    @contextmanager
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+        loader = DataLoader(
+            self._batches,
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=min(self.workers, len(batches)),
+            collate_fn=_unchanged,
+            pin_memory=self.settings.device.type == "cuda",
+        )
+        pairs: Any = iter(loader)
+        device = self.settings.device
+        try:
+            yield (
+                (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                for images, labels in pairs
+            )
+        finally:
+            # torch ends its workers when the iterator is collected, but an error's traceback, or
+            # a caller that keeps the generator, holds it for as long as it likes.
+            if loader.num_workers:
+                pairs._shutdown_workers()
+
+
+class _Batches(Dataset):
+    """Whole batches by their indices, so that a worker makes one copy per batch."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def _unchanged(batch: T) -> T:
+    return batch
+
+
+def usable_cores() -> int:
+    """Return the number of cores this process may run on (a container's or a job's share)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,85 @@
+"""Shared by all tests: fixed seeds, the markers' reasons to skip, and the real CIFAR-10."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, so it is set before any test imports one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests of more than a minute")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes more than a minute; run with --slow")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, and torch finds none")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def real_data(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("real_data"):
+        request.getfixturevalue("cifar10_root")
+
+
+@pytest.fixture(scope="session")
+def cifar10_root(pytestconfig: pytest.Config) -> Path:
+    """Folder that torchvision accepts as the root of the real CIFAR-10.
+
+    The folder named by CURE_FAST_TEST_DATA (a wrong one is an error), else data/ of the checkout,
+    else the images that ../shared/data/unpack.py writes, kept in pytest's cache.
+    """
+    named = os.environ.get("CURE_FAST_TEST_DATA")
+    if named:
+        if not holds_cifar10(Path(named)):
+            pytest.fail(f"CURE_FAST_TEST_DATA={named} does not hold CIFAR-10 as torchvision has it")
+        return Path(named)
+    if holds_cifar10(ROOT / "data"):
+        return ROOT / "data"
+    if not UNPACK.is_file():
+        pytest.skip("the real CIFAR-10 is absent: set CURE_FAST_TEST_DATA, or put it into data/")
+    return unpacked_cifar10(pytestconfig.rootpath / ".pytest_cache" / "cifar10")
+
+
+def holds_cifar10(root: Path) -> bool:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        CIFAR10(str(root), train=False, download=False)
+    except RuntimeError:  # torchvision's answer to absent files and to a wrong checksum
+        return False
+    return True
+
+
+def unpacked_cifar10(root: Path) -> Path:
+    """Unpack CIFAR-10 into ``root`` once; a half-written folder is never taken for a whole one."""
+    if not holds_cifar10(root):
+        partial = root.with_name(f"{root.name}.{os.getpid()}")
+        subprocess.run([sys.executable, str(UNPACK), "cifar10", str(partial)], check=True)
+        shutil.rmtree(root, ignore_errors=True)
+        partial.rename(root)
+        assert holds_cifar10(root)
+    return root

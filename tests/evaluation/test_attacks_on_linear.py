@@ -1,0 +1,226 @@
+"""Attacks against models whose best perturbation is known in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cure_fast.evaluate import adversarial_examples, evaluate, parse_attack
+from cure_fast.measurement import Measurement, uniform_start
+from cure_fast.trust import Guard
+
+CPU: dict[str, Any] = {"device": "cpu", "seed": 0}
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 1000), eps=st.floats(0.001, 0.3))
+def test_two_classes_reach_the_optimum_exactly(linear, data, seed, eps):
+    model = linear(2, seed)
+    images, labels = data(model, 32, wrong=4)
+    expected = int(model.robust(images, labels, eps).sum())
+    # 25 steps of eps / 10 cross the ball, so every start ends in the best corner.
+    results = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=2,
+        attacks=["natural", "fgsm", "pgd25", "cw25"],
+        eps=eps,
+        step_size=None,
+        batch_size=5,
+        **CPU,
+    )
+    assert results["natural"].correct == 28
+    assert {name: r.correct for name, r in results.items() if name != "natural"} == {
+        "fgsm": expected,
+        "pgd25": expected,
+        "cw25": expected,
+    }
+
+
+def test_optimum_breaks_some_and_not_all_images(linear, data):
+    """The comparison above is not one of zeros with zeros."""
+    model = linear(2, 3)
+    images, labels = data(model, 32)
+    counts = [int(model.robust(images, labels, eps).sum()) for eps in (0.0, 0.04, 0.08, 0.3)]
+    assert counts[0] == 32 > counts[1] > counts[2] > counts[3]
+
+
+def test_fgsm_is_one_step_of_pgd_that_crosses_the_ball(linear, data):
+    model = linear(2, 5)
+    images, labels = data(model, 16)
+    eps = 0.05
+    found = adversarial_examples(model, images, labels, eps=eps, step_size=2 * eps, steps=1, **CPU)
+    x = images.numpy().astype(np.float64) / 255
+    slope = (model.weight[1] - model.weight[0]).detach().view(3, 4, 4).permute(1, 2, 0).numpy()
+    towards = np.where(labels.numpy() == 0, 1, -1)[:, None, None, None]
+    corner = np.clip(x + eps * np.sign(slope) * towards, 0, 1)
+    np.testing.assert_allclose(found["adversarial"], corner, atol=1e-6)
+    results = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=2,
+        attacks=["fgsm", "pgd1"],
+        eps=eps,
+        step_size=2 * eps,
+        batch_size=16,
+        **CPU,
+    )
+    assert results["fgsm"].correct == results["pgd1"].correct
+    assert results["pgd1"].correct == int((found["adversarial_prediction"] == labels.numpy()).sum())
+
+
+def test_autoattack_finds_the_optimum_over_all_classes(linear, data):
+    model = linear(4, 1)
+    images, labels = data(model, 24, wrong=3)
+    eps = 0.03
+    expected = model.robust(images, labels, eps)
+    assert 3 < int(expected.sum()) < 18
+    result = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=4,
+        attacks=["aa"],
+        eps=eps,
+        step_size=None,
+        batch_size=24,
+        **CPU,
+    )["aa"]
+    assert result.correct == int(expected.sum())
+    assert result.reliable and result.warnings == ()
+    assert list(result.settings["robust_after"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+class Crowd(torch.nn.Module):
+    """One rival class that the second pixel lowers a little, and 30 far classes that it raises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rival, crowd = x[:, 0, 0, :1], x[:, 1, 0, :1]
+        return torch.cat([1 + 0 * rival, rival - 0.1 * crowd, (0.3 * crowd).expand(-1, 30)], dim=1)
+
+
+@pytest.mark.parametrize(("attack", "second_pixel"), [("cw15", -0.1), ("pgd15", 0.1)])
+def test_cw_climbs_the_margin_and_pgd_the_cross_entropy(attack, second_pixel):
+    task = Measurement(
+        guard=Guard(Crowd(), num_classes=32),
+        images=torch.full((1, 4, 4, 3), 128, dtype=torch.uint8),
+        labels=torch.zeros(1, dtype=torch.int64),
+        eps=0.1,
+        step_size=0.02,
+        batch_size=1,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    x, y = task.load(torch.arange(1))
+    moved = task.perturb(parse_attack(attack), x, y, torch.arange(1)) - x
+    assert float(moved[0, 0, 0, 0]) == pytest.approx(0.1, abs=1e-6)
+    assert float(moved[0, 1, 0, 0]) == pytest.approx(second_pixel, abs=1e-6)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd5", "cw5", "aa"])
+def test_eps_zero_is_the_natural_accuracy(linear, data, attack, short_square):
+    model = linear(4, 2)
+    images, labels = data(model, 12, wrong=5)
+    results = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=4,
+        attacks=["natural", attack],
+        eps=0.0,
+        step_size=None,
+        batch_size=12,
+        **CPU,
+    )
+    assert results["natural"].correct == results[attack].correct == 7
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd10", "cw10"])
+def test_batch_size_does_not_matter(conv_net, data, attack):
+    model = conv_net()
+    images, labels = data(model, 40, wrong=6)
+    counts = {
+        size: evaluate(
+            model,
+            images,
+            labels,
+            num_classes=10,
+            attacks=[attack],
+            eps=0.06,
+            step_size=None,
+            batch_size=size,
+            **CPU,
+        )[attack].correct
+        for size in (1, 7, 128)
+    }
+    assert len(set(counts.values())) == 1, counts
+    assert 0 < counts[1] < 34
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    indices=st.lists(st.integers(0, 2**31), min_size=1, max_size=6, unique=True),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_start_belongs_to_its_image(indices, seed):
+    together = uniform_start((3, 2, 2), torch.tensor(indices), "pgd", seed)
+    alone = [uniform_start((3, 2, 2), torch.tensor([i]), "pgd", seed) for i in indices]
+    assert torch.equal(together, torch.cat(alone))
+    assert together.dtype == torch.float32 and bool((together.abs() <= 1).all())
+    assert len({tuple(row.flatten().tolist()) for row in together}) == len(indices)
+    assert not torch.equal(together, uniform_start((3, 2, 2), torch.tensor(indices), "cw", seed))
+
+
+def test_starts_fill_the_ball_evenly():
+    draws = uniform_start((3, 4, 4), torch.arange(400), "pgd", 7).flatten()
+    # 19,200 draws: the standard error of the mean is 0.0042, that of the variance 0.0022.
+    assert float(draws.mean()) == pytest.approx(0, abs=0.017)
+    assert float(draws.var()) == pytest.approx(1 / 3, abs=0.009)
+    assert float(draws.min()) < -0.999 and float(draws.max()) > 0.999
+
+
+def test_examples_match_the_evaluation(conv_net, data):
+    model = conv_net()
+    images, labels = data(model, 20)
+    found = adversarial_examples(model, images, labels, eps=0.06, step_size=0.01, steps=10, **CPU)
+    result = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=10,
+        attacks=["pgd10"],
+        eps=0.06,
+        step_size=0.01,
+        batch_size=3,
+        **CPU,
+    )["pgd10"]
+    right = found["adversarial_prediction"] == labels.numpy()
+    assert int(right.sum()) == result.correct < 20
+    natural = images.numpy().astype(np.float32) / 255
+    assert found["adversarial"].dtype == np.float32 and found["adversarial"].shape == natural.shape
+    assert 0.05 < np.abs(found["adversarial"] - natural).max() <= 0.06 + 1e-6
+    assert found["adversarial"].min() >= 0 and found["adversarial"].max() <= 1
+    assert (found["natural_prediction"] == labels.numpy()).all()
+    # Stored images scored again, as floats, give the same count.
+    again = evaluate(
+        model,
+        torch.from_numpy(found["adversarial"]),
+        labels,
+        num_classes=10,
+        attacks=["natural"],
+        eps=0.06,
+        step_size=None,
+        batch_size=1,
+        **CPU,
+    )["natural"]
+    assert again.correct == result.correct
