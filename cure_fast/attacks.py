@@ -16,17 +16,19 @@ NORMAL_START = 0.001
 
 
 def start_point(
-    x: Tensor, *, eps: float, start: Start, generator: torch.Generator | None = None
+    x: Tensor, *, eps: float, start: Start | Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return ``x`` plus the first perturbation, inside the eps-ball and [0, 1], without gradient.
 
     Args:
         x: images [N, C, H, W] in [0, 1].
         eps: radius of the L-inf ball in pixel units.
-        start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball, and
-            ``zero`` adds nothing.
+        start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball,
+            ``zero`` adds nothing; a tensor shaped as ``x`` is the perturbation itself.
         generator: source of the noise, on the device of ``x``; None takes torch's default.
     """
+    if isinstance(start, Tensor):
+        return (x.detach() + start.clamp(-eps, eps)).clamp_(0, 1)
     if start == "zero":
         return x.detach().clone(memory_format=torch.preserve_format)
     noise = torch.empty_like(x)
@@ -45,7 +47,7 @@ def pgd(
     eps: float,
     step_size: float,
     steps: int,
-    start: Start = "uniform",
+    start: Start | Tensor = "uniform",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the last iterate of projected gradient ascent on ``objective(model(x_adv))``.

@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from cure_fast.errors import InputError
+from cure_fast.files import file_hash, flush, write_json
 
 FORMAT = 1
 PREFIX = "checkpoint-"
@@ -58,56 +57,33 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
     return final
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Return the newest valid checkpoint's state and configuration, and why others were skipped.
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the state of the newest valid checkpoint, and why newer ones were skipped.
 
     Raises:
         InputError: if there is no valid checkpoint.
     """
     skipped = []
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
-        problem, manifest = check_checkpoint(path)
+        problem = check_checkpoint(path)
         if problem:
             skipped.append(f"{path.name}: {problem}")
             continue
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return state, manifest["config"], skipped
+        return state, skipped
     reasons = "; ".join(skipped) or "none was written"
     raise InputError(f"no valid checkpoint in {folder}: {reasons}. Start the run without --resume.")
 
 
-def check_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return what is wrong with the checkpoint ("" if nothing), and its manifest."""
+def check_checkpoint(path: Path) -> str:
+    """Return what is wrong with the checkpoint, "" if nothing."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         data = path / "state.pt"
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}", {}
+            return f"format {manifest['format']}, this version reads {FORMAT}"
         if data.stat().st_size != manifest["bytes"] or file_hash(data) != manifest["sha256"]:
-            return "state.pt is not what was written", {}
+            return "state.pt is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}", {}
-    return "", manifest
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Have the operating system write the file, or the entries of the folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
+        return f"{type(error).__name__}: {error}"
+    return ""

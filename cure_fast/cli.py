@@ -6,15 +6,17 @@ Heavy imports wait inside the commands, so that help is quick.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from cure_fast.config import Config, EvalArgs, format_pixel, parse_fraction
-from cure_fast.errors import CureFastError, MemoryExhaustedError
+from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable."
@@ -39,9 +41,9 @@ def registry() -> tyro.constructors.ConstructorRegistry:
 
     @rules.primitive_rule
     def commas(info: tyro.constructors.PrimitiveTypeInfo):
-        if info.type not in (tuple[str, ...], tuple[float, ...]):
+        if get_origin(info.type) is not tuple or get_args(info.type)[-1] is not Ellipsis:
             return None
-        item = parse_fraction if info.type == tuple[float, ...] else str
+        item = str if get_args(info.type)[0] is str else parse_fraction
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="A,B,...",
@@ -66,7 +68,7 @@ def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
     from pathlib import Path
 
     from cure_fast.methods import select_method
-    from cure_fast.recipes import find_recipe, with_out
+    from cure_fast.recipes import RECIPES, find_recipe, with_out
     from cure_fast.runs import load_config
 
     if (Path(recipe) / "config.json").exists():
@@ -76,17 +78,14 @@ def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
     method = flag_value(flags, "--method")
     if method is not None:
         config = select_method(config, method)
-    return parse_config(config, flags, prog)
-
-
-def parse_config(config: Config, flags: Sequence[str], prog: str) -> Config:
-    """Return ``config`` changed by the flags, which are those of its own settings."""
+    about = inspect.getdoc(RECIPES[recipe]) if recipe in RECIPES else f"The run in {recipe}."
     return tyro.cli(
         OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
         default=config,
         args=list(flags),
         prog=prog,
-        description=f"Every field of the configuration is a flag. {EXIT_CODES}",
+        description=f"{about}\n\nEvery field of the configuration is a flag. With train, --resume "
+        f"continues the run in --out, or the newest of this recipe, method and seed. {EXIT_CODES}",
         registry=registry(),
     )
 
@@ -239,6 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        return fail(InputError(f"{what}{error.strerror or error}."))
     except Exception as error:
         if is_out_of_memory(error):
             return fail(MemoryExhaustedError(f"{error} Try a smaller --batch-size, or --amp bf16."))

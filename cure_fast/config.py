@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from cure_fast.attack_result import parse_attack
 from cure_fast.errors import InputError
 
 
@@ -261,6 +262,9 @@ class EvalConfig:
             check_range(self, "limit", 1)
         if self.aa_limit is not None:
             check_range(self, "aa_limit", 1)
+        for attack in self.attacks:
+            parse_attack(attack)
+        check(bool(self.attacks), "attacks", self.attacks, "at least one attack")
         check_range(self, "eval_batch_size", 1, 1_000_000)
         check_range(self, "val_every", 1)
         check_range(self, "val_attack_steps", 1, 1000)

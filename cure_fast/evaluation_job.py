@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cure_fast.checkpoint import write_json
 from cure_fast.config import EvalArgs, EvalConfig
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 from cure_fast.evaluate import trust_warnings
+from cure_fast.files import file_hash, write_json
 from cure_fast.loaders import read_dataset
 from cure_fast.results import (
     FORMAT,
@@ -79,6 +79,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
             device=device,
             seed=args.seed,
             state_dir=None if out is None else out / "evaluation",
+            weights=file_hash(path),
             name=path.stem,
             stop=stop,
         )

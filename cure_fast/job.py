@@ -14,14 +14,16 @@ from cure_fast.checkpoint import load_checkpoint, save_checkpoint
 from cure_fast.config import Config, MethodSettings, PretrainConfig
 from cure_fast.config_json import digest, to_dict
 from cure_fast.environment import choose_device, choose_dtype
+from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluate import evaluate
 from cure_fast.loaders import DATASETS, ImageSet, Loader, make_loader, read_dataset, split_train
 from cure_fast.log import RunLog
+from cure_fast.methods import find_method
 from cure_fast.models import ImageClassifier, build_model
 from cure_fast.results import evaluate_run, print_results
 from cure_fast.runs import check_same_run, run_folder, start_record
 from cure_fast.signals import stop_on_signal
-from cure_fast.trainer import Run, build_run, fit
+from cure_fast.trainer import Run, advice, build_run, fit
 from cure_fast.weights import load_into, read_weights, save_weights
 
 
@@ -79,6 +81,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     device = choose_device(config.run.device)
     torch.backends.cudnn.benchmark = not config.run.deterministic
     torch.backends.cudnn.deterministic = config.run.deterministic
+    find_method(config.method).check(config)
     folder = run_folder(config, resume=resume)
     if resume:
         check_same_run(folder, config)
@@ -90,8 +93,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         )
         loader = open_loader(config, data, device)
         print(f"loader: {loader.reason}")
-        start_record(folder, config, loader.reason)
         model = new_model(config, len(data.train.classes))
+        # Everything that can be wrong with the input has been seen; only now is anything written.
+        start_record(folder, config, loader.reason)
         take_start(config, data, model, folder, device, stop)
         train_stage(config, data, model, loader, folder, "train", device, stop)
         results = evaluate_run(folder, config, data.test, device, stop)
@@ -210,10 +214,7 @@ def train_stage(
     run = build_run(config, model, loader, device)
     checkpoints = folder / "checkpoints"
     if checkpoints.exists():
-        state, _, skipped = load_checkpoint(checkpoints)
-        run.load_state_dict(state)
-        for reason in skipped:
-            print(f"warning: skipped {reason}")
+        continue_from(run, checkpoints)
         print(f"{stage}: resumed after step {run.step}")
     log = RunLog(
         folder,
@@ -237,22 +238,47 @@ def train_stage(
         log.close()
 
 
+def continue_from(run: Run, checkpoints: Path) -> None:
+    """Set the run to its newest valid checkpoint; say which were skipped.
+
+    Raises:
+        InputError: if none is valid, or it belongs to another run.
+    """
+    state, skipped = load_checkpoint(checkpoints)
+    for reason in skipped:
+        print(f"warning: skipped {reason}")
+    try:
+        run.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoints}: the newest checkpoint is of another run or version "
+            f"({type(error).__name__}: {error}). Start anew with another --out."
+        ) from error
+
+
 def validate(run: Run, val: ImageSet) -> dict[str, Any]:
-    """Return natural and robust accuracy in percent on the validation split."""
+    """Return natural and robust accuracy in percent on the validation split.
+
+    Raises:
+        DivergedError: if the model's logits are not finite.
+    """
     robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
     attack = run.config.attack
-    results = evaluate(
-        run.model,
-        torch.from_numpy(val.images),
-        torch.from_numpy(val.labels),
-        num_classes=len(val.classes),
-        attacks=["natural", *([robust] if robust else [])],
-        eps=attack.eps,
-        step_size=attack.step_size,
-        batch_size=run.config.eval.eval_batch_size,
-        device=run.device,
-        seed=run.config.run.seed,
-    )
+    try:
+        results = evaluate(
+            run.model,
+            torch.from_numpy(val.images),
+            torch.from_numpy(val.labels),
+            num_classes=len(val.classes),
+            attacks=["natural", *([robust] if robust else [])],
+            eps=attack.eps,
+            step_size=attack.step_size,
+            batch_size=run.config.eval.eval_batch_size,
+            device=run.device,
+            seed=run.config.run.seed,
+        )
+    except DivergedError as error:
+        raise DivergedError(f"after epoch {run.epoch}: {error} {advice(run)}") from error
     return {
         "natural": results["natural"].accuracy,
         "robust": results[robust].accuracy if robust else None,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from cure_fast.files import replacing
 from cure_fast.method import Terms
 
 
@@ -119,6 +120,5 @@ def drop_rows_from(path: Path, stage: str, step: int) -> None:
         if row["stage"] != stage
         or (row["step"] < step if row["event"] == "step" else row["step"] <= step)
     ]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

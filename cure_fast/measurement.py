@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from cure_fast.attack_result import AttackResult, AttackSpec
+from cure_fast.attacks import pgd
 from cure_fast.autoattack import autoattack_settings, run_autoattack
-from cure_fast.checkpoint import write_json
 from cure_fast.errors import InputError
-from cure_fast.kernels import pgd_step_
+from cure_fast.files import write_json
 from cure_fast.losses import cross_entropy, margin
 from cure_fast.progress import track
 from cure_fast.trust import (
@@ -163,18 +163,18 @@ class Measurement:
     def perturb(self, spec: AttackSpec, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """Return the last iterate of fgsm, pgdK or cwK from images [n, C, H, W] and labels [n]."""
         loss = margin if spec.family == "cw" else cross_entropy
-        step_size, x_adv = self.step_size, x
-        if spec.family == "fgsm":
-            step_size = self.eps
-        else:
-            start = uniform_start(x.shape[1:], indices, spec.family, self.seed).to(x)
-            x_adv = (x + self.eps * start).clamp_(0, 1)
-        for _ in range(spec.steps):
-            leaf = x_adv.detach().clone().requires_grad_()
-            with torch.enable_grad():
-                # Summed, so that one image's gradient does not depend on how many there are.
-                (grad,) = torch.autograd.grad(loss(self.guard(leaf), y).sum(), leaf)
-            x_adv = pgd_step_(leaf.detach(), x, grad, step_size=step_size, eps=self.eps)
+        fgsm = spec.family == "fgsm"
+        draw = uniform_start(x.shape[1:], indices, spec.family, self.seed).to(x)
+        x_adv = pgd(
+            self.guard,
+            x,
+            # Summed, so that one image's gradient does not depend on how many there are.
+            lambda logits: loss(logits, y).sum(),
+            eps=self.eps,
+            step_size=self.eps if fgsm else self.step_size,
+            steps=spec.steps,
+            start="zero" if fgsm else self.eps * draw,
+        )
         check_perturbation(x_adv, x, indices, self.eps, spec.name)
         return x_adv
 

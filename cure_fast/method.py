@@ -70,6 +70,10 @@ def backward_total(run: Run, terms: Terms) -> None:
     run.scale(terms["total"]).backward()
 
 
+def accept(config: Config) -> None:
+    """Accept every configuration."""
+
+
 def keep_config(config: Config) -> Config:
     """Return the configuration as it is."""
     return config
@@ -91,6 +95,7 @@ class Method:
         backward: fills the gradients from the terms; the default takes the total.
         networks: builds further networks (a teacher, an average), which checkpoints store.
         policies: builds the policies of a run.
+        check: raises ``InputError`` for a configuration the method cannot run.
         preset: changes other parts of the configuration when the method is chosen by name.
         uses_attack: False for a method that trains on natural images alone.
     """
@@ -105,6 +110,7 @@ class Method:
     backward: Callable[[Run, Terms], None] = backward_total
     networks: Callable[[Run], dict[str, nn.Module]] = no_networks
     policies: Callable[[Run], tuple[Policy, ...]] = no_policies
+    check: Callable[[Config], None] = accept
     preset: Callable[[Config], Config] = keep_config
     uses_attack: bool = True
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.checkpoint import write_json
 from cure_fast.config import Config, EvalConfig, format_pixel
+from cure_fast.config_json import digest
 from cure_fast.errors import InputError
 from cure_fast.evaluate import AttackResult, adversarial_examples, evaluate, nrr, trust_warnings
+from cure_fast.files import file_hash, replacing, write_json
 from cure_fast.loaders import DATASETS, ImageSet
 from cure_fast.log import read_rows
 from cure_fast.methods import find_method
@@ -92,6 +93,7 @@ def evaluate_run(
     for name, path, title in models_of(folder, config):
         model = load_model(path, read_metadata(path))
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        weights = file_hash(path)
         attacks = attack_model(
             model,
             test,
@@ -100,23 +102,31 @@ def evaluate_run(
             device=device,
             seed=config.run.seed,
             state_dir=folder / "evaluation" / name,
+            weights=weights,
             name=name,
             stop=stop,
         )
-        results["models"][name] = model_entry(title, attacks)
+        attacks = earlier_attacks(folder, name, weights, eps) | attacks
+        results["models"][name] = model_entry(title, attacks) | {"weights": weights}
         results["warnings"] += [f"{name}: {text}" for text in trust_warnings(attacks)]
         shown = attacked_examples(model, examples, eps=eps, device=device, seed=config.run.seed)
         arrays |= {f"{name}_{key}": value for key, value in shown.items()}
     write_json(folder / "results.json", results)
-    write_arrays(folder / "examples.npz", arrays)
+    with replacing(folder / "examples.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     return results
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays so that a reader finds the old file or the whole new one, never a part."""
-    temporary = path.with_name("tmp-" + path.name)
-    np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)
+def earlier_attacks(folder: Path, name: str, weights: str, eps: float) -> dict[str, AttackResult]:
+    """Return what ``results.json`` already holds for the same weights and radius."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    entry = stored["models"].get(name, {})
+    if stored["eps"] != eps or entry.get("weights") != weights:
+        return {}
+    return {attack: AttackResult.from_dict(r) for attack, r in entry["attacks"].items()}
 
 
 def attacked_examples(
@@ -165,11 +175,20 @@ def attack_model(
     device: torch.device,
     seed: int,
     state_dir: Path | None,
+    weights: str,
     name: str,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, AttackResult]:
-    """Run the configured attacks on the first ``settings.limit`` test images; print a line each."""
+    """Run the configured attacks on the first ``settings.limit`` test images; print a line each.
+
+    States for resuming go into a folder of their own for each combination of weights and settings,
+    so that evaluating again with others never meets them.
+    """
     limit = len(test) if settings.limit is None else min(settings.limit, len(test))
+    if state_dir is not None:
+        what = [weights, eps, seed, limit, settings.aa_limit]
+        what += [settings.eval_step_size, settings.eval_batch_size]
+        state_dir = state_dir / digest({"evaluated": what})
     return evaluate(
         model,
         torch.from_numpy(test.images[:limit]),

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cure_fast.checkpoint import write_json
 from cure_fast.config import Config
 from cure_fast.config_json import from_dict, to_dict
 from cure_fast.environment import environment
 from cure_fast.errors import InputError
+from cure_fast.files import write_json
 from cure_fast.methods import find_method
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
@@ -50,7 +50,7 @@ def config_from_dict(values: Any) -> Config:
 
 
 def run_folder(config: Config, *, resume: bool) -> Path:
-    """Return the folder of a new run, made and empty, or of the run to resume.
+    """Return the folder for a new run, or of the run to resume; nothing is made yet.
 
     A folder named with --out is never written over. Without --out the name is made from recipe,
     method and seed, with a number where it is taken; resuming takes the newest of them.
@@ -79,15 +79,24 @@ def run_folder(config: Config, *, resume: bool) -> Path:
                 )
             return taken[-1]
         folder = next(path for path in names if not path.exists())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
     return folder
 
 
 def start_record(folder: Path, config: Config, loader: str) -> None:
-    """Write ``config.json`` and ``environment.json``; ``loader`` tells how images are fed."""
+    """Make the folder with ``config.json`` and ``environment.json``.
+
+    Args:
+        folder: the run's folder, made when absent.
+        config: what runs.
+        loader: one line on how images are fed.
+
+    Raises:
+        InputError: if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
     write_json(folder / "config.json", to_dict(config))
     write_json(folder / "environment.json", {**environment(), "loader": loader})
 

@@ -265,9 +265,13 @@ def check_finite(run: Run, terms: Terms) -> None:
         return
     shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
     raise DivergedError(
-        f"the loss is not finite in epoch {run.epoch + 1}, step {run.step}: {shown}. "
-        f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
+        f"the loss is not finite in epoch {run.epoch + 1}, step {run.step}: {shown}. {advice(run)}"
     )
+
+
+def advice(run: Run) -> str:
+    """Return what to try after a divergence."""
+    return f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
 
 
 def fit(

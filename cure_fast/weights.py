@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.errors import InputError
+from cure_fast.files import replacing
 from cure_fast.models import ImageClassifier
 
 LOG = logging.getLogger(__name__)
@@ -77,8 +78,7 @@ def save_weights(
 ) -> None:
     """Write the model's state dict as safetensors; the file is complete or not there at all.
 
-    Tensors are stored as contiguous copies in their own dtype. The bytes go to a temporary name
-    in the same folder, are synced to the disk, and take the final name last.
+    Tensors are stored as contiguous copies in their own dtype.
 
     Args:
         model: its parameters and persistent buffers are stored under their state-dict names.
@@ -95,21 +95,8 @@ def save_weights(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(save(state, metadata=dict(metadata)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name is safe from a power cut only once the folder is on the disk too.
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(file) as temporary:
+        temporary.write_bytes(save(state, metadata=dict(metadata)))
 
 
 def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: str) -> None:

@@ -19,7 +19,8 @@ ALLOWED = {
         *("cure_fast.loaders", "cure_fast.errors", "cure_fast.progress"),
     },
     "cure_fast/errors.py": set(),
-    "cure_fast/config.py": {"cure_fast.errors"},
+    "cure_fast/attack_result.py": {"cure_fast.errors"},
+    "cure_fast/config.py": {"cure_fast.errors", "cure_fast.attack_result"},
     "cure_fast/models": {"torch", "cure_fast.errors", "cure_fast.models"},
     "cure_fast/methods": {
         "torch",

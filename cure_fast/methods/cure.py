@@ -216,15 +216,27 @@ def rate_at(run: Run) -> float:
     )
 
 
+def check_config(config: Config) -> None:
+    """Raise ``InputError`` where settings contradict one another."""
+    settings = config.settings
+    assert isinstance(settings, CureSettings)
+    check(
+        settings.natural_epochs < config.optim.epochs,
+        "natural_epochs",
+        settings.natural_epochs,
+        f"fewer than the {config.optim.epochs} of --epochs",
+    )
+    check(
+        settings.revision or not settings.evaluate_revision,
+        "evaluate_revision",
+        True,
+        "a revision model to evaluate, so not --no-revision",
+    )
+
+
 def policies(run: Run) -> tuple[Policy, ...]:
     """Return the conserving mask and the revision, as far as they are switched on."""
     settings = run.settings
-    check(
-        settings.natural_epochs < run.config.optim.epochs,
-        "natural_epochs",
-        settings.natural_epochs,
-        f"fewer than the {run.config.optim.epochs} of --epochs",
-    )
     chosen: list[Policy] = []
     if settings.rgp:
         chosen.append(Conserve(run.model, settings))
@@ -257,6 +269,7 @@ CURE = Method(
     backward=backward,
     networks=networks,
     policies=policies,
+    check=check_config,
 )
 
 

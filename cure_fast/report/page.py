@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from cure_fast.errors import InputError
+from cure_fast.files import replacing
 from cure_fast.report.answer import answer
 from cure_fast.report.charts import curves
 from cure_fast.report.details import details
@@ -35,13 +35,10 @@ def write_report(run_dir: Path) -> Path:
             page cannot be written.
     """
     page = render(read_record(run_dir))
-    path, temporary = run_dir / "report.html", run_dir / ".report.html.tmp"
+    path = run_dir / "report.html"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot write the report: {error.strerror}.") from error
     return path

@@ -20,8 +20,8 @@ from cure_fast.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
-    to_dict,
 )
+from cure_fast.config_json import to_dict
 from cure_fast.report import write_report
 
 VOID = {"br", "col", "hr", "img", "link", "meta"}

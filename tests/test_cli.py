@@ -1,0 +1,272 @@
+"""The command line as a user meets it: help, lists, wrong input, exit codes, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cure_fast.cli import main, resolve_config
+
+TINY = (
+    "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
+    "--attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 --limit 20 --val-attack-steps 1 "
+    "--loader resident --device cpu --no-tensorboard"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def command(words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "cure_fast", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "quickstart", "--help"],
+        ["eval", "--help"],
+        ["report", "--help"],
+        ["data", "--help"],
+        ["list", "--help"],
+        ["show", "--help"],
+        ["doctor", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0 and "usage: cure-fast" in capsys.readouterr().out
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "quickstart", "--help"])
+    text = capsys.readouterr().out
+    config = resolve_config("quickstart", [], "x")
+    for section in ("settings", "data", "model", "pretrain", "attack", "optim", "eval", "run"):
+        for name in vars(getattr(config, section)):
+            assert f"--{name.replace('_', '-')}" in text, name
+    assert "--resume" in text and "Exit codes" in text and "Handwritten digits" in text
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "quickstart",
+        "svhn-resnet18",
+        "cure_official",
+        "pgd_at",
+        "wrn34-10",
+        "digits",
+        "aa",
+    ):
+        assert name in text
+
+
+def test_show_prints_values_and_alternatives(capsys):
+    assert main(["show", "cifar10-wrn34-10", "--method", "cure_official", "--eps", "4/255"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--percentile 50" in text and "--score signed or abs, abs_of_sum" in text
+    assert "--eps 4/255" in text and "--step-size 0.007" in text and "--rgp True or False" in text
+
+
+def test_flags_reach_every_section():
+    words = (
+        "--epochs 7 --batch-size 32 --model wrn28-10 --width 2 --method trades --beta 3 "
+        "--data-root x --train-images 500 --attack-steps 4 --eps 8/255 --device cpu --seed 5 "
+        "--out y --milestones 0.2,1/2 --attacks natural,aa --no-flip"
+    ).split()
+    config = resolve_config("cifar10-resnet18", words, "x")
+    assert (config.optim.epochs, config.optim.batch_size, config.model.model) == (7, 32, "wrn28-10")
+    assert (config.model.width, config.method, config.settings.beta) == (2, "trades", 3)
+    assert (config.data.data_root, config.data.train_images, config.data.flip) == ("x", 500, False)
+    assert (config.attack.attack_steps, config.attack.eps) == (4, 8 / 255)
+    assert (config.run.device, config.run.seed, config.run.out) == ("cpu", 5, "y")
+    assert config.optim.milestones == (0.2, 0.5) and config.eval.attacks == ("natural", "aa")
+
+
+WRONG = {
+    "train": "recipe",
+    "train quikstart": "Perhaps you meant quickstart",
+    "train quickstart --epochs many": "--epochs",
+    "train quickstart --epochs 0": "--epochs",
+    "train quickstart --epsilon 3": "--eps",
+    "train quickstart --eps 8": "--eps",
+    "train quickstart --eps 8/0": "zero",
+    "train quickstart --method cuer": "Perhaps you meant cure",
+    "train quickstart --model resnet19": "resnet18",
+    "train quickstart --data digit": "digits",
+    "train quickstart --data folder:nowhere": "nowhere",
+    "train quickstart --attacks pgd": "pgd20",
+    "train quickstart --device tpu": "--device",
+    "train quickstart --device cuda:99": "usable GPUs",
+    "train quickstart --init-from none.safetensors": "none.safetensors",
+    "train quickstart --val-images 1430": "--val-images",
+    "train quickstart --train-images 100000": "--train-images",
+    "train quickstart --method cure_eff --epochs 1": "--natural-epochs",
+    "train quickstart --no-revision --evaluate-revision": "--no-revision",
+    "train quickstart --beta 1 --method pgd_at": "beta",
+    "train quickstart --resume": "no run",
+    "train cifar10-resnet18 --no-download --data-root empty": "empty",
+    "eval nowhere": "nowhere",
+    "eval .": "config.json",
+    "report .": "config.json",
+    "fly": "train",
+    "data write nothing": "digits",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_input_exits_with_2_and_says_what_was_expected(words, folder, capsys):
+    try:
+        code = main(
+            [
+                *words.split(),
+                *(
+                    ["--out", "run"]
+                    if "resume" not in words and words.startswith("train q")
+                    else []
+                ),
+            ]
+        )
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    # The parser wraps its boxes at the width of the terminal.
+    text = " ".join((output.err + output.out).replace("│", " ").split())
+    assert code == 2 and WRONG[words] in text and "Traceback" not in text
+    if "init-from" not in words:
+        assert not Path("run").exists()
+
+
+def test_train_eval_and_report_on_a_run(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    assert "report: run/report.html" in capsys.readouterr().out
+    assert main(["eval", "run", "--attacks", "natural,fgsm", "--limit", "10", "--eps", "0.05"]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert list(results["models"]["trained"]["attacks"]) == ["natural", "fgsm"]
+    assert results["models"]["trained"]["attacks"]["fgsm"]["count"] == 10
+    # The same radius adds to what is there, another one starts over.
+    assert main(["eval", "run", "--attacks", "pgd1", "--limit", "20", "--eps", "0.05"]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert list(results["models"]["start"]["attacks"]) == ["natural", "fgsm", "pgd1"]
+    Path("run/report.html").unlink()
+    assert main(["report", "run"]) == 0 and Path("run/report.html").exists()
+
+
+def test_a_run_folder_serves_as_recipe_and_resumes(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    assert main(["show", "run", "--epochs", "9"]) == 0
+    assert "--epochs 9" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", "run", "--resume"]) == 0
+    assert main(["train", "run"]) == 2
+    assert main(["train", "run", "--resume", "--lr", "0.01"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_runs_without_out_get_a_folder_of_their_own(folder):
+    assert main(["train", "quickstart", *TINY]) == 0
+    assert main(["train", "quickstart", *TINY]) == 0
+    assert {p.name for p in Path("runs").iterdir()} == {
+        "quickstart-cure-s0",
+        "quickstart-cure-s0-2",
+    }
+
+
+def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    words = ["eval", "run/model.safetensors", "--attacks", "natural", "--limit", "15"]
+    assert main([*words, "--out", "evaluated"]) == 0
+    results = json.loads(Path("evaluated/results.json").read_text())
+    entry = results["models"]["model"]["attacks"]["natural"]
+    assert entry["count"] == 15 and results["model"] == "resnet-small" and results["eps"] == 0.15
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_saves_exits_with_75_and_resumes(folder):
+    words = ["train", "quickstart", "--out", "run", *TINY, "--epochs", "5000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cure_fast", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(Path().glob("run/checkpoints/checkpoint-*")):
+        time.sleep(0.05)
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "--resume" in errors and "Traceback" not in errors
+    step = max(int(p.name.split("-")[1]) for p in Path("run/checkpoints").iterdir())
+    assert step > 0
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    result = subprocess.run(
+        f"{sys.executable} -m cure_fast list | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.startswith("Recipes") and result.stderr == ""
+
+
+def test_out_of_memory_exits_with_4_and_advice(folder, monkeypatch, capsys):
+    import torch
+
+    from cure_fast import job
+
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB.")
+
+    monkeypatch.setattr(job, "train_stage", exhausted)
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 4
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_divergence_exits_with_3(folder, capsys):
+    words = [*TINY, "--epochs", "30", "--lr", "1000", "--schedule", "constant"]
+    assert main(["train", "quickstart", "--out", "run", *words]) == 3
+    assert "--lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocked", ["ffcv", "triton", "matplotlib", "tensorboard", "torchvision"])
+def test_training_works_without_an_optional_package(folder, blocked):
+    code = (
+        f"import sys; sys.modules[{blocked!r}] = None\n"
+        "from cure_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [w for w in TINY if w not in ("--loader", "resident", "--no-tensorboard")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", "quickstart", "--out", "run", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ},
+    )
+    assert result.returncode == 0, result.stderr
+    if blocked == "ffcv":
+        assert "loader: resident" in result.stdout

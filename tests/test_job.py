@@ -1,0 +1,250 @@
+"""The main job end to end on the digits: record, reproducibility, resumption, stages, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cure_fast import job
+from cure_fast.checkpoint import save_checkpoint
+from cure_fast.errors import DivergedError, InputError, StoppedError
+from cure_fast.job import train
+from cure_fast.log import read_rows
+from cure_fast.methods import METHODS, select_method
+from cure_fast.recipes import find_recipe
+from cure_fast.runs import load_config
+from cure_fast.weights import read_weights
+
+
+def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
+    """The quickstart recipe, cut down to a second or two."""
+    config = find_recipe("quickstart")
+    config = replace(
+        config,
+        data=replace(config.data, train_images=96, val_images=20, loader="resident"),
+        model=replace(config.model, width=4),
+        pretrain=replace(config.pretrain, pretrain_epochs=1),
+        attack=replace(config.attack, attack_steps=2),
+        optim=replace(config.optim, epochs=epochs, batch_size=32),
+        eval=replace(
+            config.eval,
+            attacks=("natural", "pgd2"),
+            limit=24,
+            val_attack_steps=1,
+            eval_step_size=0.1,
+        ),
+        run=replace(
+            config.run,
+            out=str(tmp_path / out),
+            cache=str(tmp_path / "cache"),
+            device="cpu",
+            tensorboard=False,
+            log_every=1,
+        ),
+    )
+    config = select_method(config, method)
+    for name, changes in sections.items():
+        config = replace(config, **{name: replace(getattr(config, name), **changes)})
+    return config
+
+
+def same_weights(a, b):
+    first, second = (read_weights(folder / "model.safetensors") for folder in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def stable_rows(folder):
+    """The rows of metrics without the times, which no two runs share."""
+    times = ("seconds", "images_per_s", "images")
+    return [
+        {k: v for k, v in row.items() if k not in times}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_leaves_the_whole_record(tmp_path, capsys):
+    config = tiny(tmp_path, settings={"evaluate_revision": True})
+    folder = train(config)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "evaluation",
+        "examples.npz",
+        "metrics.jsonl",
+        "model.safetensors",
+        "report.html",
+        "results.json",
+        "revision.safetensors",
+        "start.safetensors",
+    }
+    assert load_config(folder) == config
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["models"]) == ["trained", "start", "revision"]
+    for entry in results["models"].values():
+        assert {a["count"] for a in entry["attacks"].values()} == {24}
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [(r["stage"], r["epoch"]) for r in rows if r["event"] == "epoch"] == [
+        ("pretrain", 1),
+        ("train", 1),
+        ("train", 2),
+    ]
+    last = rows[-1]
+    assert set(last["terms"]) == {"total", "natural_ce", "adversarial_ce", "kl", "consistency"}
+    assert "linear.weight" not in last["updated"] and "conv1.weight" in last["updated"]
+    with np.load(folder / "examples.npz") as arrays:
+        assert arrays["natural"].shape == arrays["trained_adversarial"].shape
+    output = capsys.readouterr().out
+    assert "train epoch   2/2" in output and "report:" in output and "trained pgd2:" in output
+
+
+def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path):
+    a, b = (train(tiny(tmp_path, out=name)) for name in ("a", "b"))
+    assert same_weights(a, b) and stable_rows(a) == stable_rows(b)
+    c = train(tiny(tmp_path, out="c", run={"seed": 1}))
+    assert not same_weights(a, c)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_every_loader_trains_the_same_weights(tmp_path, loader):
+    if loader == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed")
+    resident = train(tiny(tmp_path, out="resident", epochs=1))
+    other = train(tiny(tmp_path, out=loader, epochs=1, data={"loader": loader, "workers": 1}))
+    assert same_weights(resident, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method, monkeypatch):
+    whole = train(tiny(tmp_path, method, out="whole"))
+    config = tiny(tmp_path, method, out="broken")
+    count = 0
+
+    def stop_in_the_second_epoch(self):
+        nonlocal count
+        count += 1
+        return count == 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "stop_on_signal", lambda: Stopping(stop_in_the_second_epoch))
+        with pytest.raises(StoppedError):
+            train(config)
+    resumed = train(config, resume=True)
+    assert same_weights(whole, resumed)
+    # The broken run took its natural start from the cache, as the whole one had made it.
+    assert stable_rows(whole) == stable_rows(resumed)
+
+
+class Stopping:
+    """Stands for the signal handler: asks the stop function instead."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def __enter__(self):
+        return lambda: self.stop(self)
+
+    def __exit__(self, *_):
+        return False
+
+
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch):
+    real = job.train_stage
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    config = tiny(tmp_path, pretrain={"pretrain_epochs": 0})
+    monkeypatch.setattr(job, "train_stage", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        train(config)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-000000001"]
+
+
+def test_pre_training_is_taken_from_the_cache(tmp_path, capsys):
+    train(tiny(tmp_path, out="a", epochs=1))
+    capsys.readouterr()
+    train(tiny(tmp_path, "trades", out="b", epochs=1))
+    assert "pre-trained earlier" in capsys.readouterr().out
+    stages = [r["stage"] for r in read_rows(tmp_path / "b/metrics.jsonl")]
+    assert stages[0] == "pretrain" and stages[-1] == "train"
+
+
+def test_init_from_takes_the_place_of_pre_training(tmp_path, capsys):
+    first = train(tiny(tmp_path, "natural", out="a", epochs=1))
+    capsys.readouterr()
+    config = tiny(tmp_path, out="b", model={"init_from": str(first / "model.safetensors")})
+    second = train(config)
+    start, given = (
+        read_weights(p) for p in (second / "start.safetensors", first / "model.safetensors")
+    )
+    assert all(torch.equal(start[k], given[k]) for k in given)
+    assert "pretrain epoch" not in capsys.readouterr().out
+
+
+def test_training_from_scratch_has_no_start(tmp_path):
+    folder = train(tiny(tmp_path, "trades", epochs=1, pretrain={"pretrain_epochs": 0}))
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["models"]) == ["trained"]
+
+
+def test_another_configuration_cannot_resume(tmp_path):
+    train(tiny(tmp_path, epochs=1))
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.1 in the run, 0\.2 asked for"):
+        train(tiny(tmp_path, epochs=1, optim={"lr": 0.2}), resume=True)
+    with pytest.raises(InputError, match=r"settings\.beta"):
+        train(tiny(tmp_path, epochs=1, settings={"beta": 1.0}), resume=True)
+
+
+def test_a_finished_run_resumes_to_its_results(tmp_path):
+    folder = train(tiny(tmp_path, epochs=1))
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "report.html").unlink()
+    assert train(tiny(tmp_path, epochs=1, data={"loader": "torch"}), resume=True) == folder
+    assert (folder / "report.html").exists()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    train(tiny(tmp_path, epochs=1))
+    with pytest.raises(InputError, match="new or empty"):
+        train(tiny(tmp_path, epochs=1))
+
+
+def test_divergence_is_named_with_advice(tmp_path):
+    with pytest.raises(DivergedError, match=r"not finite.*--lr"):
+        train(
+            tiny(
+                tmp_path,
+                "pgd_at",
+                optim={"lr": 1000.0, "schedule": "constant"},
+                epochs=30,
+                pretrain={"pretrain_epochs": 0},
+            )
+        )
+
+
+def test_damaged_checkpoints_are_skipped_and_said(tmp_path, capsys):
+    folder = train(tiny(tmp_path))
+    newest = sorted((folder / "checkpoints").iterdir())[-1] / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(tiny(tmp_path), resume=True)
+    assert "skipped checkpoint-000000006" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    save_checkpoint(folder / "checkpoints", 99, {"model": {}}, {})
+    with pytest.raises(InputError, match="another run or version"):
+        train(config, resume=True)
