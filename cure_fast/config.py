@@ -91,9 +91,9 @@ class DataConfig:
     val_images: int = 1000
     """Images held out of the training set to pick the best checkpoint, at least one per class."""
     split_seed: int = 0
-    """Seed of the draw of training and validation images."""
+    """Seed of the draw of training and validation images, 0 or more."""
     crop_padding: int = 4
-    """Training augmentation: zero padding in pixels before a random crop; 0 turns it off."""
+    """Training augmentation: zero padding in pixels, 0 to 64, before a random crop; 0 for none."""
     flip: bool = True
     """Training augmentation: mirror each image left to right with probability 1/2."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
@@ -142,11 +142,11 @@ class PretrainConfig:
     """Natural training before the method starts (skipped with --init-from)."""
 
     pretrain_epochs: int = 0
-    """Epochs of natural pre-training; 0 skips the stage."""
+    """Epochs of natural pre-training, 0 or more; 0 skips the stage."""
     pretrain_lr: float = 0.1
-    """Peak learning rate of the stage."""
+    """Peak learning rate of the stage, above 0."""
     pretrain_weight_decay: float = 5e-4
-    """Weight decay of the stage."""
+    """Weight decay of the stage, 0 to 1."""
     pretrain_schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
     """Learning-rate schedule of the stage, with the milestones of --milestones."""
 
@@ -162,11 +162,11 @@ class AttackConfig:
     """The L-inf attack inside each training step."""
 
     eps: float = 8 / 255
-    """Radius of the L-inf ball in pixel units of [0, 1]; a decimal or a fraction such as 8/255."""
+    """Radius of the L-inf ball in pixel units, 0 to 1; a decimal or a fraction such as 8/255."""
     step_size: float = 2 / 255
-    """Length of one attack step in pixel units of [0, 1]."""
+    """Length of one attack step in pixel units, 0 to 1."""
     attack_steps: int = 10
-    """Number of attack steps."""
+    """Number of attack steps, 0 to 1000."""
     start: Literal["normal", "uniform", "zero"] = "normal"
     """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
     attack_mode: Literal["eval", "train"] = "eval"
@@ -184,19 +184,19 @@ class OptimConfig:
     """Optimiser and schedule."""
 
     epochs: int = 200
-    """Passes over the training images."""
+    """Passes over the training images, 1 or more."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, 1 or more."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser: SGD with momentum, or Adam (which the public CURE code takes for DeiT)."""
     lr: float = 0.1
-    """Peak learning rate."""
+    """Peak learning rate, above 0."""
     momentum: float = 0.9
     """Momentum of SGD, in [0, 1)."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty added to the gradient."""
+    """L2 penalty, 0 to 1, whose gradient is added: weight decay times weight."""
     schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
     """Learning rate: multistep multiplies by --lr-decay at each milestone; onecycle rises linearly
     for a quarter of the run, then falls linearly to zero; cosine falls to zero."""
@@ -237,21 +237,21 @@ class EvalConfig:
     attacks: tuple[str, ...] = ("natural", "pgd20", "cw20")
     """Attacks on the test images: natural, pgdK, cwK (K steps), aa (AutoAttack standard)."""
     eval_eps: float | None = None
-    """Radius of these attacks in pixel units of [0, 1]; None takes --eps."""
+    """Radius of these attacks in pixel units, 0 to 1; None takes --eps."""
     eval_step_size: float | None = None
     """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
     8/255 is within 5 % of the 0.003 that the compared codes use."""
     limit: int | None = None
-    """Test images to use, the first ones; None takes all."""
+    """Test images to use, the first ones, 1 or more; None takes all."""
     aa_limit: int | None = None
     """Test images for AutoAttack alone, the first ones; None takes --limit."""
     eval_batch_size: int = 256
     """Images per batch of an attack; changes the time, not the result, but for aa, which draws its
     random starts per batch."""
     val_every: int = 1
-    """Epochs between validations."""
+    """Epochs between validations, 1 or more."""
     val_attack_steps: int = 10
-    """PGD steps of the validation attack."""
+    """PGD steps of the validation attack, 1 to 1000."""
 
     def __post_init__(self) -> None:
         if self.eval_eps is not None:
@@ -279,16 +279,16 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
     seed: int = 0
-    """Seed of the weights, the batch order, the augmentation and the attacks."""
+    """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of training: auto is bf16 on GPUs that have it, fp16 with loss scaling on others,
     float32 on the CPU. Evaluation is always float32."""
     deterministic: bool = False
     """Use deterministic GPU algorithms (slower)."""
     log_every: int = 20
-    """Steps between rows of step metrics."""
+    """Steps between rows of step metrics, 1 or more."""
     checkpoint_every: int = 1
-    """Epochs between checkpoints."""
+    """Epochs between checkpoints, 1 or more."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     cache: str = "~/.cache/cure-fast"
@@ -332,7 +332,7 @@ class EvalArgs:
     """Attacks, with commas: natural, pgdK, cwK (K steps), aa (AutoAttack standard); None takes the
     run's own, or natural,pgd20,cw20 for a file."""
     limit: int | None = None
-    """Test images to use, the first ones; None takes all."""
+    """Test images to use, the first ones, 1 or more; None takes all."""
     eps: float | None = None
     """Radius in pixel units of [0, 1], such as 8/255; None takes the run's, or 8/255 for a file."""
     step_size: float | None = None

@@ -100,7 +100,17 @@ def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
         if validation["robust"] is not None:
             parts.append(f"val {validation['attack']} {validation['robust']:.1f} %")
     parts += [f"lr {row['lr']:.4f}", f"{row['images_per_s']:,.0f} images/s"]
+    left = (epochs - row["epoch"]) * row["seconds"]
+    if left:
+        parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as ``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

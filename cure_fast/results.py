@@ -209,10 +209,15 @@ def attack_model(
 
 
 def result_line(name: str, result: AttackResult) -> str:
-    """Return the plain line of a finished attack."""
+    """Return the plain line of a finished attack: its count, its settings, its time."""
+    shown = [result.precision]
+    for key, word in (("eps", "eps"), ("step_size", "step"), ("seed", "seed")):
+        if key in result.settings:
+            value = result.settings[key]
+            shown.append(f"{word} {format_pixel(value) if key != 'seed' else value}")
     return (
-        f"{name} {result.attack}: {result.accuracy:.1f} % ({result.correct} of {result.count}), "
-        f"{result.seconds:.1f} s{'' if result.reliable else ', unreliable'}"
+        f"{name} {result.attack}: {result.accuracy:.1f} % ({result.correct} of {result.count}; "
+        f"{', '.join(shown)}), {result.seconds:.1f} s{'' if result.reliable else ', unreliable'}"
     )
 
 

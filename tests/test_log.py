@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from cure_fast.log import RunLog, drop_rows_from, epoch_line, read_rows
+from cure_fast.log import RunLog, drop_rows_from, duration, epoch_line, read_rows
 
 
 def row(epoch, step):
@@ -70,6 +71,18 @@ def test_tensorboard_events_are_written_and_its_failure_costs_one_warning(tmp_pa
     log.close()
     assert capsys.readouterr().err.count("warning") == 1
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.4, "4 s"), (89, "89 s"), (700, "12 min"), (12_600, "3.5 h")]
+)
+def test_times_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_line_says_how_long_the_stage_still_takes():
+    assert epoch_line("train", 3, row(1, 5)).endswith("2 s left")
+    assert "left" not in epoch_line("train", 3, row(3, 15))
 
 
 def test_the_line_of_natural_training_has_no_robust_accuracy():

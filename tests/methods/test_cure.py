@@ -77,7 +77,7 @@ def masked_gradients(run, x, x_adv, y):
     return {n: float(t.detach()) for n, t in terms.items()}, grads
 
 
-def follow(run, steps):
+def assert_follows_transcription(run, steps):
     """Train ``steps`` steps and check every quantity of each against the transcription."""
     settings = asdict(run.settings)
     w = weights(run.model)
@@ -179,12 +179,12 @@ def test_three_steps_of_each_preset(preset):
         run.config = tiny.replace(
             run.config, attack=tiny.replace(run.config.attack, eps=0.1, step_size=0.03)
         )
-    follow(run, 3)
+    assert_follows_transcription(run, 3)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_three_steps_of_each_setting(settings):
-    follow(tiny.tiny_run("cure", **{"revision_rate": 0.5, **settings}), 3)
+    assert_follows_transcription(tiny.tiny_run("cure", **{"revision_rate": 0.5, **settings}), 3)
 
 
 def test_presets_are_the_columns_of_the_table():
