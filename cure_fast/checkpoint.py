@@ -57,6 +57,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
     return final
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether a checkpoint was ever finished in ``folder``, valid or not."""
+    return any(folder.glob(f"{PREFIX}*"))
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the state of the newest valid checkpoint, and why newer ones were skipped.
 
@@ -72,7 +77,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return state, skipped
     reasons = "; ".join(skipped) or "none was written"
-    raise InputError(f"no valid checkpoint in {folder}: {reasons}. Start the run without --resume.")
+    raise InputError(
+        f"no valid checkpoint in {folder}: {reasons}. "
+        "Start anew with another --out, or delete the folder."
+    )
 
 
 def check_checkpoint(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import get_args, get_origin
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from cure_fast.config import Config, EvalArgs, format_pixel, parse_fraction
+from cure_fast.config import Config, DataWriteArgs, EvalArgs, format_pixel, parse_fraction
 from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError
 
 EXIT_CODES = (
@@ -47,7 +47,9 @@ def registry() -> tyro.constructors.ConstructorRegistry:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="A,B,...",
-            instance_from_str=lambda words: tuple(item(w) for w in words[0].split(",") if w),
+            instance_from_str=lambda words: tuple(
+                item(w) for w in words[0].replace(" ", "").split(",") if w
+            ),
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [",".join(map(str, value))],
         )
@@ -67,7 +69,7 @@ def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
     """
     from pathlib import Path
 
-    from cure_fast.methods import select_method
+    from cure_fast.methods import find_method, select_method
     from cure_fast.recipes import RECIPES, find_recipe, with_out
     from cure_fast.runs import load_config
 
@@ -79,7 +81,7 @@ def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
     if method is not None:
         config = select_method(config, method)
     about = inspect.getdoc(RECIPES[recipe]) if recipe in RECIPES else f"The run in {recipe}."
-    return tyro.cli(
+    config = tyro.cli(
         OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
         default=config,
         args=list(flags),
@@ -88,6 +90,8 @@ def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
         f"continues the run in --out, or the newest of this recipe, method and seed. {EXIT_CODES}",
         registry=registry(),
     )
+    find_method(config.method).check(config)
+    return config
 
 
 def flag_value(flags: Sequence[str], name: str) -> str | None:
@@ -149,19 +153,19 @@ def report(run: Positional[str]) -> None:
     print(f"report: {write_report(Path(run))}")
 
 
-def data_write(
-    data: Positional[str], data_root: str = "data", cache: str = "~/.cache/cure-fast"
-) -> None:
-    """Write a data set as a checked FFCV file; training does this by itself on first use.
+def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> None:
+    """Write the training images of a data set as a checked FFCV file, ahead of training.
+
+    Training reads the file of its own training split: with the same flags as here it finds this
+    one, and with others it writes its own on first use.
 
     Args:
         data: Data set: cifar10, cifar100, svhn, digits or folder:PATH.
-        data_root: Folder that holds the data sets, or receives them when they are downloaded.
-        cache: Folder for the FFCV file and its manifest.
+        args: Which images, and where to.
     """
     from cure_fast.listing import write_data
 
-    write_data(data, data_root, cache)
+    write_data(data, args)
 
 
 def list_all() -> None:
@@ -230,9 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CureFastError as error:
         return fail(error)
     except KeyboardInterrupt:
-        print(
-            "cure-fast: interrupted; --resume continues from the last checkpoint", file=sys.stderr
-        )
+        print("cure-fast: interrupted; what was saved can be continued", file=sys.stderr)
         return 75
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at exit.
@@ -243,15 +245,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(InputError(f"{what}{error.strerror or error}."))
     except Exception as error:
         if is_out_of_memory(error):
-            return fail(MemoryExhaustedError(f"{error} Try a smaller --batch-size, or --amp bf16."))
+            return fail(
+                MemoryExhaustedError(
+                    f"{error} Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
+                )
+            )
         raise
     return 0
 
 
 def fail(error: CureFastError) -> int:
     """Print the error in a line and return its exit code."""
-    hint = " Continue with --resume." if error.code == 75 else ""
-    print(f"cure-fast: {error}{hint}", file=sys.stderr)
+    print(f"cure-fast: {error}", file=sys.stderr)
     return error.code
 
 
@@ -260,4 +265,7 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

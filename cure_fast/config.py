@@ -89,7 +89,7 @@ class DataConfig:
     train_images: int | None = None
     """Number of training images to use, drawn evenly over the classes; None takes all."""
     val_images: int = 1000
-    """Images held out of the training set to pick the best checkpoint, at least one per class."""
+    """Images held out of the training set to pick the best checkpoint, 1 or more per class."""
     split_seed: int = 0
     """Seed of the draw of training and validation images, 0 or more."""
     crop_padding: int = 4
@@ -223,10 +223,10 @@ class OptimConfig:
             "increasing fractions of the run, each between 0 and 1",
         )
         check(
-            not self.nesterov or self.momentum > 0,
+            not self.nesterov or (self.momentum > 0 and self.optimizer == "sgd"),
             "nesterov",
             True,
-            "a positive --momentum with it",
+            "--optimizer sgd and a positive --momentum with it",
         )
 
 
@@ -246,8 +246,8 @@ class EvalConfig:
     aa_limit: int | None = None
     """Test images for AutoAttack alone, the first ones; None takes --limit."""
     eval_batch_size: int = 256
-    """Images per batch of an attack; changes the time, not the result, but for aa, which draws its
-    random starts per batch."""
+    """Images per batch of an attack, 1 or more; changes the time, not the result, but for aa, which
+    draws its random starts per batch."""
     val_every: int = 1
     """Epochs between validations, 1 or more."""
     val_attack_steps: int = 10
@@ -331,26 +331,69 @@ class EvalArgs:
     attacks: tuple[str, ...] | None = None
     """Attacks, with commas: natural, pgdK, cwK (K steps), aa (AutoAttack standard); None takes the
     run's own, or natural,pgd20,cw20 for a file."""
-    limit: int | None = None
-    """Test images to use, the first ones, 1 or more; None takes all."""
+    limit: int | Literal["all"] | None = None
+    """Test images to use, the first ones, 1 or more, or the word all; None takes the run's own, or
+    all for a file."""
+    aa_limit: int | Literal["all"] | None = None
+    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all for
+    all of those; None takes the run's own, or all for a file."""
     eps: float | None = None
-    """Radius in pixel units of [0, 1], such as 8/255; None takes the run's, or 8/255 for a file."""
+    """Radius in pixel units of [0, 1], such as 8/255; None takes the run's own, or for a file the
+    one it was trained with where it says so, else 8/255."""
     step_size: float | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; None takes the run's, or a tenth of eps."""
-    batch_size: int = 256
+    """Step of pgdK and cwK in pixel units of [0, 1]; None takes the run's own, or a tenth of eps
+    for a file or where the run has none."""
+    batch_size: int | None = None
     """Images per batch; changes the time, not the result, but for aa, which draws its random starts
-    per batch."""
+    per batch; None takes the run's own, or 256 for a file."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
-    seed: int = 0
-    """Seed of the attacks' random starts."""
+    seed: int | None = None
+    """Seed of the attacks' random starts, 0 or more; None takes the run's own, or 0 for a file."""
+    data_root: str | None = None
+    """Folder that holds the data sets; None takes the run's own, or data for a file."""
     data: str | None = None
-    """Data set, for a file that does not say it."""
-    data_root: str = "data"
-    """Folder that holds the data sets."""
+    """For a file alone: data set of the test images; None takes the one it says."""
     model: str | None = None
-    """Architecture, for a file that does not say it."""
+    """For a file alone: architecture; None takes the one it says."""
     width: int | None = None
-    """Width of the architecture, for a file that does not say it; None takes the published."""
+    """For a file alone: width of the architecture; None takes what it says, else the published."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """For a file alone: first layer, 3x3 stride 1 (cifar) or 7x7 stride 2 and max-pool (imagenet);
+    None takes what it says, else cifar."""
+    normalize: Literal["none", "dataset"] | None = None
+    """For a file alone: whether the model first takes the data set's mean and deviation out; None
+    takes what it says, else none."""
     out: str | None = None
-    """Folder for results.json and resumable states of a file; None keeps nothing."""
+    """For a file alone: folder for results.json and resumable states; None keeps nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "aa_limit"):
+            if getattr(self, name) not in (None, "all"):
+                check_range(self, name, 1)
+        bounds = {
+            "eps": (0, 1),
+            "step_size": (0, 1),
+            "batch_size": (1, 1_000_000),
+            "seed": (0, 2**63 - 1),
+            "width": (1, 4096),
+        }
+        for name, (low, high) in bounds.items():
+            if getattr(self, name) is not None:
+                check_range(self, name, low, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataWriteArgs:
+    """Arguments of ``cure-fast data write``, beside the data set."""
+
+    data_root: str = "data"
+    """Folder that holds the data sets, or receives them when they are downloaded."""
+    train_images: int | None = None
+    """Number of training images, 1 or more, as for training; None takes all but --val-images."""
+    val_images: int = 1000
+    """Images held out of the training set, 1 or more, as for training."""
+    split_seed: int = 0
+    """Seed of the draw of training and validation images, 0 or more, as for training."""
+    cache: str = "~/.cache/cure-fast"
+    """Folder for the FFCV file and its manifest."""

@@ -95,6 +95,8 @@ def choose_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype that training computes in, ``None`` for float32."""
     if amp == "off" or (amp == "auto" and device.type == "cpu"):
         return None
-    if amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported()):
+    if amp == "bf16":
         return torch.bfloat16
-    return torch.float16
+    # From Ampere (8.0) on; torch also emulates it on older GPUs, slowly, and calls that support.
+    native = amp == "auto" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float16

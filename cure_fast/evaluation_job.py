@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cure_fast.config import EvalArgs, EvalConfig
+from cure_fast.config import Config, EvalArgs, EvalConfig
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 from cure_fast.evaluate import trust_warnings
@@ -14,8 +14,9 @@ from cure_fast.loaders import read_dataset
 from cure_fast.results import (
     FORMAT,
     attack_model,
-    evaluate_run,
+    keep_results,
     load_model,
+    measure_run,
     model_entry,
     print_results,
 )
@@ -24,50 +25,101 @@ from cure_fast.signals import stop_on_signal
 from cure_fast.weights import read_metadata
 
 DEFAULT_EPS = 8 / 255
+# Flags that describe a file of weights; a run folder says all this itself.
+FILE_FLAGS = ("data", "model", "width", "stem", "normalize", "out")
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
-    """Attack the models of a run and write its ``results.json`` and ``report.html`` again."""
-    config = load_config(folder)
+    """Attack the models of a run; its record and report change only where they get no worse."""
+    given = [f"--{name}" for name in FILE_FLAGS if getattr(args, name) is not None]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "
+            "this itself. Leave it out, or name the file, such as "
+            f"{folder / 'model.safetensors'}."
+        )
+    own = load_config(folder)
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
-    settings = replace(
-        config.eval,
-        attacks=args.attacks or config.eval.attacks,
-        limit=args.limit if args.limit is not None else config.eval.limit,
-        eval_eps=args.eps if args.eps is not None else config.eval.eval_eps,
-        eval_step_size=args.step_size if args.step_size is not None else config.eval.eval_step_size,
-        eval_batch_size=args.batch_size,
-    )
-    config = replace(config, eval=settings)
-    test = read_dataset(config.data.data, Path(config.data.data_root).expanduser(), "test")
+    config = changed_config(own, args)
+    root = own.data.data_root if args.data_root is None else args.data_root
+    test = read_dataset(own.data.data, Path(root).expanduser(), "test")
     with stop_on_signal() as stop:
-        results = evaluate_run(folder, config, test, choose_device(args.device), stop)
-    print_results(results)
+        measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+    kept = keep_results(folder, own, measured, examples)
+    if kept.aside is not None:
+        print_results(measured)
+        print(
+            "not all of this is in the run's record, which keeps its own radius, step and seed and "
+            f"the larger number of images: {kept.aside}"
+        )
+    if kept.record is not None and (kept.changed or kept.aside is None):
+        print_results(kept.record)
+    if not kept.changed:
+        print(f"unchanged: {folder / 'results.json'}")
+        return
     from cure_fast.report import write_report
 
     print(f"report: {write_report(folder)}")
+
+
+def changed_config(config: Config, args: EvalArgs) -> Config:
+    """Return the run's configuration with what the arguments say of the evaluation."""
+    settings = config.eval
+    changed = replace(
+        settings,
+        attacks=args.attacks or settings.attacks,
+        limit=_count(args.limit, settings.limit),
+        aa_limit=_count(args.aa_limit, settings.aa_limit),
+        eval_eps=settings.eval_eps if args.eps is None else args.eps,
+        eval_step_size=settings.eval_step_size if args.step_size is None else args.step_size,
+        eval_batch_size=settings.eval_batch_size if args.batch_size is None else args.batch_size,
+    )
+    seed = config.run.seed if args.seed is None else args.seed
+    return replace(config, eval=changed, run=replace(config.run, seed=seed))
+
+
+def _count(given: int | str | None, own: int | None) -> int | None:
+    """Return a number of images, None for all, from a flag that may hold the word all."""
+    if given is None:
+        return own
+    return given if isinstance(given, int) else None
+
+
+def described(path: Path, args: EvalArgs) -> tuple[dict[str, str], str]:
+    """Return what file and flags say of the network in a file, and the data set to test it on."""
+    metadata = read_metadata(path)
+    told = metadata.get("data")
+    for name in ("model", "width", "stem", "normalize"):
+        value = getattr(args, name)
+        if value is not None:
+            metadata[name] = str(value)
+    data = args.data or told
+    if not data:
+        raise InputError(f"{path}: the file does not say its data set; name it with --data.")
+    # The network takes out the mean of the images it was trained on, whatever it is tested on.
+    return metadata | {"data": told or data}, data
 
 
 def evaluate_file(path: Path, args: EvalArgs) -> None:
     """Attack the network in a file of weights."""
     if not path.exists():
         raise InputError(f"{path}: expected a run folder or a file of weights; there is none.")
-    metadata = read_metadata(path)
-    given = {"model": args.model, "data": args.data, "width": args.width}
-    metadata |= {name: str(value) for name, value in given.items() if value is not None}
-    if "data" not in metadata:
-        raise InputError(f"{path}: the file does not say its data set; name it with --data.")
-    test = read_dataset(metadata["data"], Path(args.data_root).expanduser(), "test")
+    metadata, data = described(path, args)
+    root = "data" if args.data_root is None else args.data_root
+    test = read_dataset(data, Path(root).expanduser(), "test")
     metadata.setdefault("num_classes", str(len(test.classes)))
     model = load_model(path, metadata)
     eps = args.eps if args.eps is not None else float(metadata.get("eps", DEFAULT_EPS))
+    step_size = eps / 10 if args.step_size is None else args.step_size
     settings = EvalConfig(
         attacks=args.attacks or ("natural", "pgd20", "cw20"),
-        limit=args.limit,
-        eval_step_size=args.step_size,
-        eval_batch_size=args.batch_size,
+        limit=_count(args.limit, None),
+        aa_limit=_count(args.aa_limit, None),
+        eval_step_size=step_size,
+        eval_batch_size=EvalConfig.eval_batch_size if args.batch_size is None else args.batch_size,
     )
+    seed = 0 if args.seed is None else args.seed
     out = None if args.out is None else Path(args.out)
     with stop_on_signal() as stop:
         device = choose_device(args.device)
@@ -77,7 +129,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
             settings,
             eps=eps,
             device=device,
-            seed=args.seed,
+            seed=seed,
             state_dir=None if out is None else out / "evaluation",
             weights=file_hash(path),
             name=path.stem,
@@ -88,16 +140,18 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
         "recipe": metadata.get("recipe", ""),
         "method": metadata.get("method", ""),
         "model": metadata["model"],
-        "data": metadata["data"],
+        "data": data,
         "classes": list(test.classes),
         "test_images": len(test),
         "eps": eps,
-        "step_size": args.step_size,
+        "step_size": step_size,
+        "seed": seed,
         "paper": None,
         "models": {path.stem: model_entry(path.name, attacks)},
         "warnings": list(trust_warnings(attacks)),
     }
     print_results(results)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "results.json", {**results, "arguments": asdict(args)})
         print(f"results: {out / 'results.json'}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,28 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+@contextmanager
+def locked(path: Path, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` for the block; the system lets go of it when the process ends.
+
+    Args:
+        path: lock file, made when absent and left there.
+        wait: called once where another process holds the lock, before waiting for it; None refuses.
+
+    Raises:
+        BlockingIOError: if another process holds it and ``wait`` is None.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                raise
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush(path: Path) -> None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cure_fast.checkpoint import load_checkpoint, save_checkpoint
+import cure_fast
+from cure_fast.checkpoint import has_checkpoints, load_checkpoint, save_checkpoint
 from cure_fast.config import Config, MethodSettings, PretrainConfig
 from cure_fast.config_json import digest, to_dict
 from cure_fast.environment import choose_device, choose_dtype
-from cure_fast.errors import DivergedError, InputError
+from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.evaluate import evaluate
-from cure_fast.loaders import DATASETS, ImageSet, Loader, make_loader, read_dataset, split_train
-from cure_fast.log import RunLog
+from cure_fast.files import locked
+from cure_fast.loaders import ImageSet, Loader, make_loader, read_dataset, split_train
+from cure_fast.log import RunLog, drop_rows_from
 from cure_fast.methods import find_method
-from cure_fast.models import ImageClassifier, build_model
+from cure_fast.model_build import build_for_data
+from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.results import evaluate_run, print_results
-from cure_fast.runs import check_same_run, run_folder, start_record
+from cure_fast.runs import check_same_run, own_folder, run_folder, start_record
 from cure_fast.signals import stop_on_signal
 from cure_fast.trainer import Run, advice, build_run, fit
 from cure_fast.weights import load_into, read_weights, save_weights
@@ -52,19 +57,15 @@ def read_data(config: Config) -> Data:
 
 def new_model(config: Config, num_classes: int) -> ImageClassifier:
     """Return the configured network with weights drawn from the run's seed, on the CPU."""
-    normalize = None
-    if config.model.normalize == "dataset":
-        info = DATASETS.get(config.data.data)
-        # An image folder has no published statistics; half and half maps [0, 1] to [-1, 1].
-        normalize = (info.mean, info.std) if info else ((0.5,) * 3, (0.5,) * 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return build_model(
+        return build_for_data(
             config.model.model,
+            data=config.data.data,
             num_classes=num_classes,
             width=config.model.width,
             stem=config.model.stem,
-            normalize=normalize,
+            normalize=config.model.normalize,
         )
 
 
@@ -79,12 +80,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
         CureFastError: with the exit code that the command line documents.
     """
     device = choose_device(config.run.device)
-    torch.backends.cudnn.benchmark = not config.run.deterministic
-    torch.backends.cudnn.deterministic = config.run.deterministic
+    set_determinism(config.run.deterministic)
     find_method(config.method).check(config)
-    folder = run_folder(config, resume=resume)
+    check_model(config)
+    named = run_folder(config, resume=resume)
     if resume:
-        check_same_run(folder, config)
+        check_same_run(named, config)
     with stop_on_signal() as stop:
         data = read_data(config)
         print(
@@ -94,16 +95,79 @@ def train(config: Config, *, resume: bool = False) -> Path:
         loader = open_loader(config, data, device)
         print(f"loader: {loader.reason}")
         model = new_model(config, len(data.train.classes))
+        if config.model.init_from is not None:
+            load_into(model, read_weights(config.model.init_from), source=config.model.init_from)
+        if stop():
+            raise StoppedError("stopped before training began; nothing is to be continued.")
         # Everything that can be wrong with the input has been seen; only now is anything written.
-        start_record(folder, config, loader.reason)
-        take_start(config, data, model, folder, device, stop)
-        train_stage(config, data, model, loader, folder, "train", device, stop)
-        results = evaluate_run(folder, config, data.test, device, stop)
+        with (
+            own_folder(config, resume=resume) as folder,
+            careful_convolutions(data, config, device),
+        ):
+            start_record(folder, config, loader.reason)
+            try:
+                results = run_stages(config, data, model, loader, folder, device, stop)
+            except StoppedError as error:
+                remedy = f"continue with: cure-fast train {folder} --resume"
+                raise StoppedError(f"{error}; {remedy}") from error
     print_results(results)
     from cure_fast.report import write_report
 
     print(f"report: {write_report(folder)}")
     return folder
+
+
+def run_stages(
+    config: Config,
+    data: Data,
+    model: ImageClassifier,
+    loader: Loader,
+    folder: Path,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Take the start, train and evaluate, each from where an earlier call left it."""
+    take_start(config, data, model, folder, device, stop)
+    train_stage(config, data, model, loader, folder, "train", device, stop)
+    return evaluate_run(folder, config, data.test, device, stop)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Choose between the fastest GPU algorithms and those that give the same result each time."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def check_model(config: Config) -> None:
+    """Raise ``InputError`` for a model that cannot be built, before any data is read."""
+    with torch.device("meta"):
+        new_model(config, num_classes=2)
+
+
+@contextmanager
+def careful_convolutions(data: Data, config: Config, device: torch.device) -> Iterator[None]:
+    """Switch oneDNN off where its weight gradients were seen to corrupt memory.
+
+    Convolutions with fewer than ten channels on images above 40 pixels crashed with torch 2.11 on
+    a CPU with AVX-512, and never without oneDNN (docs/log.md).
+    """
+    size = data.train.images.shape[1]
+    width = MODELS[config.model.model].default_width
+    width = config.model.width if config.model.width is not None else width
+    wide = config.model.model.startswith("wrn")
+    risky = device.type == "cpu" and size > 40 and width < 16 and not wide
+    if risky:
+        print(f"oneDNN is off: it is not safe for width {width} on {size}-pixel images; slower")
+    former = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = former and not risky
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = former
 
 
 def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
@@ -135,13 +199,13 @@ def take_start(
         load_into(model, read_weights(kept), source=str(kept))
         return
     if config.model.init_from is not None:
-        source = Path(config.model.init_from).expanduser()
-        print(f"start: weights of {source}")
+        # Already loaded, when the input was checked.
+        print(f"start: weights of {config.model.init_from}")
     elif config.pretrain.pretrain_epochs:
-        source = pretrain(config, data, folder, device, stop)
+        weights = pretrain(config, data, folder, device, stop)
+        load_into(model, read_weights(weights), source=str(weights))
     else:
         return
-    load_into(model, read_weights(source), source=str(source))
     save_weights(model, kept, weights_metadata(config, data))
 
 
@@ -154,30 +218,46 @@ def pretrain(
     metrics, so that its report shows them whether they ran now or earlier.
     """
     staged = natural_stage(config)
-    decisive = {
-        **{name: to_dict(staged)[name] for name in ("model", "optim")},
-        "seed": config.run.seed,
-        "dtype": str(choose_dtype(config.run.amp, device)),
-        "device": device.type,
-        "images": data.train.checksum() + data.val.checksum(),
-        "crop_padding": config.data.crop_padding,
-        "flip": config.data.flip,
-        "torch": torch.__version__,
-    }
-    cached = Path(config.run.cache).expanduser() / "pretrained" / digest(decisive)
+    cached = Path(config.run.cache).expanduser() / "pretrained" / pretrain_key(staged, data, device)
     cached.mkdir(parents=True, exist_ok=True)
     weights, done = cached / "model.safetensors", cached / "done"
-    if done.exists():
-        print(f"start: naturally pre-trained earlier, {weights}")
-    else:
-        model = new_model(staged, len(data.train.classes))
-        loader = open_loader(staged, data, device)
-        train_stage(staged, data, model, loader, cached, "pretrain", device, stop)
-        done.touch()
-        shutil.rmtree(cached / "checkpoints")
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as target:
-        target.write((cached / "metrics.jsonl").read_text(encoding="utf-8"))
+    with locked(
+        cached / "lock", wait=lambda: print("start: waiting for another run that pre-trains it")
+    ):
+        if done.exists():
+            print(f"start: naturally pre-trained earlier, {weights}")
+        else:
+            model = new_model(staged, len(data.train.classes))
+            loader = open_loader(staged, data, device)
+            train_stage(staged, data, model, loader, cached, "pretrain", device, stop)
+            done.touch()
+            shutil.rmtree(cached / "checkpoints")
+        metrics = folder / "metrics.jsonl"
+        # A run that was killed right here has some of these rows already.
+        drop_rows_from(metrics, "pretrain", 0)
+        with metrics.open("a", encoding="utf-8") as target:
+            target.write((cached / "metrics.jsonl").read_text(encoding="utf-8"))
     return weights
+
+
+def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
+    """Return the name of the cache folder: a digest of all that decides the stage's weights."""
+    values = to_dict(staged)
+    return digest(
+        {
+            "model": values["model"],
+            "optim": values["optim"],
+            "seed": staged.run.seed,
+            "deterministic": staged.run.deterministic,
+            "val_every": staged.eval.val_every,
+            "dtype": str(choose_dtype(staged.run.amp, device)),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "images": data.train.checksum() + data.val.checksum(),
+            "crop_padding": staged.data.crop_padding,
+            "flip": staged.data.flip,
+            "versions": [torch.__version__, cure_fast.__version__],
+        }
+    )
 
 
 def natural_stage(config: Config) -> Config:
@@ -213,7 +293,8 @@ def train_stage(
     model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = build_run(config, model, loader, device)
     checkpoints = folder / "checkpoints"
-    if checkpoints.exists():
+    # A folder without a single finished checkpoint is of a run that was killed before its first.
+    if has_checkpoints(checkpoints):
         continue_from(run, checkpoints)
         print(f"{stage}: resumed after step {run.step}")
     log = RunLog(
@@ -252,7 +333,8 @@ def continue_from(run: Run, checkpoints: Path) -> None:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{checkpoints}: the newest checkpoint is of another run or version "
-            f"({type(error).__name__}: {error}). Start anew with another --out."
+            f"({type(error).__name__}: {error}). "
+            "Start anew with another --out, or delete the folder."
         ) from error
 
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cure_fast.config import Config, format_pixel
+from cure_fast.config import Config, DataWriteArgs, format_pixel
 from cure_fast.evaluate import ATTACKS
-from cure_fast.loaders import DATASETS, read_dataset
+from cure_fast.loaders import DATASETS, read_dataset, split_train
 from cure_fast.methods import METHODS
 from cure_fast.models import MODELS
 from cure_fast.recipes import RECIPES
@@ -74,12 +74,15 @@ def show_value(name: str, value: Any) -> str:
     return str(value)
 
 
-def write_data(data: str, data_root: str, cache: str) -> None:
-    """Write the training images of a data set as an FFCV file and say where it is."""
+def write_data(data: str, args: DataWriteArgs) -> None:
+    """Write a data set's training split as an FFCV file and say where it is."""
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
-    images = read_dataset(data, Path(data_root).expanduser(), "train")
-    path = ensure_beton(images, Path(cache).expanduser())
+    whole = read_dataset(data, Path(args.data_root).expanduser(), "train")
+    images, _ = split_train(
+        whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
+    )
+    path = ensure_beton(images, Path(args.cache).expanduser())
     seconds = time.monotonic() - started
     print(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")

@@ -96,7 +96,11 @@ class Measurement:
             )
             robust, seconds = outcome.robust, outcome.seconds
             warnings += self.masking + outcome.warnings
-            settings = settings | {"robust_after": outcome.robust_after}
+            # For ratios to the natural accuracy, where aa sees a part of the images.
+            settings = settings | {
+                "robust_after": outcome.robust_after,
+                "natural_correct": int(natural[:count].sum()),
+            }
         elif spec.family == "natural":
             robust = natural
         else:

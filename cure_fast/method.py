@@ -36,6 +36,10 @@ class Policy:
     def on_step(self, run: Run) -> None:
         """Act after the optimiser's step."""
 
+    def epoch_metrics(self, run: Run) -> dict[str, Any]:
+        """Return what the epoch's row of metrics shall hold of this policy."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold: tensors and plain values."""
         return {}

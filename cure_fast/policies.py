@@ -82,6 +82,10 @@ class Revision(Policy):
         """Return the decay at 0-based ``step``; the public code's bound counts steps from 1."""
         return min(1 - 1 / (step + 2), self.decay) if self.warmup else self.decay
 
+    def epoch_metrics(self, run: Run) -> dict[str, Any]:
+        """Return the rate and the number of moves, as ``revision``."""
+        return {"revision": self.metrics(run)}
+
     def metrics(self, run: Run) -> dict[str, Any]:
         """Return the rate and the number of moves so far (reads one number from the device)."""
         return {"rate": self.rate(run), "moves": 0 if self.moves is None else int(self.moves)}

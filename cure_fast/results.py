@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,20 @@ import torch
 from cure_fast.config import Config, EvalConfig, format_pixel
 from cure_fast.config_json import digest
 from cure_fast.errors import InputError
-from cure_fast.evaluate import AttackResult, adversarial_examples, evaluate, nrr, trust_warnings
+from cure_fast.evaluate import (
+    AttackResult,
+    adversarial_examples,
+    evaluate,
+    nrr,
+    parse_attack,
+    trust_warnings,
+)
 from cure_fast.files import file_hash, replacing, write_json
-from cure_fast.loaders import DATASETS, ImageSet
+from cure_fast.loaders import ImageSet
 from cure_fast.log import read_rows
 from cure_fast.methods import find_method
-from cure_fast.models import ImageClassifier, build_model
+from cure_fast.model_build import build_for_data
+from cure_fast.models import ImageClassifier
 from cure_fast.recipes import paper_row
 from cure_fast.weights import load_into, read_metadata, read_weights
 
@@ -40,17 +48,19 @@ def load_model(path: Path, metadata: dict[str, str]) -> ImageClassifier:
             f"{path}: the file does not say its {' and '.join(missing)}; "
             "name the architecture with --model and the data set with --data."
         )
-    normalize = None
-    if metadata.get("normalize") == "dataset":
-        info = DATASETS.get(metadata.get("data", ""))
-        normalize = (info.mean, info.std) if info else ((0.5,) * 3, (0.5,) * 3)
-    width = metadata.get("width")
-    model = build_model(
+    numbers: dict[str, int | None] = {}
+    for key in ("num_classes", "width"):
+        text = metadata.get(key, "")
+        if text and not text.isdecimal():
+            raise InputError(f"{path}: expected {key} as a whole number, the file says {text!r}.")
+        numbers[key] = int(text) if text else None
+    model = build_for_data(
         metadata["model"],
-        num_classes=int(metadata["num_classes"]),
-        width=int(width) if width else None,
+        data=metadata.get("data", ""),
+        num_classes=numbers["num_classes"] or 0,
+        width=numbers["width"],
         stem=metadata.get("stem", "cifar"),
-        normalize=normalize,
+        normalize=metadata.get("normalize", "none"),
     )
     load_into(model, read_weights(path), source=str(path))
     return model
@@ -63,12 +73,25 @@ def evaluate_run(
     device: torch.device,
     stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Attack the run's models on the test images; write ``results.json`` and ``examples.npz``.
+    """Attack the run's models as its configuration says and return its record, ``results.json``."""
+    measured, examples = measure_run(folder, config, test, device, stop)
+    return keep_results(folder, config, measured, examples).record or measured
+
+
+def measure_run(
+    folder: Path,
+    config: Config,
+    test: ImageSet,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Attack the run's models on the test images; return the results and the report's pictures.
 
     The trained model is the one of the best validation epoch. Finished attacks are kept below
     ``evaluation/`` and not run again by a later call with the same weights, images and settings.
     """
-    eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
+    settings, row = main_settings(config), paper_row(config)
+    eps, seed = settings["eps"], settings["seed"]
     results: dict[str, Any] = {
         "format": FORMAT,
         "recipe": config.name,
@@ -77,14 +100,11 @@ def evaluate_run(
         "data": config.data.data,
         "classes": list(test.classes),
         "test_images": len(test),
-        "eps": eps,
-        "step_size": config.eval.eval_step_size,
-        "paper": None,
+        **settings,
+        "paper": asdict(row) if row else None,
         "models": {},
         "warnings": [],
     }
-    row = paper_row(config)
-    results["paper"] = asdict(row) if row else None
     examples = first_of_each_class(test)
     arrays: dict[str, np.ndarray] = {
         "natural": examples.images.astype(np.float32) / 255,
@@ -100,33 +120,132 @@ def evaluate_run(
             config.eval,
             eps=eps,
             device=device,
-            seed=config.run.seed,
+            seed=seed,
             state_dir=folder / "evaluation" / name,
             weights=weights,
             name=name,
             stop=stop,
         )
-        attacks = earlier_attacks(folder, name, weights, eps) | attacks
         results["models"][name] = model_entry(title, attacks) | {"weights": weights}
-        results["warnings"] += [f"{name}: {text}" for text in trust_warnings(attacks)]
-        shown = attacked_examples(model, examples, eps=eps, device=device, seed=config.run.seed)
+        shown = attacked_examples(model, examples, eps=eps, device=device, seed=seed)
         arrays |= {f"{name}_{key}": value for key, value in shown.items()}
-    write_json(folder / "results.json", results)
-    with replacing(folder / "examples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    return results
+    results["warnings"] = model_warnings(results["models"])
+    return results, arrays
 
 
-def earlier_attacks(folder: Path, name: str, weights: str, eps: float) -> dict[str, AttackResult]:
-    """Return what ``results.json`` already holds for the same weights and radius."""
-    path = folder / "results.json"
-    if not path.exists():
-        return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    entry = stored["models"].get(name, {})
-    if stored["eps"] != eps or entry.get("weights") != weights:
-        return {}
-    return {attack: AttackResult.from_dict(r) for attack, r in entry["attacks"].items()}
+@dataclass(frozen=True)
+class Kept:
+    """Where the results of an evaluation went.
+
+    Attributes:
+        record: ``results.json`` as it is now; None where the results are not the run's own.
+        changed: whether ``results.json`` was written.
+        aside: the file with all that was measured, where not all of it went into the record.
+    """
+
+    record: dict[str, Any] | None
+    changed: bool = False
+    aside: Path | None = None
+
+
+def main_settings(config: Config) -> dict[str, Any]:
+    """Return what all results of a record share: radius and step in pixel units, and the seed."""
+    eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
+    step = config.eval.eval_step_size
+    return {
+        "eps": eps,
+        "step_size": eps / 10 if step is None else step,
+        "seed": config.run.seed,
+    }
+
+
+def keep_results(
+    folder: Path, config: Config, measured: dict[str, Any], examples: dict[str, np.ndarray]
+) -> Kept:
+    """Write results into ``results.json`` where they leave the record no worse, else beside it.
+
+    Results with the settings of the run go into the record. There a result of the same weights is
+    replaced by one of at least as many images. All else goes to ``evaluation/results-*.json``, and
+    so does a record that is of other weights or settings than the run has now.
+
+    Args:
+        folder: of the run.
+        config: of the run, which says the settings of its record.
+        measured: what :func:`measure_run` returned.
+        examples: the pictures that belong to it.
+    """
+    own = main_settings(config)
+    if any(measured[key] != value for key, value in own.items()):
+        return Kept(None, aside=write_aside(folder, measured))
+    path, pictures = folder / "results.json", folder / "examples.npz"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if stored is not None and not same_record(stored, measured, own):
+        print(f"earlier results of other weights or settings: {write_aside(folder, stored)}")
+        stored = None
+    merged, complete = merge_results(stored, measured)
+    record = json.loads(json.dumps(merged))
+    changed = record != stored
+    if changed:
+        write_json(path, record)
+    if changed or not pictures.exists():
+        with replacing(pictures) as temporary, temporary.open("wb") as file:
+            np.savez(file, **examples)  # pyright: ignore[reportArgumentType]
+    return Kept(record, changed, None if complete else write_aside(folder, measured))
+
+
+def same_record(stored: dict[str, Any], measured: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Return whether stored results are of the weights just measured and of the run's settings."""
+    # Absent or null in records of earlier versions: the default was taken.
+    default = {"step_size": own["eps"] / 10, "seed": own["seed"]}
+    for key, value in own.items():
+        there = stored.get(key)
+        if (default.get(key) if there is None else there) != value:
+            return False
+    both = stored["models"].keys() & measured["models"].keys()
+    return all(
+        stored["models"][name].get("weights") == measured["models"][name]["weights"]
+        for name in both
+    )
+
+
+def merge_results(
+    stored: dict[str, Any] | None, measured: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Return the record with the new results, and whether it took all of them.
+
+    Args:
+        stored: the record so far, of the same weights and settings; None where there is none.
+        measured: the new results.
+    """
+    models = dict(stored["models"]) if stored else {}
+    complete = True
+    for name, entry in measured["models"].items():
+        attacks = dict(models.get(name, {}).get("attacks", {}))
+        for attack, result in entry["attacks"].items():
+            if attack in attacks and result["count"] < attacks[attack]["count"]:
+                complete = False
+            else:
+                attacks[attack] = result
+        results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
+        models[name] = model_entry(entry["title"], results) | {"weights": entry["weights"]}
+    return measured | {"models": models, "warnings": model_warnings(models)}, complete
+
+
+def write_aside(folder: Path, results: dict[str, Any]) -> Path:
+    """Write results that are not the run's record to a file of their own, and return it."""
+    path = folder / "evaluation" / f"results-{digest(results)}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, results)
+    return path
+
+
+def model_warnings(models: dict[str, Any]) -> list[str]:
+    """Return what speaks against the results of each model, with its name before it."""
+    found = []
+    for name, entry in models.items():
+        attacks = {a: AttackResult.from_dict(result) for a, result in entry["attacks"].items()}
+        found += [f"{name}: {text}" for text in trust_warnings(attacks)]
+    return found
 
 
 def attacked_examples(
@@ -225,12 +344,18 @@ def model_entry(title: str, attacks: dict[str, AttackResult]) -> dict[str, Any]:
     """Return a model's part of ``results.json``: its attacks and the two ratios."""
     entry: dict[str, Any] = {"title": title, "nrr_cw": None, "nrr_aa": None}
     entry["attacks"] = {name: result.to_dict() for name, result in attacks.items()}
-    natural = attacks.get("natural")
-    for ratio, prefix in (("nrr_cw", "cw"), ("nrr_aa", "aa")):
-        robust = next((r for name, r in attacks.items() if name.startswith(prefix)), None)
-        # A ratio of accuracies on different images would mean nothing.
-        if natural and robust and natural.count == robust.count:
-            entry[ratio] = nrr(natural.accuracy, robust.accuracy)
+    natural, autoattack = attacks.get("natural"), attacks.get("aa")
+    # A ratio of accuracies on different images would mean nothing.
+    same = [r for r in attacks.values() if natural and r.count == natural.count]
+    margin = [r for r in same if parse_attack(r.attack).family == "cw"]
+    if natural and margin:
+        longest = max(margin, key=lambda r: parse_attack(r.attack).steps)
+        entry["nrr_cw"] = nrr(natural.accuracy, longest.accuracy)
+    if autoattack and "natural_correct" in autoattack.settings:
+        right = 100 * autoattack.settings["natural_correct"] / autoattack.count
+        entry["nrr_aa"] = nrr(right, autoattack.accuracy)
+    elif natural and autoattack in same:
+        entry["nrr_aa"] = nrr(natural.accuracy, autoattack.accuracy)
     return entry
 
 
@@ -238,18 +363,6 @@ def first_of_each_class(test: ImageSet) -> ImageSet:
     """Return the first test image of each of the first classes, for the report's pictures."""
     firsts = [int(np.flatnonzero(test.labels == k)[0]) for k in np.unique(test.labels)[:EXAMPLES]]
     return test.subset(np.array(firsts))
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Return ``results.json`` of a run.
-
-    Raises:
-        InputError: if the run has none.
-    """
-    path = folder / "results.json"
-    if not path.exists():
-        raise InputError(f"{path}: no results yet; run `cure-fast eval {folder}`.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def print_results(results: dict[str, Any]) -> None:

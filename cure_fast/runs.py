@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from cure_fast.config import Config
 from cure_fast.config_json import from_dict, to_dict
 from cure_fast.environment import environment
 from cure_fast.errors import InputError
-from cure_fast.files import write_json
+from cure_fast.files import locked, write_json
 from cure_fast.methods import find_method
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
@@ -82,23 +84,48 @@ def run_folder(config: Config, *, resume: bool) -> Path:
     return folder
 
 
-def start_record(folder: Path, config: Config, loader: str) -> None:
-    """Make the folder with ``config.json`` and ``environment.json``.
-
-    Args:
-        folder: the run's folder, made when absent.
-        config: what runs.
-        loader: one line on how images are fed.
+@contextmanager
+def own_folder(config: Config, *, resume: bool) -> Iterator[Path]:
+    """Make or find the run's folder and hold it for the block; no other process can run in it.
 
     Raises:
-        InputError: if the folder cannot be made.
+        InputError: if it cannot be made, or is in use.
     """
+    folder = run_folder(config, resume=resume)
     try:
+        while not resume and config.run.out is None:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                # Another run has just taken this name.
+                folder = run_folder(config, resume=False)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
+    try:
+        with locked(folder / "run.lock"):
+            yield folder
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another process is running in it.") from error
+
+
+def start_record(folder: Path, config: Config, loader: str) -> None:
+    """Write ``config.json`` and ``environment.json``.
+
+    A resumed run keeps the environment it began in, and lists the later ones under ``resumed``.
+
+    Args:
+        folder: the run's folder.
+        config: what runs.
+        loader: one line on how images are fed.
+    """
     write_json(folder / "config.json", to_dict(config))
-    write_json(folder / "environment.json", {**environment(), "loader": loader})
+    path, here = folder / "environment.json", {**environment(), "loader": loader}
+    if path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        here = {**first, "resumed": [*first.get("resumed", []), here]}
+    write_json(path, here)
 
 
 def check_same_run(folder: Path, config: Config) -> None:

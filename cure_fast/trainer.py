@@ -17,9 +17,7 @@ from cure_fast.loaders import Loader
 from cure_fast.log import RunLog
 from cure_fast.method import Method, Policy, Terms, around, attack_mode
 from cure_fast.methods import find_method
-from cure_fast.methods.conserve import Conserve
 from cure_fast.models import ImageClassifier
-from cure_fast.policies import Revision
 from cure_fast.progress import track
 from cure_fast.schedules import lr_at
 
@@ -248,13 +246,10 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
 
 
 def policy_metrics(run: Run) -> dict[str, Any]:
-    """Return the epoch's fraction of weights updated per tensor, and the revision's moves."""
+    """Return what the policies report of the epoch; these two keys are always there."""
     row: dict[str, Any] = {"updated": None, "revision": None}
     for policy in run.policies:
-        if isinstance(policy, Conserve):
-            row["updated"] = policy.take_updated()
-        if isinstance(policy, Revision):
-            row["revision"] = policy.metrics(run)
+        row |= policy.epoch_metrics(run)
     return row
 
 

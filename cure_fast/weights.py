@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -21,6 +22,8 @@ LOG = logging.getLogger(__name__)
 
 # Name of the weights inside a run folder.
 WEIGHTS_FILE = "model.safetensors"
+# Key of the metadata in a safetensors file.
+METADATA_KEY = "cure-fast"
 # Where training codes keep the state dict inside a checkpoint, most telling name first.
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
 # Put before every key by DataParallel, by wrappers that normalise, and by torch.compile.
@@ -57,20 +60,31 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return what :func:`save_weights` stored beside the weights; empty where nothing was stored.
 
     Args:
-        path: a ``.safetensors`` file, or a run folder.
+        path: a ``.safetensors`` file, or a run folder; any other file holds tensors alone.
 
     Raises:
-        InputError: if it is absent or no complete safetensors file.
+        InputError: if it is absent, no complete safetensors file, or what is stored is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     file = _find(path)
     _check_is_no_text(file)
+    if file.suffix != ".safetensors":
+        return {}
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            return dict(opened.metadata() or {})
+            stored = dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(_damaged(file, "safetensors", str(error))) from error
+    if METADATA_KEY not in stored:
+        return stored
+    try:
+        described = json.loads(stored[METADATA_KEY])
+    except ValueError as error:
+        raise InputError(_damaged(file, "safetensors", f"metadata: {error}")) from error
+    if not isinstance(described, dict) or not all(isinstance(v, str) for v in described.values()):
+        raise InputError(_damaged(file, "safetensors", "metadata: expected strings by name"))
+    return described
 
 
 def save_weights(
@@ -78,7 +92,9 @@ def save_weights(
 ) -> None:
     """Write the model's state dict as safetensors; the file is complete or not there at all.
 
-    Tensors are stored as contiguous copies in their own dtype.
+    Tensors are stored as contiguous copies in their own dtype. Equal tensors and equal metadata
+    make equal bytes: safetensors writes several metadata keys in an order that changes from call to
+    call, so all of it is one JSON string under one key.
 
     Args:
         model: its parameters and persistent buffers are stored under their state-dict names.
@@ -95,8 +111,9 @@ def save_weights(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
+    described = json.dumps(dict(metadata), sort_keys=True)
     with replacing(file) as temporary:
-        temporary.write_bytes(save(state, metadata=dict(metadata)))
+        temporary.write_bytes(save(state, metadata={METADATA_KEY: described}))
 
 
 def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: str) -> None:

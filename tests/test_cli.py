@@ -125,7 +125,7 @@ WRONG = {
     "train quickstart --init-from none.safetensors": "none.safetensors",
     "train quickstart --val-images 1430": "--val-images",
     "train quickstart --train-images 100000": "--train-images",
-    "train quickstart --method cure_eff --epochs 1": "--natural-epochs",
+    "train quickstart --method cure_eff --epochs 1": "--natural-share",
     "train quickstart --no-revision --evaluate-revision": "--no-revision",
     "train quickstart --beta 1 --method pgd_at": "beta",
     "train quickstart --resume": "no run",
@@ -164,14 +164,13 @@ def test_wrong_input_exits_with_2_and_says_what_was_expected(words, folder, caps
 def test_train_eval_and_report_on_a_run(folder, capsys):
     assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
     assert "report: run/report.html" in capsys.readouterr().out
-    assert main(["eval", "run", "--attacks", "natural,fgsm", "--limit", "10", "--eps", "0.05"]) == 0
+    # An attack that the record does not hold goes into it, with its own count.
+    assert main(["eval", "run", "--attacks", "fgsm", "--limit", "10"]) == 0
     results = json.loads(Path("run/results.json").read_text())
-    assert list(results["models"]["trained"]["attacks"]) == ["natural", "fgsm"]
-    assert results["models"]["trained"]["attacks"]["fgsm"]["count"] == 10
-    # The same radius adds to what is there, another one starts over.
-    assert main(["eval", "run", "--attacks", "pgd1", "--limit", "20", "--eps", "0.05"]) == 0
-    results = json.loads(Path("run/results.json").read_text())
-    assert list(results["models"]["start"]["attacks"]) == ["natural", "fgsm", "pgd1"]
+    for model in ("trained", "start"):
+        attacks = results["models"][model]["attacks"]
+        assert list(attacks) == ["natural", "pgd2", "fgsm"]
+        assert [attacks[name]["count"] for name in attacks] == [20, 20, 10]
     Path("run/report.html").unlink()
     assert main(["report", "run"]) == 0 and Path("run/report.html").exists()
 
@@ -270,3 +269,25 @@ def test_training_works_without_an_optional_package(folder, blocked):
     assert result.returncode == 0, result.stderr
     if blocked == "ffcv":
         assert "loader: resident" in result.stdout
+
+
+def test_data_write_makes_the_file_that_training_reads(folder, capsys):
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    words = "--train-images 60 --val-images 20 --cache kept".split()
+    assert main(["data", "write", "digits", *words]) == 0
+    (path,) = Path("kept/ffcv").glob("*.beton")
+    assert str(path) in capsys.readouterr().out
+    assert main(["train", "quickstart", "--out", "run", *TINY, "--loader", "ffcv", *words]) == 0
+    assert list(Path("kept/ffcv").glob("*.beton")) == [path]
+
+
+def test_a_closed_stop_names_the_command_that_continues(folder, monkeypatch, capsys):
+    from cure_fast import job
+    from cure_fast.errors import StoppedError
+
+    def stopped(*arguments):
+        raise StoppedError("stopped by a signal")
+
+    monkeypatch.setattr(job, "train_stage", stopped)
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 75
+    assert "continue with: cure-fast train run --resume" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_choosing_a_method_keeps_the_recipes_settings_where_it_has_them():
     assert select_method(svhn, "cure_official").settings.alpha == 0.2
     assert select_method(svhn, "trades").settings == TradesSettings()
     eff = select_method(svhn, "cure_eff")
-    assert eff.settings.natural_epochs == 80 and eff.pretrain.pretrain_epochs == 0
+    assert eff.settings.natural_share == 0.4 and eff.pretrain.pretrain_epochs == 0
 
 
 @pytest.mark.parametrize(

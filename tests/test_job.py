@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cure_fast import job
 from cure_fast.checkpoint import save_checkpoint
 from cure_fast.errors import DivergedError, InputError, StoppedError
+from cure_fast.files import locked
 from cure_fast.job import train
 from cure_fast.log import read_rows
 from cure_fast.methods import METHODS, select_method
@@ -82,6 +86,7 @@ def test_a_run_leaves_the_whole_record(tmp_path, capsys):
         "model.safetensors",
         "report.html",
         "results.json",
+        "run.lock",
         "revision.safetensors",
         "start.safetensors",
     }
@@ -248,3 +253,84 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save_checkpoint(folder / "checkpoints", 99, {"model": {}}, {})
     with pytest.raises(InputError, match="another run or version"):
         train(config, resume=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path):
+    config = tiny(tmp_path)
+    whole = train(tiny(tmp_path, out="whole"))
+    folder = train(config)
+    for path in (folder / "checkpoints").iterdir():
+        path.rename(path.with_name(f".tmp-{path.name}"))
+    assert same_weights(whole, train(config, resume=True))
+
+
+def test_a_cut_off_pre_training_starts_anew(tmp_path):
+    whole = train(tiny(tmp_path, out="whole", epochs=1))
+    (cached,) = (tmp_path / "cache/pretrained").iterdir()
+    (cached / "done").unlink()
+    (cached / "checkpoints/.tmp-checkpoint-000000001").mkdir(parents=True)
+    assert same_weights(whole, train(tiny(tmp_path, epochs=1)))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    with (
+        locked(folder / "run.lock"),
+        pytest.raises(InputError, match="another process is running"),
+    ):
+        train(config, resume=True)
+
+
+@pytest.mark.timeout(120)
+def test_two_runs_at_once_share_one_natural_start(tmp_path):
+    words = (
+        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 8 "
+        "--epochs 1 --attack-steps 1 --attacks natural --limit 20 --loader resident --cache cache "
+        "--no-tensorboard --device cpu"
+    ).split()
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cure_fast", *words],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and same_weights(*folders)
+    for folder in folders:
+        rows = [r for r in read_rows(folder / "metrics.jsonl") if r["event"] == "epoch"]
+        assert [r["epoch"] for r in rows if r["stage"] == "pretrain"] == list(range(1, 9))
+
+
+def test_bad_weights_to_start_from_leave_no_folder(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no weights")
+    with pytest.raises(InputError, match="bad"):
+        train(tiny(tmp_path, model={"init_from": str(bad)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_narrow_network_on_large_images_trains(tmp_path):
+    """OneDNN's weight gradients corrupted memory here, so it is switched off."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            target = tmp_path / "photos" / split / name
+            target.mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(target / f"{i}.png")
+    config = tiny(
+        tmp_path,
+        epochs=1,
+        data={"data": f"folder:{tmp_path / 'photos'}", "train_images": None, "val_images": 4},
+    )
+    before = torch.backends.mkldnn.enabled
+    assert (train(config) / "report.html").exists()
+    assert torch.backends.mkldnn.enabled == before

@@ -69,21 +69,38 @@ class Conserve(Policy):
 
     def backward(self, run: Run, terms: Terms) -> None:
         """Fill every gradient, then zero the masked entries of the maskable ones in place."""
-        settings = self.settings
         scaled = {name: run.scale(term) for name, term in terms.items()}
-        if settings.objective == "rgp":
-            scaled["total"].backward()
+        if self.settings.objective == "rgp" or self.settings.update == "prominence":
+            # The gradient that updates is also the score.
+            self._direction(scaled).backward()
             grads = self._grads()
             natural = adversarial = [grad.clone() for grad in grads]
         else:
-            adversarial_term = "adversarial_ce" if settings.score_loss == "ce" else "kl"
             natural = self._gradients_of(scaled["natural_ce"])
-            adversarial = self._gradients_of(scaled[adversarial_term])
-            self._backward_update(scaled, natural, adversarial)
+            adversarial = self._gradients_of(scaled[self.adversarial_term])
+            scaled["total"].backward()
             grads = self._grads()
         kept = self._mask(grads, natural, adversarial)
         self.kept_sum = self.kept_sum.to(kept.device) + kept
         self.kept_steps += 1
+
+    @property
+    def adversarial_term(self) -> str:
+        """Name of the loss whose gradient is the adversarial part of the score."""
+        return "adversarial_ce" if self.settings.score_loss == "ce" else "kl"
+
+    def _direction(self, terms: Terms) -> Tensor:
+        """Return the loss whose gradient updates: the total, or the score's mixture of losses."""
+        settings = self.settings
+        if settings.update == "total":
+            return terms["total"]
+        mixture = (
+            settings.alpha * terms["natural_ce"]
+            + (1 - settings.alpha) * terms[self.adversarial_term]
+        )
+        if settings.revision:
+            mixture = mixture + settings.gamma * terms["consistency"]
+        return mixture
 
     def _gradients_of(self, term: Tensor) -> list[Tensor]:
         grads = torch.autograd.grad(
@@ -97,20 +114,6 @@ class Conserve(Policy):
             "every maskable weight takes part in the loss"
         )
         return grads  # pyright: ignore[reportReturnType]
-
-    def _backward_update(
-        self, terms: Terms, natural: list[Tensor], adversarial: list[Tensor]
-    ) -> None:
-        """Fill ``.grad`` with the update: the total's gradient, or the score's mixture."""
-        settings = self.settings
-        if settings.update == "total":
-            terms["total"].backward()
-            return
-        adversarial_term = terms["adversarial_ce" if settings.score_loss == "ce" else "kl"]
-        mixture = settings.alpha * terms["natural_ce"] + (1 - settings.alpha) * adversarial_term
-        if settings.revision:
-            mixture = mixture + settings.gamma * terms["consistency"]
-        mixture.backward()
 
     def _mask(
         self, grads: list[Tensor], natural: list[Tensor], adversarial: list[Tensor]
@@ -163,6 +166,10 @@ class Conserve(Policy):
             for (mask, before), parameter in zip(self.frozen, self.parameters, strict=False):
                 parameter.copy_(torch.where(mask, before, parameter))
         self.frozen = []
+
+    def epoch_metrics(self, run: Run) -> dict[str, object]:
+        """Return the fraction of weights updated per tensor over the epoch."""
+        return {"updated": self.take_updated()}
 
     def take_updated(self) -> dict[str, float] | None:
         """Return the mean fraction updated per tensor since the last call, or ``None``."""

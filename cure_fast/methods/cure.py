@@ -71,7 +71,7 @@ class CureSettings(MethodSettings):
     code), or held fast in this step (hard)."""
     update: Literal["total", "prominence"] = "total"
     """Gradient that is masked: of the total loss (paper and code), or the score's own mixture plus
-    the consistency gradient (the code's mode 'all')."""
+    the consistency gradient, which is then the score too (the code's mode 'all')."""
     objective: Literal["cure", "rgp"] = "cure"
     """Loss: CURE's, or CE(x) + CE(x') + gamma * consistency masked by the magnitude of its own
     gradient (the code's mode 'rgp', which its efficient variant runs)."""
@@ -100,15 +100,16 @@ class CureSettings(MethodSettings):
     """BatchNorm of the revision model: batch statistics (code), or running ones."""
     evaluate_revision: bool = False
     """Evaluate the revision model too (paper and code report the trained network alone)."""
-    natural_epochs: int = 0
-    """Epochs of natural training inside this run before CURE begins (CURE_Eff; code: 80 of 200)."""
+    natural_share: float = 0.0
+    """Share of the epochs, 0 to 1, that train naturally before CURE (CURE_Eff, code: 0.4)."""
 
     def __post_init__(self) -> None:
         check_literals(self)
         check_range(self, "percentile", 0, 100)
         for name in ("alpha", "revision_rate", "revision_decay", "revision_decay_start"):
             check_range(self, name, 0, 1)
-        for name in ("beta", "gamma", "inner_kl_weight", "natural_epochs"):
+        check_range(self, "natural_share", 0, 1)
+        for name in ("beta", "gamma", "inner_kl_weight"):
             check_range(self, name, 0)
         check(
             self.objective == "cure" or self.update == "total",
@@ -118,9 +119,15 @@ class CureSettings(MethodSettings):
         )
 
 
+def natural_epochs(config: Config) -> int:
+    """Return the number of epochs of CURE_Eff's natural warm-up."""
+    assert isinstance(config.settings, CureSettings)
+    return round(config.settings.natural_share * config.optim.epochs)
+
+
 def naturally(run: Run) -> bool:
     """Return whether the run is still in CURE_Eff's natural warm-up."""
-    return run.epoch < run.settings.natural_epochs
+    return run.epoch < natural_epochs(run.config)
 
 
 def attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
@@ -197,7 +204,7 @@ class WarmStart(Policy):
     @contextmanager
     def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
         """Copy parameters and buffers before the loss of the first step after the warm-up."""
-        if run.batch == 0 and run.epoch == run.settings.natural_epochs:
+        if run.batch == 0 and run.epoch == natural_epochs(run.config):
             run.networks["revision"].load_state_dict(run.model.state_dict())
         yield
 
@@ -220,11 +227,18 @@ def check_config(config: Config) -> None:
     """Raise ``InputError`` where settings contradict one another."""
     settings = config.settings
     assert isinstance(settings, CureSettings)
+    wanted = settings.natural_share > 0
     check(
-        settings.natural_epochs < config.optim.epochs,
-        "natural_epochs",
-        settings.natural_epochs,
-        f"fewer than the {config.optim.epochs} of --epochs",
+        wanted == (natural_epochs(config) > 0) and natural_epochs(config) < config.optim.epochs,
+        "natural_share",
+        settings.natural_share,
+        f"a share of --epochs {config.optim.epochs} that leaves at least one epoch on each side",
+    )
+    check(
+        settings.revision_mode == "train" or settings.revision_buffers == "average",
+        "revision_mode",
+        settings.revision_mode,
+        "--revision-buffers average with it: without train-mode forwards its own would never move",
     )
     check(
         settings.revision or not settings.evaluate_revision,
@@ -241,7 +255,7 @@ def policies(run: Run) -> tuple[Policy, ...]:
     if settings.rgp:
         chosen.append(Conserve(run.model, settings))
     if settings.revision:
-        if settings.natural_epochs:
+        if natural_epochs(run.config):
             chosen.append(WarmStart())
         chosen.append(
             Revision(
@@ -282,7 +296,13 @@ def _paper(config: Config) -> Config:
 
 
 def _official(config: Config) -> Config:
-    config = replace(config, attack=replace(config.attack, eps=0.031, step_size=0.007))
+    if config.attack.eps == 8 / 255:
+        # The code trains within 0.031 and tests within 8/255.
+        config = replace(
+            config,
+            attack=replace(config.attack, eps=0.031, step_size=0.007),
+            eval=replace(config.eval, eval_eps=8 / 255),
+        )
     return _set(
         config,
         beta=5.0,
@@ -296,7 +316,7 @@ def _official(config: Config) -> Config:
 
 def _efficient(config: Config) -> Config:
     config = replace(config, pretrain=replace(config.pretrain, pretrain_epochs=0))
-    return _set(config, natural_epochs=max(1, round(0.4 * config.optim.epochs)))
+    return _set(config, natural_share=0.4)
 
 
 def _efficient_official(config: Config) -> Config:

@@ -26,7 +26,7 @@ class TradesSettings(MethodSettings):
     """TRADES."""
 
     beta: float = 6.0
-    """Weight of the KL term; more trades natural for robust accuracy."""
+    """Weight of the KL term, 0 or more (paper: 1 and 6); more of it trades natural for robust."""
 
     def __post_init__(self) -> None:
         check_range(self, "beta", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cure_fast.config import format_pixel
@@ -12,19 +13,56 @@ from cure_fast.report.text import (
     attack_name,
     data_name,
     difference,
+    distance,
     duration,
     interval,
     method_name,
     percent,
     points,
+    setting,
     settings,
     wilson,
 )
 
-PAPER_EPS = 8 / 255
-PAPER_EPOCHS = 200
-# The public code writes 8/255 as 0.031.
-PAPER_EPS_SLACK = 5e-4
+# Two radii of an attack count as one below this difference, in pixel units.
+EPS_SLACK = 1e-6
+# What decides the trained weights, by group of the configuration, and its name in plain words.
+DECISIVE = {
+    "data": {
+        "train_images": "training images",
+        "crop_padding": "padding of the random crop",
+        "flip": "mirrored training images",
+    },
+    "model": {
+        "width": "width of the network",
+        "stem": "first layer",
+        "normalize": "normalisation",
+        "init_from": "first weights from",
+    },
+    "pretrain": {
+        "pretrain_epochs": "epochs of natural pre-training",
+        "pretrain_lr": "its learning rate",
+        "pretrain_weight_decay": "its weight decay",
+        "pretrain_schedule": "its schedule",
+    },
+    "attack": {
+        "eps": "training eps",
+        "step_size": "training attack's step size",
+        "attack_steps": "training attack's steps",
+        "start": "training attack's start",
+        "attack_mode": "BatchNorm in the training attack",
+    },
+    "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},
+    "settings": {
+        "rgp": "conserving by RGP",
+        "revision": "revision model",
+        "natural_share": "share of natural training inside the run",
+    },
+}
+# These words stand for None, which takes all or the published value.
+UNSET = {"train_images": "all", "width": "the published one", "init_from": "none"}
+# Settings of a method that do not touch the trained weights.
+IDLE = frozenset({"evaluate_revision"})
 
 
 def results_section(record: Record) -> Html:
@@ -119,7 +157,12 @@ def _table(results: Results) -> Html:
         rows.append(row)
     for name in dict.fromkeys(n for k in keys for n in results.models[k].nrr):
         values = {k: results.models[k].nrr.get(name) for k in keys}
-        row = [f"NRR ({name})", *("" if v is None else f"{v:.1f} %" for v in values.values())]
+        attack = {"AA": "aa"}.get(name, "natural")
+        cells = [
+            _nrr_cell(values[k], results.models[k].attacks.get(attack), results.test_images)
+            for k in keys
+        ]
+        row = [f"NRR ({name})", *cells]
         if start:
             row.append(_between(trained.nrr.get(name), start.nrr.get(name)))
         if results.paper:
@@ -146,6 +189,15 @@ def _score_cell(score: Score | None, test_images: int) -> Html | str:
     if not score.reliable:
         lines.append(element("span", "\N{WARNING SIGN} unreliable", class_="flag"))
     return join(lines)
+
+
+def _nrr_cell(value: float | None, score: Score | None, test_images: int) -> str:
+    """Return a ratio, and on which images it was taken where these are not all."""
+    if value is None:
+        return ""
+    if score is None or score.count == test_images:
+        return f"{value:.1f} %"
+    return f"{value:.1f} % on the first {score.count:,} images"
 
 
 def _between(ours: float | None, theirs: float | None) -> str:
@@ -176,28 +228,89 @@ def _paper_note(record: Record, results: Results) -> list[Html]:
     obstacles = differences(config, results)
     if obstacles:
         text += f" Not comparable as it stands: {'; '.join(obstacles)}."
+    held_out = config["data"].get("val_images")
+    if held_out is not None:
+        text += f" {held_out:,} training images were held out to pick the best epoch."
     return [paragraph(text, class_="remark")]
 
 
 def differences(config: dict[str, Any], results: Results) -> list[str]:
-    """Return what certainly makes a run another experiment than a row of the paper."""
-    found = []
-    if not config["method"].startswith("cure"):
-        found.append(f"another method ({method_name(config['method'])})")
-    if config["optim"]["epochs"] != PAPER_EPOCHS:
-        found.append(f"{config['optim']['epochs']} epochs (paper: {PAPER_EPOCHS})")
-    images = config["data"].get("train_images")
-    if images is not None:
-        found.append(f"trained on {images:,} images only")
-    if config["model"].get("width") is not None:
-        found.append(f"another width of the network ({config['model']['width']})")
-    if abs(results.eps - PAPER_EPS) > PAPER_EPS_SLACK:
-        found.append(f"another radius (paper: {format_pixel(PAPER_EPS)})")
+    """Return what makes a run another experiment than the recipe for its row of the paper.
+
+    Args:
+        config: the run's configuration as nested plain values; what an older record lacks is not
+            compared.
+        results: the run's results on test images.
+
+    Returns:
+        One entry per difference in plain words, with the run's value and the recipe's. Without a
+        recipe for the data set and model, only attacks on fewer images are listed.
+    """
+    recipe = _recipe(config)
+    found = [] if recipe is None else _other_settings(config, recipe)
+    eps = None if recipe is None else recipe["eval"]["eval_eps"] or recipe["attack"]["eps"]
+    if eps is not None and abs(results.eps - eps) > EPS_SLACK:
+        found.append(f"eps of the evaluation {distance(results.eps)} instead of {distance(eps)}")
     scores = results.models["trained"].attacks.values()
     parts = [s for s in scores if s.count != results.test_images]
     for score in parts:
         found.append(f"{attack_name(score.attack)} on {score.count:,} test images only")
     return found
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the recipe for the configuration's data set and model as plain values."""
+    from cure_fast.config_json import to_dict
+    from cure_fast.recipes import RECIPES
+
+    pair = (config["data"]["data"], config["model"]["model"])
+    recipes = (to_dict(make()) for make in RECIPES.values())
+    return next((r for r in recipes if (r["data"]["data"], r["model"]["model"]) == pair), None)
+
+
+def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
+    """Return each decisive setting in which the configuration differs from the recipe."""
+    from cure_fast.models import MODELS as MODEL_INFO
+
+    method, usual = config["method"], recipe["method"]
+    found = []
+    if method != usual:
+        found.append(f"method {method_name(method)} instead of {method_name(usual)}")
+    for group in ("settings", "model", "attack", "pretrain", "optim", "data"):
+        ours, theirs, words = config.get(group, {}), recipe[group], DECISIVE.get(group, {})
+        # All of a method's and the optimiser's settings decide; of data, not how it is fed.
+        whole = group in ("settings", "optim")
+        if group == "settings" and not method.startswith(usual):
+            continue
+        if group == "pretrain" and config["model"].get("init_from") is not None:
+            continue
+        for name in [n for n in (theirs if whole else words) if n in ours and n not in IDLE]:
+            if name == "width" and ours[name] == MODEL_INFO[config["model"]["model"]].default_width:
+                continue  # The published width, written out.
+            if _differ(ours[name], theirs[name]):
+                values = (_value(name, v) for v in (ours[name], theirs[name]))
+                found.append(
+                    f"{words.get(name, name.replace('_', ' '))} {' instead of '.join(values)}"
+                )
+            if name == "pretrain_epochs" and not ours[name]:
+                break  # A stage that was skipped has no rate or schedule.
+    return found
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    """Return whether two JSON values differ by more than the rounding of a number."""
+    if isinstance(ours, int | float) and isinstance(theirs, int | float):
+        return not math.isclose(ours, theirs, rel_tol=1e-9)
+    return ours != theirs
+
+
+def _value(name: str, value: Any) -> str:
+    """Return a setting's value; of a path its last part, for a count its thousands."""
+    if value is None:
+        return UNSET.get(name, "none")
+    if name == "init_from":
+        return str(value).rstrip("/").rsplit("/", 1)[-1]
+    return f"{value:,}" if name == "train_images" else setting(name, value)
 
 
 def _attacks(results: Results) -> Html:

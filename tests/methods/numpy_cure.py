@@ -137,6 +137,8 @@ def step(w, rev, x, x_adv, y, s):
         if s["update"] == "prominence":
             extra = grads(*cr)
             total = {n: s["alpha"] * nat[n] + (1 - s["alpha"]) * adv[n] + extra[n] for n in NAMES}
+            # The public code's mode 'all' masks this very sum by its own percentile.
+            nat = adv = total
     masks = {}
     if s["rgp"]:
         names = maskable(s["mask_layers"], s["mask_stem"])

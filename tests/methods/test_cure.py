@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from cure_fast.method import attack_mode
+from cure_fast.methods import select_method
 from cure_fast.policies import Revision, revision_rate
+from cure_fast.recipes import find_recipe
 from cure_fast.trainer import train_step
 
 
@@ -173,12 +175,8 @@ def clone(generator):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_three_steps_of_each_preset(preset):
-    settings = {"natural_epochs": 0} if preset.startswith("cure_eff") else {}
+    settings = {"natural_share": 0.0} if preset.startswith("cure_eff") else {}
     run = tiny.tiny_run(preset, revision_rate=0.5, **settings)
-    if preset == "cure_official":
-        run.config = tiny.replace(
-            run.config, attack=tiny.replace(run.config.attack, eps=0.1, step_size=0.03)
-        )
     assert_follows_transcription(run, 3)
 
 
@@ -188,9 +186,10 @@ def test_three_steps_of_each_setting(settings):
 
 
 def test_presets_are_the_columns_of_the_table():
-    paper, official = (tiny.tiny_run(n).config for n in ("cure_paper", "cure_official"))
+    paper = tiny.tiny_run("cure_paper").config
     s = paper.settings
     assert (s.beta, s.revision_warmup, s.revision_order, s.score) == (1, False, "before", "abs")
+    official = select_method(find_recipe("cifar10-resnet18"), "cure_official")
     s = official.settings
     assert (s.score, s.score_loss, s.mask_layers, s.mask_stem) == (
         "signed",
@@ -200,6 +199,9 @@ def test_presets_are_the_columns_of_the_table():
     )
     assert (s.beta, s.gamma, s.revision_order, s.revision_warmup) == (5, 1, "after", True)
     assert (official.attack.eps, official.attack.step_size) == (0.031, 0.007)
+    assert official.eval.eval_eps == 8 / 255
+    # A recipe with a radius of its own keeps it.
+    assert select_method(find_recipe("quickstart"), "cure_official").attack.eps == 0.15
 
 
 def test_percentile_zero_and_gamma_zero_is_trades():
@@ -214,7 +216,7 @@ def test_percentile_zero_and_gamma_zero_is_trades():
 
 
 def test_revision_never_shares_storage_with_the_trained_network():
-    run = tiny.tiny_run("cure_eff", natural_epochs=1, revision_rate=1.0)
+    run = tiny.tiny_run("cure_eff", natural_share=0.5, revision_rate=1.0)
     for epoch in range(2):
         run.epoch, run.batch = epoch, 0
         for x, y in run.loader.batches:
@@ -228,7 +230,7 @@ def test_revision_never_shares_storage_with_the_trained_network():
 
 def test_natural_warm_up_is_natural_training_then_the_revision_starts_equal():
     batches = tiny.tiny_batches(2)
-    run = tiny.tiny_run("cure_eff", batches=batches, natural_epochs=1)
+    run = tiny.tiny_run("cure_eff", batches=batches, natural_share=0.5)
     plain = tiny.tiny_run("natural", batches=batches)
     for x, y in batches:
         terms = train_step(run, x, y)
