@@ -31,6 +31,9 @@ from cure_fast.signals import stop_on_signal
 from cure_fast.trainer import Run, advice, build_run, fit
 from cure_fast.weights import load_into, read_weights, save_weights
 
+# The weights training started from, kept in the run folder: a resumed run needs no other file.
+START = "start.safetensors"
+
 
 @dataclass(frozen=True)
 class Data:
@@ -95,8 +98,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         loader = open_loader(config, data, device)
         print(f"loader: {loader.reason}")
         model = new_model(config, len(data.train.classes))
-        if config.model.init_from is not None:
-            load_into(model, read_weights(config.model.init_from), source=config.model.init_from)
+        if config.model.init_from is not None and not (named / START).exists():
+            given = Path(config.model.init_from).expanduser()
+            load_into(model, read_weights(given), source=str(given))
         if stop():
             raise StoppedError("stopped before training began; nothing is to be continued.")
         # Everything that can be wrong with the input has been seen; only now is anything written.
@@ -194,7 +198,7 @@ def take_start(
     stop: Callable[[], bool],
 ) -> None:
     """Load the weights training starts from, and keep a copy as ``start.safetensors``."""
-    kept = folder / "start.safetensors"
+    kept = folder / START
     if kept.exists():
         load_into(model, read_weights(kept), source=str(kept))
         return

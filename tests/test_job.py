@@ -197,6 +197,17 @@ def test_init_from_takes_the_place_of_pre_training(tmp_path, capsys):
     assert "pretrain epoch" not in capsys.readouterr().out
 
 
+def test_given_weights_are_needed_once_and_may_lie_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = tmp_path / "given.safetensors"
+    first = train(tiny(tmp_path, "natural", out="a", epochs=1))
+    (first / "model.safetensors").rename(given)
+    config = tiny(tmp_path, out="b", model={"init_from": "~/given.safetensors"})
+    folder = train(config)
+    given.unlink()
+    assert train(config, resume=True) == folder
+
+
 def test_training_from_scratch_has_no_start(tmp_path):
     folder = train(tiny(tmp_path, "trades", epochs=1, pretrain={"pretrain_epochs": 0}))
     results = json.loads((folder / "results.json").read_text())

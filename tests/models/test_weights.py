@@ -252,7 +252,7 @@ def test_torch_files_of_something_else(tmp_path, content, message):
         read_weights(saved(tmp_path, content))
 
 
-def refuse(model, weights, message):
+def assert_refused(model, weights, message):
     """Assert that loading is refused with the message and leaves the model as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=message):
@@ -263,25 +263,31 @@ def refuse(model, weights, message):
 def test_missing_and_unexpected_keys_are_named():
     weights = small().state_dict()
     weights["extra.weight"] = weights.pop("linear.bias")
-    refuse(small(), weights, r"^best\.pt: .*Missing from them: linear\.bias\. Not in .*extra\.wei")
-    refuse(small(), {}, r"Missing from them: conv1\.weight, bn1\.weight, .* and \d+ more\.")
-    refuse(small(name="resnet18"), small().state_dict(), "another architecture")
+    assert_refused(
+        small(), weights, r"^best\.pt: .*Missing from them: linear\.bias\. Not in .*extra\.wei"
+    )
+    assert_refused(small(), {}, r"Missing from them: conv1\.weight, bn1\.weight, .* and \d+ more\.")
+    assert_refused(small(name="resnet18"), small().state_dict(), "another architecture")
 
 
 def test_other_number_of_classes_is_said():
     weights = small(num_classes=7).state_dict()
-    refuse(small(), weights, r"linear\.weight \[7, 8\] instead of \[4, 8\].*7 classes.*model 4:")
+    assert_refused(
+        small(), weights, r"linear\.weight \[7, 8\] instead of \[4, 8\].*7 classes.*model 4:"
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet-small", "wrn28-10"])
 def test_other_width_is_said(name):
     weights = small(name=name, width=3).state_dict()
-    refuse(small(name=name), weights, "more.* Their width is 3, the model's 2: pass --width 3.")
+    assert_refused(
+        small(name=name), weights, "more.* Their width is 3, the model's 2: pass --width 3."
+    )
 
 
 def test_other_stem_is_said():
     weights = small(name="resnet18", stem="imagenet").state_dict()
-    refuse(
+    assert_refused(
         small(name="resnet18"),
         weights,
         r"conv1\.weight .* first convolution is 7x7: choose the other --stem",
@@ -291,29 +297,31 @@ def test_other_stem_is_said():
 def test_other_shape_alone():
     weights = small().state_dict()
     weights["layer1.0.bn1.bias"] = torch.zeros(3)
-    refuse(small(), weights, r"instead of \[2\]\.$")
+    assert_refused(small(), weights, r"instead of \[2\]\.$")
     weights["linear.weight"] = torch.zeros(3)
-    refuse(small(), weights, r"linear\.weight \[3\] instead of \[4, 8\]\.$")
+    assert_refused(small(), weights, r"linear\.weight \[3\] instead of \[4, 8\]\.$")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite(value):
     weights = small().state_dict()
     weights["layer3.0.bn1.running_var"][1] = value
-    refuse(small(), weights, r"layer3\.0\.bn1\.running_var holds values that are not finite")
+    assert_refused(
+        small(), weights, r"layer3\.0\.bn1\.running_var holds values that are not finite"
+    )
 
 
 def test_weights_too_large_for_the_model():
     weights = small().state_dict()
     weights["linear.bias"] = torch.full((4,), 1e300, dtype=torch.float64)
-    refuse(small(), weights, r"linear\.bias holds values that are not finite")
+    assert_refused(small(), weights, r"linear\.bias holds values that are not finite")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_of_another_kind_of_number(dtype):
     weights = small().state_dict()
     weights["linear.bias"] = torch.ones(4, dtype=dtype)
-    refuse(small(), weights, rf"linear\.bias has dtype {dtype}, expected torch\.float32")
+    assert_refused(small(), weights, rf"linear\.bias has dtype {dtype}, expected torch\.float32")
 
 
 def test_half_precision_weights_become_the_models():
@@ -343,9 +351,11 @@ def test_unused_group_of_published_wide_resnets_is_left_out(caplog):
 @pytest.mark.parametrize("key", ["sub_block2.weight", "sub_block10.weight", "block1.sub_block1.w"])
 def test_only_the_unused_group_is_left_out(key):
     model = small(name="wrn28-10", width=1)
-    refuse(model, model.state_dict() | {key: torch.zeros(1)}, f"Not in the model: {key}")
+    assert_refused(model, model.state_dict() | {key: torch.zeros(1)}, f"Not in the model: {key}")
 
 
 def test_unused_group_is_refused_by_other_models():
     model = small()
-    refuse(model, model.state_dict() | {"sub_block1.w": torch.zeros(1)}, "Not in the model: sub_")
+    assert_refused(
+        model, model.state_dict() | {"sub_block1.w": torch.zeros(1)}, "Not in the model: sub_"
+    )
