@@ -15,7 +15,9 @@ from typing import get_args, get_origin
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from cure_fast.config import Config, DataWriteArgs, EvalArgs, format_pixel, parse_fraction
+from cure_fast.arguments import DataWriteArgs, EvalArgs
+from cure_fast.checks import format_pixel, parse_fraction
+from cure_fast.config import Config
 from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError
 
 EXIT_CODES = (

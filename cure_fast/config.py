@@ -10,69 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from cure_fast.attack_result import parse_attack
-from cure_fast.errors import InputError
-
-
-def check(condition: bool, flag: str, value: object, expected: str) -> None:
-    """Raise :class:`InputError` naming ``flag`` unless ``condition`` holds."""
-    if not condition:
-        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, got {value!r}.")
-
-
-def check_range(
-    owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Raise unless the number ``owner.name`` is finite and lies in [low, high] (or (low, high])."""
-    value = getattr(owner, name)
-    inside = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (low < value if open_low else low <= value)
-        and value <= high
-    )
-    bounds = f"{'more than' if open_low else 'at least'} {low:g}"
-    if high != math.inf:
-        bounds += f" and at most {high:g}"
-    check(inside, name, value, f"a number {bounds}")
-
-
-def check_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
-    """Raise unless the string ``owner.name`` is one of ``choices``."""
-    value = getattr(owner, name)
-    check(value in choices, name, value, f"one of {', '.join(choices)}")
-
-
-def check_literals(owner: object) -> None:
-    """Raise unless every ``Literal`` field of the dataclass ``owner`` holds one of its values."""
-    for name, hint in get_type_hints(type(owner)).items():
-        if get_origin(hint) is Literal:
-            check_choice(owner, name, get_args(hint))
-
-
-def parse_fraction(text: str) -> float:
-    """Return the number that ``text`` writes, as a decimal or as a fraction such as ``8/255``.
-
-    Raises:
-        ValueError: if ``text`` is neither.
-    """
-    numerator, slash, denominator = text.partition("/")
-    if slash and float(denominator) == 0:
-        raise ValueError(f"the denominator of {text!r} is zero")
-    value = float(numerator) / float(denominator) if slash else float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a finite number")
-    return value
-
-
-def format_pixel(value: float) -> str:
-    """Return a distance in pixel units as ``8/255`` where it is a whole number of 255ths."""
-    steps = value * 255
-    whole = round(steps)
-    return f"{whole}/255" if whole and abs(steps - whole) < 1e-9 else f"{value:g}"
+from cure_fast.checks import check, check_literals, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +128,10 @@ class OptimConfig:
     """Passes over the training images, 1 or more."""
     batch_size: int = 128
     """Images per step, 1 or more."""
+    micro_batch_size: int | None = None
+    """Images per forward and backward pass, 1 or more, whose gradients are added up to a step's;
+    None takes --batch-size. It is halved where memory runs out. BatchNorm sees one pass at a time.
+    """
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser: SGD with momentum, or Adam (which the public CURE code takes for DeiT)."""
     lr: float = 0.1
@@ -210,6 +155,8 @@ class OptimConfig:
         check_literals(self)
         check_range(self, "epochs", 1, 100_000)
         check_range(self, "batch_size", 1, 1_000_000)
+        if self.micro_batch_size is not None:
+            check_range(self, "micro_batch_size", 1, self.batch_size)
         check_range(self, "lr", 0, 1000, open_low=True)
         check_range(self, "momentum", 0, 0.999999)
         check_range(self, "weight_decay", 0, 1)
@@ -289,8 +236,16 @@ class RunConfig:
     """Steps between rows of step metrics, 1 or more."""
     checkpoint_every: int = 1
     """Epochs between checkpoints, 1 or more."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full): warn and train on with the one before, or
+    stop."""
+    max_skipped: int = 10
+    """Steps in a row that are left out because their loss or gradient is not finite, 0 to 1000; one
+    more ends the run."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that receives the same numbers (needs the package wandb)."""
     cache: str = "~/.cache/cure-fast"
     """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
 
@@ -299,6 +254,7 @@ class RunConfig:
         check_range(self, "seed", 0, 2**63 - 1)
         check_range(self, "log_every", 1)
         check_range(self, "checkpoint_every", 1)
+        check_range(self, "max_skipped", 0, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,78 +278,3 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalArgs:
-    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack."""
-
-    attacks: tuple[str, ...] | None = None
-    """Attacks, with commas: natural, pgdK, cwK (K steps), aa (AutoAttack standard); None takes the
-    run's own, or natural,pgd20,cw20 for a file."""
-    limit: int | Literal["all"] | None = None
-    """Test images to use, the first ones, 1 or more, or the word all; None takes the run's own, or
-    all for a file."""
-    aa_limit: int | Literal["all"] | None = None
-    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all for
-    all of those; None takes the run's own, or all for a file."""
-    eps: float | None = None
-    """Radius in pixel units of [0, 1], such as 8/255; None takes the run's own, or for a file the
-    one it was trained with where it says so, else 8/255."""
-    step_size: float | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; None takes the run's own, or a tenth of eps
-    for a file or where the run has none."""
-    batch_size: int | None = None
-    """Images per batch; changes the time, not the result, but for aa, which draws its random starts
-    per batch; None takes the run's own, or 256 for a file."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
-    seed: int | None = None
-    """Seed of the attacks' random starts, 0 or more; None takes the run's own, or 0 for a file."""
-    data_root: str | None = None
-    """Folder that holds the data sets; None takes the run's own, or data for a file."""
-    data: str | None = None
-    """For a file alone: data set of the test images; None takes the one it says."""
-    model: str | None = None
-    """For a file alone: architecture; None takes the one it says."""
-    width: int | None = None
-    """For a file alone: width of the architecture; None takes what it says, else the published."""
-    stem: Literal["cifar", "imagenet"] | None = None
-    """For a file alone: first layer, 3x3 stride 1 (cifar) or 7x7 stride 2 and max-pool (imagenet);
-    None takes what it says, else cifar."""
-    normalize: Literal["none", "dataset"] | None = None
-    """For a file alone: whether the model first takes the data set's mean and deviation out; None
-    takes what it says, else none."""
-    out: str | None = None
-    """For a file alone: folder for results.json and resumable states; None keeps nothing."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "aa_limit"):
-            if getattr(self, name) not in (None, "all"):
-                check_range(self, name, 1)
-        bounds = {
-            "eps": (0, 1),
-            "step_size": (0, 1),
-            "batch_size": (1, 1_000_000),
-            "seed": (0, 2**63 - 1),
-            "width": (1, 4096),
-        }
-        for name, (low, high) in bounds.items():
-            if getattr(self, name) is not None:
-                check_range(self, name, low, high)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataWriteArgs:
-    """Arguments of ``cure-fast data write``, beside the data set."""
-
-    data_root: str = "data"
-    """Folder that holds the data sets, or receives them when they are downloaded."""
-    train_images: int | None = None
-    """Number of training images, 1 or more, as for training; None takes all but --val-images."""
-    val_images: int = 1000
-    """Images held out of the training set, 1 or more, as for training."""
-    split_seed: int = 0
-    """Seed of the draw of training and validation images, 0 or more, as for training."""
-    cache: str = "~/.cache/cure-fast"
-    """Folder for the FFCV file and its manifest."""

@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from cure_fast.config import check
+from cure_fast.checks import check
 from cure_fast.errors import InputError
 
 T = TypeVar("T")

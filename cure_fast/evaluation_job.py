@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cure_fast.config import Config, EvalArgs, EvalConfig
+from cure_fast.arguments import EvalArgs
+from cure_fast.config import Config, EvalConfig
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 from cure_fast.evaluate import trust_warnings

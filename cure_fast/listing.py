@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cure_fast.config import Config, DataWriteArgs, format_pixel
+from cure_fast.arguments import DataWriteArgs
+from cure_fast.checks import format_pixel
+from cure_fast.config import Config
 from cure_fast.evaluate import ATTACKS
 from cure_fast.loaders import DATASETS, read_dataset, split_train
 from cure_fast.methods import METHODS

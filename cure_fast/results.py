@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.config import Config, EvalConfig, format_pixel
+from cure_fast.checks import format_pixel
+from cure_fast.config import Config, EvalConfig
 from cure_fast.config_json import digest
 from cure_fast.errors import InputError
 from cure_fast.evaluate import (

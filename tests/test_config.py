@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cure_fast.checks import format_pixel, parse_fraction
 from cure_fast.config import (
     AttackConfig,
     Config,
@@ -18,8 +19,6 @@ from cure_fast.config import (
     OptimConfig,
     PretrainConfig,
     RunConfig,
-    format_pixel,
-    parse_fraction,
 )
 from cure_fast.config_json import digest, from_dict, to_dict
 from cure_fast.errors import InputError

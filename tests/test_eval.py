@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cure_fast.arguments import EvalArgs
 from cure_fast.autoattack import Outcome
 from cure_fast.cli import main
-from cure_fast.config import EvalArgs
 from cure_fast.errors import InputError
 from cure_fast.evaluate import AttackResult
 from cure_fast.model_build import build_for_data

@@ -10,10 +10,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from cure_fast.arguments import EvalArgs
 from cure_fast.config import (
     AttackConfig,
     DataConfig,
-    EvalArgs,
     EvalConfig,
     MethodSettings,
     ModelConfig,

@@ -20,12 +20,15 @@ ALLOWED = {
     },
     "cure_fast/errors.py": set(),
     "cure_fast/attack_result.py": {"cure_fast.errors"},
-    "cure_fast/config.py": {"cure_fast.errors", "cure_fast.attack_result"},
+    "cure_fast/checks.py": {"cure_fast.errors"},
+    "cure_fast/config.py": {"cure_fast.attack_result", "cure_fast.checks"},
+    "cure_fast/arguments.py": {"cure_fast.checks"},
     "cure_fast/models": {"torch", "cure_fast.errors", "cure_fast.models"},
     "cure_fast/methods": {
         "torch",
-        *("cure_fast." + name for name in ("config", "method", "methods", "attacks", "losses")),
-        *("cure_fast." + name for name in ("policies", "kernels", "schedules", "models", "errors")),
+        *("cure_fast." + name for name in ("config", "checks", "method", "methods", "attacks")),
+        *("cure_fast." + name for name in ("losses", "policies", "kernels", "schedules")),
+        *("cure_fast." + name for name in ("models", "errors")),
     },
 }
 # Imports that only the type checker sees may also name what a run is.

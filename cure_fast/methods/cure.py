@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from cure_fast.config import Config, MethodSettings, check, check_literals, check_range
+from cure_fast.checks import check, check_literals, check_range
+from cure_fast.config import Config, MethodSettings
 from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.method import Method, Policy, Terms, backward_total
 from cure_fast.methods import natural

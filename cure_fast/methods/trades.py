@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cure_fast.config import MethodSettings, check_range
+from cure_fast.checks import check_range
+from cure_fast.config import MethodSettings
 from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.method import Method, Terms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cure_fast.config import format_pixel
+from cure_fast.checks import format_pixel
 from cure_fast.report.html import Html, code, element, join, paragraph, section, table
 from cure_fast.report.record import Record, Results, Score
 from cure_fast.report.text import (
