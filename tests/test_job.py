@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,56 +19,10 @@ from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.files import locked
 from cure_fast.job import train
 from cure_fast.log import read_rows
-from cure_fast.methods import METHODS, select_method
-from cure_fast.recipes import find_recipe
+from cure_fast.methods import METHODS
 from cure_fast.runs import load_config
 from cure_fast.weights import read_weights
-
-
-def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
-    """The quickstart recipe, cut down to a second or two."""
-    config = find_recipe("quickstart")
-    config = replace(
-        config,
-        data=replace(config.data, train_images=96, val_images=20, loader="resident"),
-        model=replace(config.model, width=4),
-        pretrain=replace(config.pretrain, pretrain_epochs=1),
-        attack=replace(config.attack, attack_steps=2),
-        optim=replace(config.optim, epochs=epochs, batch_size=32),
-        eval=replace(
-            config.eval,
-            attacks=("natural", "pgd2"),
-            limit=24,
-            val_attack_steps=1,
-            eval_step_size=0.1,
-        ),
-        run=replace(
-            config.run,
-            out=str(tmp_path / out),
-            cache=str(tmp_path / "cache"),
-            device="cpu",
-            tensorboard=False,
-            log_every=1,
-        ),
-    )
-    config = select_method(config, method)
-    for name, changes in sections.items():
-        config = replace(config, **{name: replace(getattr(config, name), **changes)})
-    return config
-
-
-def same_weights(a, b):
-    first, second = (read_weights(folder / "model.safetensors") for folder in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def stable_rows(folder):
-    """The rows of metrics without the times, which no two runs share."""
-    times = ("seconds", "images_per_s", "images")
-    return [
-        {k: v for k, v in row.items() if k not in times}
-        for row in read_rows(folder / "metrics.jsonl")
-    ]
+from tiny_job import same_weights, stable_rows, tiny
 
 
 def test_a_run_leaves_the_whole_record(tmp_path, capsys):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,17 +17,7 @@ from cure_fast.log import read_rows
 from cure_fast.methods import METHODS
 from cure_fast.trainer import note_best
 from cure_fast.weights import read_weights
-
-
-def sibling(name):
-    """A module beside this file, which is no package in pytest's importlib mode."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = sibling("test_job").tiny
+from tiny_job import tiny
 
 
 def test_validation_sees_the_held_out_images_and_no_others(tmp_path, monkeypatch):

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import numpy_cure as oracle
+import tiny_step as tiny
 from cure_fast.method import attack_mode
 from cure_fast.methods import select_method
 from cure_fast.policies import Revision, revision_rate
 from cure_fast.recipes import find_recipe
 from cure_fast.trainer import train_step
 
-
-def sibling(name):
-    """A helper module beside this file, which is no package in pytest's importlib mode."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle, tiny = sibling("numpy_cure"), sibling("tiny")
 PRESETS = ("cure", "cure_paper", "cure_official", "cure_eff", "cure_eff_official")
 SETTINGS = (
     {"score": "signed"},

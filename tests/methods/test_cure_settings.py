@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tiny_step as tiny
 from cure_fast.method import attack_mode
 from cure_fast.methods import METHODS
 from cure_fast.methods.cure import rate_at
@@ -18,16 +17,6 @@ from cure_fast.models import build_model
 from cure_fast.policies import Revision
 from cure_fast.trainer import train_step
 
-
-def sibling(name):
-    """A helper module beside this file, which is no package in pytest's importlib mode."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = sibling("tiny")
 DECAY = 0.9
 
 

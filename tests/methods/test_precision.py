@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+import tiny_step as tiny
 from cure_fast.environment import choose_dtype
 from cure_fast.method import Policy
 from cure_fast.methods import METHODS
@@ -25,17 +24,6 @@ CURE = (
     {"mask_scope": "global"},
     {"rgp": False},
 )
-
-
-def sibling(name):
-    """A helper module beside this file, which is no package in pytest's importlib mode."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = sibling("tiny")
 
 
 def scaler(scale=65536.0):
