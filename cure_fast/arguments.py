@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cure_fast.checks import check_range
+from cure_fast.checks import check_literals, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +84,32 @@ class DataWriteArgs:
     """Seed of the draw of training and validation images, 0 or more, as for training."""
     cache: str = "~/.cache/cure-fast"
     """Folder for the FFCV file and its manifest."""
+
+    def __post_init__(self) -> None:
+        if self.train_images is not None:
+            check_range(self, "train_images", 1)
+        check_range(self, "val_images", 1)
+        check_range(self, "split_seed", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Arguments of ``cure-fast export``, beside the run folder or file of weights to export."""
+
+    format: Literal["safetensors", "onnx", "robustbench"] = "safetensors"
+    """safetensors: weights and description; onnx: a network for ONNX Runtime, normalisation inside;
+    robustbench: weights that RobustBench's own class loads strictly, with its model-info JSON."""
+    layout: Literal["plain", "sub_block1"] = "plain"
+    """For robustbench and wide ResNets alone: sub_block1 adds the unused group that weights of
+    TRADES and the codes after it have."""
+    out: str | None = None
+    """File to write, ending in .safetensors, .onnx or .pt by the format; None takes
+    export/model.* in the run folder, or the folder export beside the file of weights."""
+    force: bool = False
+    """Replace the file where it exists."""
+    data_root: str | None = None
+    """Folder that holds the data sets, whose test images the file is verified on; None takes the
+    run's own, or data for a file. Nothing is downloaded: random images stand in for absent ones."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cure_fast.checks import nearest, shown
 from cure_fast.errors import InputError
 
 # What `attacks` takes, for listings.
@@ -18,6 +19,8 @@ ATTACKS = {
     "aa": "AutoAttack, version standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square",
 }
 MAX_STEPS = 1000
+# A wrong name is compared with these.
+EXAMPLES = ("natural", "fgsm", "pgd20", "cw20", "aa")
 
 Family = Literal["natural", "fgsm", "pgd", "cw", "aa"]
 
@@ -53,8 +56,8 @@ def parse_attack(text: str) -> AttackSpec:
     if found and int(found[2]) <= MAX_STEPS:
         return AttackSpec(text, "pgd" if found[1] == "pgd" else "cw", int(found[2]))
     raise InputError(
-        f"attack: expected one of {', '.join(ATTACKS)} with K from 1 to {MAX_STEPS} "
-        f"(such as pgd20), got {text!r}."
+        f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to {MAX_STEPS} (such as pgd20), "
+        f"with commas between, got {shown(text)}.{nearest(text, EXAMPLES)}"
     )
 
 

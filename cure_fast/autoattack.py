@@ -126,7 +126,7 @@ def run_autoattack(
             advance(min(len(pending), state["batches"] * size))
             for indices in pending.split(size)[state["batches"] :] if len(pending) else ():
                 x, y = load(indices)
-                guard.at(x, indices)
+                guard.at(x, indices, attack)
                 x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
                 check_perturbation(x_adv, x, indices, settings["eps"], attack)
                 robust[indices[broken.cpu()]] = False

@@ -1,4 +1,4 @@
-"""The command line: ``cure-fast train | eval | report | data | list | show | doctor``.
+"""The command line: ``cure-fast train | eval | report | export | data | list | show | doctor``.
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable.
 Heavy imports wait inside the commands, so that help is quick.
@@ -6,20 +6,40 @@ Heavy imports wait inside the commands, so that help is quick.
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args, get_origin
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from cure_fast.arguments import DataWriteArgs, EvalArgs
-from cure_fast.checks import format_pixel, parse_fraction
+from cure_fast.arguments import DataWriteArgs, EvalArgs, ExportArgs
+from cure_fast.checks import SHOWN, format_pixel, nearest, parse_fraction, shown
 from cure_fast.config import Config
-from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError
+from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError, StoppedError
+from cure_fast.flags import flag_words, flags_of, read_words
+from cure_fast.memory import is_out_of_memory
+from cure_fast.signals import Interrupted, StopSignals
 
+HELP = {"-h", "--help"}
+# What to do about an error of the operating system.
+ADVICE = {
+    errno.ENOSPC: "Free some space, or name a folder on another disk.",
+    errno.EDQUOT: "Free some space, or name a folder on another disk.",
+    errno.EACCES: "Name a path that you may use, or change its permissions.",
+    errno.EPERM: "Name a path that you may use, or change its permissions.",
+    errno.EROFS: "Name a folder that can be written to.",
+    errno.EMFILE: "Allow more open files: ulimit -n 4096.",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+}
+# A path that no system takes: its beginning is enough of it in a message.
+LONG_WORD = re.compile(r"\S{1000,}")
 EXIT_CODES = (
     "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable."
 )
@@ -64,55 +84,32 @@ def show_number(value: float) -> str:
     return format_pixel(value) if len(f"{value:.9g}") > 8 else f"{value:g}"
 
 
-def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
-    """Return the recipe's configuration, or a run folder's, changed by the flags.
+def show_flags(recipe: str, words: Sequence[str], prog: str) -> NoReturn:
+    """Print the help of ``train`` or ``show``: every field of the configuration is a flag."""
+    from cure_fast.flag_config import base_config
+    from cure_fast.recipes import RECIPES
 
-    ``--method`` is looked up first, because it decides which settings are flags.
-    """
-    from pathlib import Path
-
-    from cure_fast.methods import find_method, select_method
-    from cure_fast.recipes import RECIPES, find_recipe, with_out
-    from cure_fast.runs import load_config
-
-    if (Path(recipe) / "config.json").exists():
-        config = with_out(load_config(Path(recipe)), recipe)
-    else:
-        config = find_recipe(recipe)
-    method = flag_value(flags, "--method")
-    if method is not None:
-        config = select_method(config, method)
     about = inspect.getdoc(RECIPES[recipe]) if recipe in RECIPES else f"The run in {recipe}."
-    config = tyro.cli(
+    tyro.cli(
         OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
-        default=config,
-        args=list(flags),
+        default=base_config(recipe, words),
+        args=["--help"],
         prog=prog,
         description=f"{about}\n\nEvery field of the configuration is a flag. With train, --resume "
-        f"continues the run in --out, or the newest of this recipe, method and seed. {EXIT_CODES}",
+        "continues the run in --out, or the newest of this recipe, method and seed; --override "
+        f"with it accepts flags that differ from the run's. {EXIT_CODES}",
         registry=registry(),
     )
-    find_method(config.method).check(config)
-    return config
+    sys.exit(0)
 
 
-def flag_value(flags: Sequence[str], name: str) -> str | None:
-    """Return the last value given to a flag, written ``--flag value`` or ``--flag=value``."""
-    found = None
-    for position, word in enumerate(flags):
-        if word == name and position + 1 < len(flags):
-            found = flags[position + 1]
-        elif word.startswith(name + "="):
-            found = word.split("=", 1)[1]
-    return found
-
-
-def train(recipe: Positional[str], resume: bool = False) -> None:
+def train(recipe: Positional[str], resume: bool = False, override: bool = False) -> None:
     """Train, attack and report. `cure-fast train RECIPE --help` lists all flags.
 
     Args:
         recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
         resume: Continue the run: the one in --out, or the newest of this recipe, method and seed.
+        override: With resume: continue although flags differ from what the run was made with.
     """
 
 
@@ -131,8 +128,6 @@ def evaluate(target: Positional[str], args: OmitArgPrefixes[EvalArgs]) -> None:
         target: Run folder, or a file of weights (.safetensors, or a .pt of plain tensors).
         args: How to attack.
     """
-    from pathlib import Path
-
     from cure_fast.evaluation_job import evaluate_file, evaluate_folder
 
     path = Path(target)
@@ -148,11 +143,21 @@ def report(run: Positional[str]) -> None:
     Args:
         run: Run folder.
     """
-    from pathlib import Path
-
     from cure_fast.report import write_report
 
     print(f"report: {write_report(Path(run))}")
+
+
+def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
+    """Export the model of a run, or a file of weights, for other programs; verified when written.
+
+    Args:
+        target: Run folder, or a .safetensors file that cure-fast wrote.
+        args: Which format, and where to.
+    """
+    from cure_fast.export import export_model
+
+    export_model(Path(target), args)
 
 
 def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> None:
@@ -188,7 +193,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "report": report,
-    "data": data_write,
+    "export": export,
+    "data write": data_write,
     "list": list_all,
     "show": show,
     "doctor": doctor,
@@ -196,29 +202,103 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def dispatch(words: Sequence[str]) -> None:
-    """Run the command that ``words`` name."""
-    if len(words) > 1 and words[0] in ("train", "show") and not words[1].startswith("-"):
-        command, recipe, flags = words[0], words[1], list(words[2:])
-        resume = command == "train" and "--resume" in flags
-        flags = [flag for flag in flags if not (command == "train" and flag == "--resume")]
-        config = resolve_config(recipe, flags, f"cure-fast {command} {recipe}")
-        if command == "show":
-            from cure_fast.listing import print_config
+    """Run the command that ``words`` name.
 
-            print_config(config)
-        else:
-            from cure_fast.job import train as run_job
-
-            run_job(config, resume=resume)
+    Raises:
+        InputError: for an unknown command, or words that it does not take.
+    """
+    if any("\0" in word for word in words):
+        raise InputError("expected words without null characters, got one; leave it out.")
+    if words[0] in HELP:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=["--help"],
+            prog="cure-fast",
+            description="Train image classifiers that stay accurate and resist attacks. "
+            f"Start with `cure-fast train quickstart`. {EXIT_CODES}",
+            registry=registry(),
+        )
+    command, rest = find_command(words)
+    prog = f"cure-fast {command}"
+    named = command in ("train", "show") and rest and not rest[0].startswith("-")
+    if HELP & set(rest):
+        if named:
+            show_flags(rest[0], rest[1:], f"{prog} {rest[0]}")
+        tyro.cli(COMMANDS[command], args=["--help"], prog=prog, registry=registry())
+    if command not in ("train", "show"):
+        COMMANDS[command](*read_arguments(COMMANDS[command], rest, prog))
         return
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        args=list(words),
-        prog="cure-fast",
-        description="Train image classifiers that stay accurate and resist attacks. "
-        f"Start with `cure-fast train quickstart`. {EXIT_CODES}",
-        registry=registry(),
+    switches = {name: kind for name, kind in parameters(COMMANDS[command]).items() if kind is bool}
+    # `train --resume RUN` is what one writes who thinks of the switch first.
+    first = [word for word in rest if word in flag_words(switches)] if not named else []
+    rest = [word for word in rest if word not in first] + first
+    if not rest or rest[0].startswith("-"):
+        came = f"got {shown(rest[0])} first" if rest else "got nothing"
+        raise InputError(
+            f"{command}: expected the name of a recipe or a run folder before the flags, {came}, "
+            f"such as: {prog} quickstart. `cure-fast list` shows the recipes."
+        )
+    from cure_fast.flag_config import read_config
+
+    config, given = read_config(rest[0], rest[1:], f"{prog} {rest[0]}", switches)
+    if command == "show":
+        from cure_fast.listing import print_config
+
+        print_config(config)
+    else:
+        from cure_fast.job import train as run_job
+
+        if given.get("override") and not given.get("resume"):
+            raise InputError(
+                "--override: expected --resume with it, got --override alone. "
+                "Add --resume to continue a run, or leave --override out."
+            )
+        run_job(config, **given)
+
+
+def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the command that ``words`` begin with, which may be of two words, and the rest."""
+    for count in (2, 1):
+        if " ".join(words[:count]) in COMMANDS:
+            return " ".join(words[:count]), list(words[count:])
+    longer = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
+    if longer and HELP & set(words[1:]):
+        return longer[0], list(words[1:])
+    if longer:
+        came = shown(words[1]) if len(words) > 1 else "nothing"
+        raise InputError(
+            f"{words[0]}: expected `cure-fast {longer[0]}`, got {came} after {words[0]}. "
+            f"`cure-fast {longer[0]} --help` explains it."
+        )
+    raise InputError(
+        f"expected one of the commands {', '.join(COMMANDS)}, got {shown(words[0])}."
+        f"{nearest(words[0], COMMANDS)} `cure-fast --help` explains them."
     )
+
+
+def parameters(function: Callable[..., None]) -> dict[str, Any]:
+    """Return the plain type of each parameter of a command by its name."""
+    return {k: v for k, v in get_type_hints(function).items() if k != "return"}
+
+
+def read_arguments(function: Callable[..., None], words: Sequence[str], prog: str) -> list[Any]:
+    """Return what a command is called with: text for each word, and its dataclass of flags.
+
+    Raises:
+        InputError: for words that it does not take, or that are missing.
+    """
+    wanted = parameters(function)
+    names = [name for name, kind in wanted.items() if kind is str]
+    kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
+    try:
+        free, values = read_words(words, flags_of(*kinds))
+        if len(free) != len(names) or not all(map(str.strip, free)):
+            takes = " ".join(name.upper() for name in names) or "no word"
+            came = " ".join(map(shown, free)) or "nothing"
+            raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")
+        return [*free, *(kind(**values) for kind in kinds)]
+    except InputError as error:
+        raise InputError(f"{error} `{prog} --help` explains it.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,23 +308,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["data", "write"]:
-        del words[1]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path that the terminal's character set lacks is printed with escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        dispatch(words or ["--help"])
+        # Commands with a state to save catch signals themselves, and poll for them.
+        with StopSignals() as stop, stop.at_once():
+            dispatch(words or ["--help"])
         sys.stdout.flush()
     except CureFastError as error:
         return fail(error)
-    except KeyboardInterrupt:
-        print("cure-fast: interrupted; what was saved can be continued", file=sys.stderr)
-        return 75
+    except Interrupted:
+        return fail(StoppedError("interrupted."))
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        what = f"{error.filename}: " if error.filename else ""
-        return fail(InputError(f"{what}{error.strerror or error}."))
+        return fail(InputError(system_message(error)))
     except Exception as error:
         if is_out_of_memory(error):
             return fail(
@@ -258,16 +339,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: CureFastError) -> int:
     """Print the error in a line and return its exit code."""
-    print(f"cure-fast: {error}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
+    print(f"cure-fast: {line}", file=sys.stderr)
     return error.code
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the error says that memory ran out, on the GPU or the host."""
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+def system_message(error: OSError) -> str:
+    """Return what the operating system refused, and what to do about it."""
+    path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
+    advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
+    return f"{path}{error.strerror or error}. {advice}"

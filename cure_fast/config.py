@@ -129,7 +129,7 @@ class OptimConfig:
     batch_size: int = 128
     """Images per step, 1 or more."""
     micro_batch_size: int | None = None
-    """Images per forward and backward pass, 1 or more, whose gradients are added up to a step's;
+    """Images per forward and backward pass, 2 or more, whose gradients are added up to a step's;
     None takes --batch-size. It is halved where memory runs out. BatchNorm sees one pass at a time.
     """
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -156,7 +156,7 @@ class OptimConfig:
         check_range(self, "epochs", 1, 100_000)
         check_range(self, "batch_size", 1, 1_000_000)
         if self.micro_batch_size is not None:
-            check_range(self, "micro_batch_size", 1, self.batch_size)
+            check_range(self, "micro_batch_size", 2, max(2, self.batch_size))
         check_range(self, "lr", 0, 1000, open_low=True)
         check_range(self, "momentum", 0, 0.999999)
         check_range(self, "weight_decay", 0, 1)

@@ -7,9 +7,9 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cure_fast.checks import check
+from cure_fast.checks import check, field_types
 from cure_fast.errors import InputError
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], **narrow: type) -> T:
     """
     if not isinstance(values, Mapping):
         raise InputError(f"configuration: expected a table for {kind.__name__}, got {values!r}.")
-    hints = get_type_hints(kind) | narrow
+    hints = {**field_types(kind), **narrow}
     names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
     unknown = sorted(set(values) - set(names))
     if unknown:

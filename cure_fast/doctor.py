@@ -37,9 +37,10 @@ NEEDED = (
     "sklearn",
     "tyro",
     "rich",
-    "matplotlib",
     "pyautoattack",
 )
+# Receivers of a run's numbers; training goes on without them.
+RECEIVERS = {"tensorboard": "--tensorboard", "wandb": "--wandb"}
 PROBE_SECONDS = 120
 SMALL_SHM = 256 * 2**20
 
@@ -158,6 +159,7 @@ def examine() -> Report:
         *(("GPU", line) for line in gpus.lines or (gpus.absence,)),
         ("Triton", check_triton(on_gpu=bool(gpus.lines))),
         ("FFCV", ffcv.detail),
+        *((name, check_receiver(name, flag)) for name, flag in RECEIVERS.items()),
         *((("/dev/shm", shared_memory()),) if Path("/dev/shm").is_dir() else ()),
         ("folder", f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder}"),
     )
@@ -173,6 +175,13 @@ def import_problems(names: tuple[str, ...]) -> list[str]:
         except Exception as error:  # a broken binary raises far more than ImportError
             problems.append(f"{name} cannot be imported ({type(error).__name__}: {error})")
     return problems
+
+
+def check_receiver(name: str, flag: str) -> str:
+    """Return the version of a package that receives a run's numbers, or what is without it."""
+    version = package_version(name)
+    problem = "not installed" if version is None else "".join(import_problems((name,)))
+    return f"{problem}; {flag} only warns" if problem else str(version)
 
 
 def usable_cores() -> int:

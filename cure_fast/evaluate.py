@@ -69,9 +69,9 @@ def evaluate(
         attacks: names that :func:`parse_attack` takes.
         eps: radius of the L-inf ball in pixel units, in [0, 1].
         step_size: length of a step of pgdK and cwK in pixel units; None takes eps / 10.
-        batch_size: images per batch. Results do not depend on it but for rounding, save for aa.
+        batch_size: images per batch; decides only the result of aa. Halved where memory runs out.
         device: where to compute.
-        seed: seed of all random starts, in [0, 2**63).
+        seed: of all random starts, in [0, 2**63).
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
         model_name: what progress bars call the model.
@@ -80,11 +80,11 @@ def evaluate(
 
     Raises:
         InputError: for arguments out of range, or a state of other weights, images or settings.
-        CureFastError: for logits that are not finite, a model that changed, a ball that was left.
-        StoppedError: if ``stop()`` became true; finished parts are kept in ``state_dir``.
+        CureFastError: for values that are not finite, a changed model, a ball that was left.
+        MemoryExhaustedError: if a batch of aa, or one image, does not fit.
+        StoppedError: if ``stop()`` became true; what is finished is kept.
     """
     specs = {text: parse_attack(text) for text in attacks}
-    step = _check_settings(eps, step_size, batch_size, seed, aa_limit, specs)
     _check_set(images, labels, num_classes)
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
@@ -92,7 +92,7 @@ def evaluate(
         labels=labels,
         device=torch.device(device),
         eps=eps,
-        step_size=step,
+        step_size=_check_settings(eps, step_size, batch_size, seed, aa_limit, specs),
         batch_size=batch_size,
         seed=seed,
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
@@ -126,10 +126,11 @@ def adversarial_examples(
     steps: int,
     device: torch.device | str,
     seed: int,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return what PGD on the cross-entropy makes of a few images, as arrays for a picture.
 
-    The images are those that ``evaluate`` with ``pgd<steps>`` sees at the same place of its set.
+    They are those that ``evaluate`` with ``pgd<steps>`` sees at the same place of its set.
 
     Args:
         model: network on ``device`` from images [N, C, H, W] in [0, 1] to logits [N, K].
@@ -140,6 +141,7 @@ def adversarial_examples(
         steps: number of steps, 1 to 1000.
         device: where to compute.
         seed: seed of the random starts.
+        stop: asked before every pass through the model; true raises ``StoppedError``.
 
     Returns:
         ``adversarial`` float32 [N, H, W, C] in [0, 1], and the predicted classes int64 [N] as
@@ -149,7 +151,7 @@ def adversarial_examples(
     _check_set(images, labels, None)
     _check_settings(eps, step_size, 1, seed, None, {spec.name: spec})
     task = Measurement(
-        guard=Guard(model),
+        guard=Guard(model, stop=stop),
         images=images,
         labels=labels,
         device=torch.device(device),
@@ -159,19 +161,27 @@ def adversarial_examples(
         seed=seed,
     )
     with _measuring(model, task.device):
-        indices = torch.arange(len(images))
+        return _attacked(task, spec)
+
+
+def _attacked(task: Measurement, spec: AttackSpec) -> dict[str, np.ndarray]:
+    """Return what :func:`adversarial_examples` returns."""
+    parts: list[tuple[Tensor, ...]] = []
+
+    def attack(indices: Tensor) -> None:
         x, y = task.load(indices)
-        task.guard.at(x, indices)
+        task.guard.at(x, indices, spec.name)
         logits = task.guard(x)
-        _check_labels(labels, len(images), logits.shape[1])
+        _check_labels(task.labels, len(task.images), logits.shape[1])
         x_adv = task.perturb(spec, x, y, indices)
-        adversarial = task.guard(x_adv).argmax(dim=1)
-        check_unchanged(model, task.hashes)
-    return {
-        "adversarial": x_adv.permute(0, 2, 3, 1).float().cpu().contiguous().numpy(),
-        "natural_prediction": logits.argmax(dim=1).cpu().numpy(),
-        "adversarial_prediction": adversarial.cpu().numpy(),
-    }
+        found = (x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), task.guard(x_adv).argmax(1))
+        parts.append(tuple(part.cpu() for part in found))
+
+    task.each_batch(torch.arange(len(task.images)), attack)
+    check_unchanged(task.guard.model, task.hashes)
+    names = ("adversarial", "natural_prediction", "adversarial_prediction")
+    columns = zip(*parts, strict=True)
+    return {n: torch.cat(c).contiguous().numpy() for n, c in zip(names, columns, strict=True)}
 
 
 @contextmanager

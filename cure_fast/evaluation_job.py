@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,19 +11,12 @@ from cure_fast.config import Config, EvalConfig
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 from cure_fast.evaluate import trust_warnings
-from cure_fast.files import file_hash, write_json
+from cure_fast.files import file_hash, user_path, write_json
 from cure_fast.loaders import read_dataset
-from cure_fast.results import (
-    FORMAT,
-    attack_model,
-    keep_results,
-    load_model,
-    measure_run,
-    model_entry,
-    print_results,
-)
+from cure_fast.results import attack_model, load_model, measure_run, print_results
+from cure_fast.results_record import FORMAT, keep_results, model_entry
 from cure_fast.runs import load_config
-from cure_fast.signals import stop_on_signal
+from cure_fast.signals import StopSignals
 from cure_fast.weights import read_metadata
 
 DEFAULT_EPS = 8 / 255
@@ -44,8 +38,8 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
         raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
     config = changed_config(own, args)
     root = own.data.data_root if args.data_root is None else args.data_root
-    test = read_dataset(own.data.data, Path(root).expanduser(), "test")
-    with stop_on_signal() as stop:
+    test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
+    with StopSignals() as stop:
         measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
     kept = keep_results(folder, own, measured, examples)
     if kept.aside is not None:
@@ -102,16 +96,29 @@ def described(path: Path, args: EvalArgs) -> tuple[dict[str, str], str]:
     return metadata | {"data": told or data}, data
 
 
+def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
+    """Return the radius that a file of weights says it was trained with, in pixel units."""
+    try:
+        eps = float(metadata.get("eps", DEFAULT_EPS))
+    except ValueError:
+        eps = -1.0
+    if not 0 <= eps <= 1:
+        raise InputError(
+            f"{path}: expected its eps to be from 0 to 1, got {metadata['eps']!r}. Give --eps."
+        )
+    return eps
+
+
 def evaluate_file(path: Path, args: EvalArgs) -> None:
     """Attack the network in a file of weights."""
     if not path.exists():
         raise InputError(f"{path}: expected a run folder or a file of weights; there is none.")
     metadata, data = described(path, args)
     root = "data" if args.data_root is None else args.data_root
-    test = read_dataset(data, Path(root).expanduser(), "test")
+    test = read_dataset(data, user_path(root, "--data-root"), "test")
     metadata.setdefault("num_classes", str(len(test.classes)))
     model = load_model(path, metadata)
-    eps = args.eps if args.eps is not None else float(metadata.get("eps", DEFAULT_EPS))
+    eps = args.eps if args.eps is not None else stated_eps(path, metadata)
     step_size = eps / 10 if args.step_size is None else args.step_size
     settings = EvalConfig(
         attacks=args.attacks or ("natural", "pgd20", "cw20"),
@@ -122,7 +129,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     )
     seed = 0 if args.seed is None else args.seed
     out = None if args.out is None else Path(args.out)
-    with stop_on_signal() as stop:
+    with StopSignals() as stop:
         device = choose_device(args.device)
         attacks = attack_model(
             model.to(device),

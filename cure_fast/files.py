@@ -11,6 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cure_fast.errors import InputError
+
+
+def user_path(text: str, flag: str) -> Path:
+    """Return the path that a user wrote, ``~`` standing for the home folder.
+
+    Args:
+        text: path, absolute or relative to the working folder.
+        flag: where it came from, for the message.
+
+    Raises:
+        InputError: if there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{flag} {text}: this account has no home folder; give a full path, as in {flag} "
+            "/tmp/cure-fast."
+        ) from error
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

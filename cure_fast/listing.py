@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cure_fast.arguments import DataWriteArgs
 from cure_fast.checks import format_pixel
 from cure_fast.config import Config
 from cure_fast.evaluate import ATTACKS
+from cure_fast.files import user_path
 from cure_fast.loaders import DATASETS, read_dataset, split_train
 from cure_fast.methods import METHODS
 from cure_fast.models import MODELS
@@ -81,10 +81,10 @@ def write_data(data: str, args: DataWriteArgs) -> None:
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
-    whole = read_dataset(data, Path(args.data_root).expanduser(), "train")
+    whole = read_dataset(data, user_path(args.data_root, "--data-root"), "train")
     images, _ = split_train(
         whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
     )
-    path = ensure_beton(images, Path(args.cache).expanduser())
+    path = ensure_beton(images, user_path(args.cache, "--cache"))
     seconds = time.monotonic() - started
     print(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")

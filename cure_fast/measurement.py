@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import cure_fast
 from cure_fast.attack_result import AttackResult, AttackSpec
 from cure_fast.attacks import pgd
-from cure_fast.autoattack import autoattack_settings, run_autoattack
-from cure_fast.errors import InputError
-from cure_fast.files import write_json
+from cure_fast.autoattack import Outcome, autoattack_settings, run_autoattack
+from cure_fast.errors import MemoryExhaustedError
+from cure_fast.evaluation_state import read_state, write_state
 from cure_fast.losses import cross_entropy, margin
+from cure_fast.memory import is_out_of_memory
 from cure_fast.progress import track
 from cure_fast.trust import (
     Guard,
@@ -37,10 +39,17 @@ PROBE_IMAGES = 64
 # Steps that add up to less than this share of eps cannot explore the ball.
 SHORTEST_PATH = 0.9
 
+T = TypeVar("T")
+
 
 @dataclass(kw_only=True)
 class Measurement:
-    """One model on one set of images, and what several attacks share."""
+    """One model on one set of images, and what several attacks share.
+
+    Attributes:
+        batch_size: images per batch, as asked for; AutoAttack's result depends on it.
+        fitting_size: images per batch of everything else, halved whenever memory ran out.
+    """
 
     guard: Guard
     images: Tensor
@@ -53,9 +62,11 @@ class Measurement:
     aa_images: int = 0
     state_dir: Path | None = None
     name: str = "model"
+    fitting_size: int = field(init=False)
     hashes: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fitting_size = min(self.batch_size, len(self.images))
         self.hashes = state_hashes(self.guard.model)
 
     def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,19 +91,13 @@ class Measurement:
             check_unchanged(self.guard.model, self.hashes)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"identity": identity, **part})
+                write_state(path, {"identity": identity, **part})
 
         natural, seconds = self.natural
         warnings = self.instability
         if spec.family == "aa":
-            outcome = run_autoattack(
-                self.guard,
-                self.load,
-                natural[:count],
-                settings=settings,
-                progress=state.get("progress"),
-                save=lambda progress: save(progress=progress),
-                title=f"{self.name} aa",
+            outcome = self.under_autoattack(
+                natural[:count], settings, state.get("progress"), lambda p: save(progress=p)
             )
             robust, seconds = outcome.robust, outcome.seconds
             warnings += self.masking + outcome.warnings
@@ -127,42 +132,127 @@ class Measurement:
         started = time.perf_counter()
         correct = torch.zeros(len(self.images), dtype=torch.bool)
         with track(f"{self.name} natural", len(correct)) as advance:
-            for indices in torch.arange(len(correct)).split(self.batch_size):
+
+            def classify(indices: Tensor) -> None:
                 x, y = self.load(indices)
                 self.guard.at(x, indices)
                 correct[indices] = (self.guard(x).argmax(dim=1) == y).cpu()
                 advance(len(indices))
+
+            self.each_batch(torch.arange(len(correct)), classify)
         return correct, time.perf_counter() - started
 
     @cached_property
     def instability(self) -> tuple[str, ...]:
         """What the first images say against the model's answers."""
-        return find_instability(self.guard, self.first_batches())
+        return self.fitting(lambda: find_instability(self.guard, self.first_batches()))
 
     @cached_property
     def masking(self) -> tuple[str, ...]:
         """What the first images say against the model's gradients."""
-        return find_masking(self.guard, self.first_batches())
+        return self.fitting(lambda: find_masking(self.guard, self.first_batches()))
 
     def first_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images that are looked at for signs of a wrong evaluation, and their labels."""
-        for indices in torch.arange(min(PROBE_IMAGES, len(self.images))).split(self.batch_size):
+        for indices in torch.arange(min(PROBE_IMAGES, len(self.images))).split(self.fitting_size):
             x, y = self.load(indices)
             self.guard.at(x, indices)
             yield x, y
+
+    def each_batch(self, indices: Tensor, work: Callable[[Tensor], None]) -> None:
+        """Call ``work`` with the indices [N] in batches, in order, smaller ones from where it must.
+
+        ``work`` is called again with fewer of the same indices if memory ran out in it.
+        """
+        left = indices
+        while len(left):
+            left = left[self.fitting(partial(self._next_batch, left, work)) :]
+
+    def _next_batch(self, left: Tensor, work: Callable[[Tensor], None]) -> int:
+        batch = left[: self.fitting_size]
+        work(batch)
+        return len(batch)
+
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns, called anew with batches half as large if memory ran out.
+
+        Raises:
+            MemoryExhaustedError: if one image is too much.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _told(error)
+            # Here the error is gone, and with it the frames that hold the batch.
+            self._halve(reason)
+
+    def _halve(self, reason: str) -> None:
+        size = self.fitting_size
+        if size == 1:
+            raise MemoryExhaustedError(
+                f"{self.name}: one image takes more memory than there is ({reason}); end other "
+                "programs on the device, or use --device cpu."
+            )
+        self.fitting_size = size // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks that were cut for the former size
+        print(
+            f"{self.name}: out of memory with {size} images in a batch; going on with "
+            f"{self.fitting_size}, which changes no result ({reason})",
+            flush=True,
+        )
 
     def under_attack(self, spec: AttackSpec, correct: Tensor) -> Tensor:
         """Return which images [N] stay right under a gradient attack, given which are right now."""
         robust, pending = correct.clone(), correct.nonzero().flatten()
         with track(f"{self.name} {spec.name}", len(correct)) as advance:
             advance(len(correct) - len(pending))
-            for indices in pending.split(self.batch_size) if len(pending) else ():
+
+            def attack(indices: Tensor) -> None:
                 x, y = self.load(indices)
-                self.guard.at(x, indices)
+                self.guard.at(x, indices, spec.name)
                 x_adv = self.perturb(spec, x, y, indices)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
                 advance(len(indices))
+
+            self.each_batch(pending, attack)
         return robust
+
+    def under_autoattack(
+        self,
+        correct: Tensor,
+        settings: dict[str, Any],
+        progress: dict[str, Any] | None,
+        save: Callable[[dict[str, Any]], None],
+    ) -> Outcome:
+        """Return what AutoAttack leaves of the images that are right now; see its module."""
+        try:
+            return run_autoattack(
+                self.guard,
+                self.load,
+                correct,
+                settings=settings,
+                progress=progress,
+                save=save,
+                title=f"{self.name} aa",
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = min(self.batch_size, len(correct))
+            remedy = (
+                "which no other batch size can stand in for, as the result depends on it; evaluate "
+                f"with --eval-batch-size {size // 2} (for cure-fast eval: --batch-size)"
+                if size > 1
+                else "the smallest there is; end other programs on the device, or use --device cpu"
+            )
+            raise MemoryExhaustedError(
+                f"{self.name} aa: out of memory with {size} images in a batch, {remedy} "
+                f"({_told(error)})."
+            ) from error
 
     def perturb(self, spec: AttackSpec, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """Return the last iterate of fgsm, pgdK or cwK from images [n, C, H, W] and labels [n]."""
@@ -230,6 +320,7 @@ class Measurement:
             "images": tensor_hash(self.images[:count]),
             "labels": tensor_hash(self.labels[:count]),
             "precision": self.precision,
+            "cure_fast": cure_fast.__version__,
             "torch": torch.__version__,
             **settings,
         }
@@ -252,31 +343,7 @@ def uniform_start(shape: Sequence[int], indices: Tensor, family: str, seed: int)
     return torch.from_numpy(draws).mul_(2).sub_(1)
 
 
-def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier evaluation stored at ``path``, or nothing if it stored nothing.
-
-    Raises:
-        InputError: if it is not readable, or is of another model, set of images or settings.
-    """
-    if not path.exists():
-        return {}
-    remedy = f"Delete {path} or evaluate into another folder to start over."
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        stored = dict(state["identity"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a stored evaluation ({error!r}). {remedy}") from error
-    here = json.loads(json.dumps(identity))
-    different = [
-        f"{name} ({_short(stored.get(name))} there, {_short(here.get(name))} here)"
-        for name in {**stored, **here}
-        if stored.get(name) != here.get(name)
-    ]
-    if different:
-        raise InputError(f"{path}: stored with other {', '.join(different)}. {remedy}")
-    return state
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 64 else text[:8]
+def _told(error: Exception) -> str:
+    """Return the first sentence or two of an error: which allocator, and how much it was asked."""
+    text = " ".join(str(error).split())
+    return text[:160].rpartition(". ")[0] or text[:160] or type(error).__name__

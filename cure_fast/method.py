@@ -19,7 +19,8 @@ from cure_fast.config import Config, MethodSettings
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
 
-# Named scalars of one step; "total" is the one that is minimised.
+# Named scalars of one step, each a mean over the images of a pass, so that passes add up by their
+# share of the batch; "total" is the one that is minimised.
 Terms = dict[str, Tensor]
 
 
@@ -31,7 +32,10 @@ class Policy:
         return nullcontext()
 
     def on_grads(self, run: Run) -> None:
-        """Change the gradients, which are complete and unscaled."""
+        """Change the gradients, which are complete, finite and unscaled.
+
+        Sets in ``run.gradients`` still have the loss scale of fp16.
+        """
 
     def on_step(self, run: Run) -> None:
         """Act after the optimiser's step."""
@@ -96,7 +100,9 @@ class Method:
         attack: from (run, x, y) to adversarial images inside the eps-ball and [0, 1]; called with
             the model in ``attack_mode``.
         loss: from (run, x, x_adv, y) to :data:`Terms`.
-        backward: fills the gradients from the terms; the default takes the total.
+        backward: adds the gradients of the terms to ``.grad``, and further sets of gradients to
+            ``run.gradients``; called once per pass over a part of the batch. The default takes the
+            total.
         networks: builds further networks (a teacher, an average), which checkpoints store.
         policies: builds the policies of a run.
         check: raises ``InputError`` for a configuration the method cannot run.

@@ -1,4 +1,4 @@
-"""The training loop: one step, and the loop over epochs around it."""
+"""What a training stage moves, and the loop over its epochs; ``step.py`` has one step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from cure_fast.config import Config, OptimConfig
 from cure_fast.errors import DivergedError, StoppedError
 from cure_fast.loaders import Loader
 from cure_fast.log import RunLog
-from cure_fast.method import Method, Policy, Terms, around, attack_mode
+from cure_fast.method import Method, Policy, Terms
 from cure_fast.methods import find_method
 from cure_fast.models import ImageClassifier
 from cure_fast.progress import track
+from cure_fast.random_state import random_state, restore_random_state
 from cure_fast.schedules import lr_at
+from cure_fast.step import advice, train_step
 
 P = TypeVar("P", bound=Policy)
 
@@ -42,7 +44,12 @@ class Run:
         epoch: 0-based epoch under way.
         batch: 0-based batch of the epoch that comes next, or is under way.
         step: 0-based step of the run that comes next, or is under way.
-        sums: sums of the terms over the epoch under way.
+        sums: sums of the terms over the epoch under way, and in ``counted`` of how many steps.
+        skipped: steps of the epoch under way that moved nothing, as something was not finite.
+        skipped_in_row: how many of the last steps that holds for.
+        micro_batch_size: images per pass; None for the whole batch.
+        gradients: sets of gradients of the step under way beside ``.grad``, by name.
+        pending: row of an epoch that is trained but not yet validated.
         best: validation accuracy in percent of the best epoch so far: (selected, natural), and
             its 1-based number.
     """
@@ -61,6 +68,12 @@ class Run:
     batch: int = 0
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    counted: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    micro_batch_size: int | None = None
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    pending: dict[str, Any] | None = None
     best: tuple[float, float, int] | None = None
 
     @property
@@ -81,6 +94,13 @@ class Run:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss times fp16's scale (itself in other precisions)."""
         return self.scaler.scale(loss)
+
+    def add_gradients(self, name: str, grads: list[Tensor]) -> None:
+        """Add a pass's part to the set of gradients ``name``."""
+        if name in self.gradients:
+            torch._foreach_add_(self.gradients[name], grads)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            self.gradients[name] = grads
 
     def policy(self, kind: type[P]) -> P:
         """Return the run's policy of type ``kind``."""
@@ -113,13 +133,25 @@ class Run:
             "batch": self.batch,
             "step": self.step,
             "sums": self.sums,
+            "counted": self.counted,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_asked": self.config.optim.micro_batch_size,
+            "pending": self.pending,
             "best": self.best,
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
+        groups = self.optimizer.param_groups
         self.model.load_state_dict(state["model"])
+        # The configuration decides, which --override may have changed; the rate is set each step.
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         self.scaler.load_state_dict(state["scaler"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())
@@ -129,7 +161,12 @@ class Run:
             policy.load_state_dict(policy_state)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        for name in ("counted", "skipped", "skipped_in_row", "pending"):
+            setattr(self, name, state[name])
+        if state["micro_batch_asked"] == self.config.optim.micro_batch_size:
+            self.micro_batch_size = state["micro_batch_size"]
         self.best = None if state["best"] is None else tuple(state["best"])
+        restore_random_state(state["random"])
 
 
 def build_run(config: Config, model: ImageClassifier, loader: Loader, device: torch.device) -> Run:
@@ -138,6 +175,7 @@ def build_run(config: Config, model: ImageClassifier, loader: Loader, device: to
     fp16 = model.compute_dtype is torch.float16
     run = Run(
         config=config,
+        micro_batch_size=config.optim.micro_batch_size,
         method=find_method(config.method),
         model=model,
         optimizer=build_optimizer(config.optim, model),
@@ -167,30 +205,6 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     )
 
 
-def train_step(run: Run, x: Tensor, y: Tensor) -> Terms:
-    """Train on one batch; return the detached terms of its loss.
-
-    Args:
-        run: what is moved.
-        x: natural images [N, C, H, W] in [0, 1], float32, channels_last.
-        y: labels [N] int64.
-    """
-    with attack_mode(run.model, run.config.attack.attack_mode):
-        x_adv = run.method.attack(run, x, y)
-    with around(run.policies, run, x, x_adv, y):
-        terms = run.method.loss(run, x, x_adv, y)
-        run.method.backward(run, terms)
-        run.scaler.unscale_(run.optimizer)
-        for policy in run.policies:
-            policy.on_grads(run)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    for policy in run.policies:
-        policy.on_step(run)
-    run.optimizer.zero_grad(set_to_none=True)
-    return {name: term.detach() for name, term in terms.items()}
-
-
 def set_lr(run: Run) -> float:
     """Set and return the learning rate of the step that comes next."""
     lr = lr_at(run.config.optim, run.progress)
@@ -203,11 +217,11 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
     """Train to the end of the epoch under way; return its row of metrics.
 
     Raises:
-        DivergedError: when a loss is not finite at a logging step or the end of the epoch.
+        DivergedError: when too many steps in a row, or all of the epoch, are not finite.
         StoppedError: when ``stop()`` says so, after the step under way.
     """
     config = run.config
-    started, images, lr = time.monotonic(), 0, set_lr(run)
+    started, images = time.monotonic(), 0
     total = run.loader.num_images
     title = f"{log.stage} epoch {run.epoch + 1}/{config.optim.epochs}"
     with (
@@ -218,31 +232,48 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
         for x, y in batches:
             lr = set_lr(run)
             terms = train_step(run, x, y)
-            for name, term in terms.items():
-                run.sums[name] = run.sums.get(name, torch.zeros_like(term)) + term
-            if run.step % config.run.log_every == 0:
-                check_finite(run, terms)
-                log.step(run.step, run.step / run.loader.batches_per_epoch, lr, terms)
+            if terms is not None:
+                add_terms(run, terms)
+                if run.step % config.run.log_every == 0:
+                    log.step(
+                        run.step,
+                        run.step / run.loader.batches_per_epoch,
+                        lr,
+                        terms,
+                        skipped=run.skipped,
+                    )
             run.batch += 1
             run.step += 1
             images += len(y)
             advance(len(y))
             if stop():
                 raise StoppedError("stopped by a signal")
-    means = {name: value / run.batch for name, value in run.sums.items()}
-    check_finite(run, means)
+    if not run.counted:
+        raise DivergedError(f"no step of epoch {run.epoch + 1} had a finite loss. {advice(run)}")
+    means = {name: float(value / run.counted) for name, value in run.sums.items()}
     seconds = time.monotonic() - started
-    run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
-    return {
-        "epoch": run.epoch,
+    row = {
+        "epoch": run.epoch + 1,
         "step": run.step,
-        "lr": lr,
-        "terms": {name: float(value) for name, value in means.items()},
+        # The last step's, also where a run was stopped after it and goes on from here.
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "terms": means,
+        "skipped": run.skipped,
+        "micro_batch_size": run.micro_batch_size,
         "images": images,
         "seconds": seconds,
         "images_per_s": images / seconds,
         **policy_metrics(run),
     }
+    run.epoch, run.batch, run.sums, run.counted, run.skipped = run.epoch + 1, 0, {}, 0, 0
+    return row
+
+
+def add_terms(run: Run, terms: Terms) -> None:
+    """Add a step's terms to the sums of the epoch, on the device."""
+    for name, term in terms.items():
+        run.sums[name] = run.sums.get(name, torch.zeros_like(term)) + term
+    run.counted += 1
 
 
 def policy_metrics(run: Run) -> dict[str, Any]:
@@ -251,22 +282,6 @@ def policy_metrics(run: Run) -> dict[str, Any]:
     for policy in run.policies:
         row |= policy.epoch_metrics(run)
     return row
-
-
-def check_finite(run: Run, terms: Terms) -> None:
-    """Raise :class:`DivergedError` unless every term is finite (reads the device)."""
-    values = {name: float(term) for name, term in terms.items()}
-    if all(abs(value) < float("inf") for value in values.values()):
-        return
-    shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    raise DivergedError(
-        f"the loss is not finite in epoch {run.epoch + 1}, step {run.step}: {shown}. {advice(run)}"
-    )
-
-
-def advice(run: Run) -> str:
-    """Return what to try after a divergence."""
-    return f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
 
 
 def fit(
@@ -282,7 +297,8 @@ def fit(
     Args:
         run: what is moved.
         log: receives one row per epoch and one per logging step.
-        validate: from the run to ``{"natural", "robust", "attack", "count"}``, percent and counts.
+        validate: from the run to ``{"natural", "robust", "attack", "count"}``, percent and counts;
+            may raise ``StoppedError``, after which a resumed run validates anew.
         save: stores the run; the second argument tells whether this epoch is the best so far.
         stop: polled after each step.
 
@@ -290,18 +306,18 @@ def fit(
         StoppedError: when ``stop()`` says so, once the run is saved.
     """
     epochs, config = run.config.optim.epochs, run.config
-    while run.epoch < epochs:
+    while run.epoch < epochs or run.pending is not None:
         try:
-            row = train_epoch(run, log, stop)
+            if run.pending is None:
+                run.pending = train_epoch(run, log, stop)
+            last = run.epoch == epochs
+            due = last or run.epoch % config.eval.val_every == 0
+            validation = validate(run) if due else None
         except StoppedError:
             save(run, False)
             raise
-        last = run.epoch == epochs
-        row["validation"] = None
-        best = False
-        if last or run.epoch % config.eval.val_every == 0:
-            row["validation"] = validate(run)
-            best = note_best(run, row["validation"])
+        row, run.pending = {**run.pending, "validation": validation}, None
+        best = validation is not None and note_best(run, validation)
         # The row goes first: a run killed between the two writes it again after --resume.
         log.epoch(row)
         if best or last or run.epoch % config.run.checkpoint_every == 0:

@@ -62,10 +62,17 @@ class Guard(nn.Module):
         self.dtype = weight_dtype(model)
         self.detached = False
         self._natural: tuple[Tensor, Tensor] | None = None
+        self._attack = ""
 
-    def at(self, x: Tensor, indices: Tensor) -> None:
-        """Say which natural images [N, C, H, W] and indices [N] the next calls are about."""
-        self._natural = (x, indices)
+    def at(self, x: Tensor, indices: Tensor, attack: str = "") -> None:
+        """Say what the next calls are about.
+
+        Args:
+            x: natural images [N, C, H, W].
+            indices: their indices [N].
+            attack: name of the attack on them, for messages; empty for none.
+        """
+        self._natural, self._attack = (x, indices), attack
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, K] in the dtype of ``x``, for images [N, C, H, W] in [0, 1].
@@ -103,19 +110,20 @@ class Guard(nn.Module):
         return logits.to(x.dtype)
 
     def _check_gradient(self, seen: Tensor, grad: Tensor) -> None:
-        # The sign of NaN is 0 in torch: an attack would stand still, and the image count as robust.
+        # pyautoattack steps along torch's sign, which is 0 for NaN: the image would seem robust.
         if not bool(torch.isfinite(grad).all()):
             row = int((~torch.isfinite(grad).flatten(1).all(dim=1)).nonzero()[0])
             raise DivergedError(
-                f"{self._name(seen[row])}: the gradient in the image is not finite, so attacks do "
-                "not move and its robustness cannot be measured; look for a root or a logarithm "
-                "of zero in the model."
+                f"{self._name(seen[row])}: the gradient in the image is not finite, so "
+                f"{self._attack or 'an attack'} cannot move it and its robustness cannot be "
+                "measured; look for a root or a logarithm of zero in the model."
             )
 
     def _refuse(self, x: Tensor, logits: Tensor) -> None:
         row = int((~torch.isfinite(logits).all(dim=1)).nonzero()[0])
         raise DivergedError(
-            f"{self._name(x[row])}: the model's logits are not finite "
+            f"{self._name(x[row])}: the model's logits are not finite"
+            f"{self._attack and ' under ' + self._attack} "
             f"({logits[row].tolist()[:4]} ...), so its accuracy means nothing; check the weights "
             "for NaN and infinity."
         )
@@ -173,7 +181,12 @@ def check_unchanged(model: nn.Module, before: Mapping[str, str]) -> None:
 
 
 def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, attack: str) -> None:
-    """Raise :class:`CureFastError` unless all are finite, in [0, 1] and within eps of their own."""
+    """Raise unless all images are finite, in [0, 1] and within eps of their own.
+
+    Raises:
+        DivergedError: for an image with values that are not finite, naming attack and image.
+        CureFastError: for one outside of the ball or of [0, 1].
+    """
     far = (x_adv - x).abs().flatten(1).amax(dim=1)
     low, high = x_adv.flatten(1).amin(dim=1), x_adv.flatten(1).amax(dim=1)
     # Written so that NaN is a violation.
@@ -181,6 +194,12 @@ def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, at
     broken = (~held).nonzero().flatten().cpu()
     if len(broken):
         row = int(broken[0])
+        if not bool(torch.isfinite(x_adv[row]).all()):
+            raise DivergedError(
+                f"{attack}: the adversarial image {int(indices[row])} has values that are not "
+                "finite, as its gradient is not, so its robustness cannot be measured; look for a "
+                "root or a logarithm of zero in the model."
+            )
         raise CureFastError(
             f"{attack}: the adversarial image {int(indices[row])} lies {float(far[row]):g} from "
             f"the natural one (eps {eps:g}), with values from {float(low[row]):g} to "

@@ -22,6 +22,10 @@ def pgd_step_(
 ) -> Tensor:
     """Move ``x_adv`` in place along ``grad``, back onto the eps-ball around ``x`` and into [0, 1].
 
+    A gradient that is NaN or infinite has no direction. It makes its pixel NaN (with ``l2``, where
+    pixels share a norm, its image), and so the loss that the caller sees next: a pixel that
+    silently stayed where it was would be a weaker attack. Nothing is read back from the device.
+
     Args:
         x_adv: current images [N, ...], floating; changed in place and returned.
         x: natural images, same shape, in [0, 1].
@@ -38,7 +42,9 @@ def pgd_step_(
         raise ValueError(f"shapes differ: x_adv {x_adv.shape}, x {x.shape}, grad {grad.shape}.")
     step, radius = _per_image(step_size, x), _per_image(eps, x)
     if norm == "linf":
-        moved = x_adv + step * grad.sign()
+        # torch's sign of NaN is 0 and of infinity 1. Adding 0 * grad turns both into NaN and leaves
+        # the sign of a finite gradient as it is, bit for bit (also the +0 of a gradient of -0).
+        moved = x_adv + step * grad.sign().add_(grad, alpha=0)
         return x_adv.copy_(torch.minimum(torch.maximum(moved, x - radius), x + radius).clamp_(0, 1))
     if norm == "l2":
         delta = x_adv + step * grad / _norms(grad) - x

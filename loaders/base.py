@@ -23,7 +23,7 @@ class BatchSettings:
     """What the batches of a loader look like.
 
     Attributes:
-        batch_size: images per batch, at least 1.
+        batch_size: images per batch, at least 2.
         device: where batches are delivered.
         seed: seed of the order and the augmentation.
         crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.
@@ -43,7 +43,7 @@ class Loader(ABC):
     With the same set and settings every subclass delivers the same batches, byte for byte: the
     order is a function of (seed, epoch), the augmentation of (seed, epoch, batch). The last batch
     holds what is left; a single image left over is passed over, since BatchNorm cannot train on
-    it (another image each epoch). An explicit batch size of 1 is taken at its word.
+    it (another image each epoch).
 
     Attributes:
         kind: ``ffcv``, ``resident`` or ``torch``.
@@ -58,14 +58,17 @@ class Loader(ABC):
     def __init__(self, image_set: ImageSet, settings: BatchSettings, *, why: str) -> None:
         check_images(image_set, training=True)
         count, batch_size = len(image_set), settings.batch_size
-        if batch_size < 1:
-            raise InputError(f"--batch-size: expected at least 1, got {batch_size}.")
+        if batch_size < 2:
+            raise InputError(
+                f"--batch-size: expected at least 2, got {batch_size}: BatchNorm cannot train on a "
+                "batch of one image."
+            )
         if count < 2:
             raise InputError(
                 f"{image_set.name}: expected at least 2 training images, got {count}: BatchNorm "
                 f"cannot train on a batch of one; give more with --train-images."
             )
-        left_over = batch_size > 1 and count % batch_size == 1
+        left_over = count % batch_size == 1
         self.settings = settings
         self.batch_size = batch_size
         self.num_images = count - left_over

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def ensure_beton(image_set: ImageSet, cache: Path) -> Path:
     slug = re.sub(r"[^A-Za-z0-9]+", "-", image_set.name).strip("-")[-40:]
     path = cache.expanduser() / "ffcv" / f"{slug}-{checksum[:16]}.beton"
     with _writing(path):
-        if path.exists() or manifest_path(path).exists():
+        if path.exists():
             _check(path, image_set, checksum)
         else:
             _write(image_set, path, checksum, timeout_s=None)
@@ -58,8 +58,8 @@ def write_beton(image_set: ImageSet, path: Path, *, timeout_s: float | None = No
     """Write ``image_set`` as a raw .beton file with its manifest, replacing what is there.
 
     A child process writes a temporary file, reads every sample back through FFCV and compares it;
-    then the file is synced, renamed to ``path``, and the manifest follows. A failure leaves
-    ``path`` as it was.
+    then file and manifest are synced and renamed, the file last. A failure to write leaves ``path``
+    as it was, an end between the two renames leaves no file.
 
     Args:
         image_set: images and labels; both are checked.
@@ -154,9 +154,10 @@ def _write(image_set: ImageSet, path: Path, checksum: str, *, timeout_s: float |
         manifest_file.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for file in (temporary, manifest_file):
             _sync(file)
-        # A crash between the two leaves a file that its manifest does not match: refused.
-        os.replace(temporary, path)
+        # The file comes last: whatever ends this in between leaves none, and it is written anew.
+        path.unlink(missing_ok=True)
         os.replace(manifest_file, manifest_path(path))
+        os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
         raise InputError(
@@ -164,7 +165,11 @@ def _write(image_set: ImageSet, path: Path, checksum: str, *, timeout_s: float |
             f"--loader resident, which needs no file."
         ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+        except BaseException:  # a signal's handler raised in the midst of it
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _command(images: Path, labels: Path, out: Path) -> list[str]:
@@ -180,36 +185,25 @@ def _run_child(
     command = _command(work / "images.npy", work / "labels.npy", temporary)
     deadline = time.monotonic() + timeout_s
     image_bytes, shown = image_set.images[0].nbytes, 0
-    # A session of its own, so that Ctrl-C reaches this process alone, which then ends the child.
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        with track(f"writing {path.name}", len(image_set)) as advance:
-            while True:
-                try:
-                    output, errors = child.communicate(timeout=POLL_S)
-                    break
-                except subprocess.TimeoutExpired as error:
-                    if time.monotonic() > deadline:
-                        raise InputError(
-                            f"{path}: writing took more than {timeout_s:.0f} s and was ended; "
-                            f"the disk may be too slow: give another folder with --cache, or "
-                            f"--loader resident."
-                        ) from error
-                written = temporary.stat().st_size // image_bytes if temporary.exists() else 0
-                written = min(written, len(image_set))
-                advance(written - shown)
-                shown = written
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.communicate()
+    with (
+        _lifeline() as stdin,
+        _child(command, stdin) as child,
+        track(f"writing {path.name}", len(image_set)) as advance,
+    ):
+        while True:
+            try:
+                output, errors = child.communicate(timeout=POLL_S)
+                break
+            except subprocess.TimeoutExpired as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{path}: writing took more than {timeout_s:.0f} s and was ended; the disk "
+                        f"may be too slow: give another folder with --cache, or --loader resident."
+                    ) from error
+            written = temporary.stat().st_size // image_bytes if temporary.exists() else 0
+            written = min(written, len(image_set))
+            advance(written - shown)
+            shown = written
     if child.returncode:
         last = errors.strip().rpartition("\n")[2] or "no message"
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit {child.returncode}"
@@ -217,6 +211,41 @@ def _run_child(
             f"{path}: the writer failed ({how}: {last}); try again, or use --loader resident."
         )
     return output.strip()
+
+
+@contextmanager
+def _lifeline() -> Iterator[BinaryIO]:
+    """Yield a file that a child can read from, and that ends when this block or process does.
+
+    It ends the writer however this process comes to its end: killed, or by an exception that a
+    signal's handler raises at the very moment when the child has started and is not known yet.
+    """
+    read, write = os.pipe()
+    with open(write, "wb"), open(read, "rb") as end:
+        yield end
+
+
+@contextmanager
+def _child(command: list[str], stdin: BinaryIO) -> Iterator[subprocess.Popen[str]]:
+    """Run a child process for the block, and end it there."""
+    # A session of its own, so that Ctrl-C reaches this process alone, which then ends the child.
+    child = subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        # Not communicate(), which cannot be called again where an exception left it half-way.
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+        child.wait()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def make_loader(
         kind: ``ffcv``, ``resident``, ``torch``, or ``auto``: FFCV where it can be imported, else
             resident if the set takes less than a quarter of the device's free memory, else torch.
         image_set: training images, at least two, with every class among them.
-        batch_size: images per batch, at least 1.
+        batch_size: images per batch, at least 2.
         device: where batches are delivered.
         seed: seed of the order and the augmentation.
         crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.

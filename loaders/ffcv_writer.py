@@ -2,12 +2,15 @@
 
     python -m cure_fast.loaders.ffcv_writer IMAGES.npy LABELS.npy OUT.beton
 
-prints the checksum of what FFCV reads from the finished file, image by image in order.
+prints the checksum of what FFCV reads from the finished file, image by image in order. It ends
+early when its standard input does.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -113,5 +116,17 @@ def main(arguments: list[str]) -> None:
     print(content_checksum(read_images, read_labels))
 
 
+def end_with_the_parent() -> None:
+    """Leave at once when standard input ends, which the parent holds open while it lives."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            continue
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_the_parent()
     main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ from .base import BatchSettings, Loader, shared_tensors
 from .image_set import ImageSet
 
 T = TypeVar("T")
+
+# Seconds that a worker lives on after SIGTERM: longer than schedulers wait before SIGKILL.
+GRACE_S = 120
 
 
 class TorchLoader(Loader):
@@ -35,6 +39,7 @@ class TorchLoader(Loader):
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=min(self.workers, len(batches)),
             collate_fn=_unchanged,
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.settings.device.type == "cuda",
         )
         pairs: Any = iter(loader)
@@ -67,6 +72,19 @@ class _Batches(Dataset):
 
 def _unchanged(batch: T) -> T:
     return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Let a worker outlive the signals that ask the run to stop.
+
+    A terminal and most schedulers signal all processes of a run. A worker that died of it would
+    fail the step that the parent means to finish and save, and one with the parent's handlers
+    would print the parent's message again. The parent ends its workers itself.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
 def usable_cores() -> int:

@@ -113,6 +113,13 @@ install_ffcv() {
     doctor 'ffcv = check_ffcv(); print("FFCV", ffcv.detail); raise SystemExit(not ffcv.works)' >&2
 }
 
+# The classes that `cure-fast export --format robustbench` loads its files into. Beside the other
+# packages, as its wheel brings a package `tests`, and alone, as it pins timm and others for models
+# that nothing here exports.
+install_robustbench() {
+    pip_install --no-deps --upgrade --target "$venv/share/robustbench" robustbench
+}
+
 main() {
     if venv_is_usable; then
         [ "$(cat "$stamp" 2>/dev/null)" != "$(setup_key)" ] || return 0
@@ -130,6 +137,8 @@ main() {
         fail "pip could not install the Python packages (its message is above).
 If it names a connection or a proxy: mend the network and run the same command again.
 If it names the disk: 7 GB must be free here and in ${TMPDIR:-/tmp}."
+    install_robustbench ||
+        say "RobustBench is not installed (optional; only --format robustbench of export needs it)."
     if [ -n "${SKIP_FFCV:-}" ]; then
         say "FFCV is left out, as SKIP_FFCV asks."
     elif ! install_ffcv; then

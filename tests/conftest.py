@@ -17,6 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
 
+# Read when ONNX Runtime is imported, which otherwise logs its use in the home folder.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 if not torch.cuda.is_available():
     # Read when a kernel is defined, so it is set before any test imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")

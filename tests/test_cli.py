@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cure_fast.cli import main, resolve_config
+from cure_fast.cli import main
+from cure_fast.flag_config import resolve_config
 
 TINY = (
     "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
@@ -217,7 +218,7 @@ def test_ctrl_c_saves_exits_with_75_and_resumes(folder):
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75 and "--resume" in errors and "Traceback" not in errors
-    step = max(int(p.name.split("-")[1]) for p in Path("run/checkpoints").iterdir())
+    step = max(int(p.name.split("-")[1]) for p in Path("run/checkpoints").glob("checkpoint-*"))
     assert step > 0
 
 

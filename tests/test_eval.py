@@ -18,7 +18,8 @@ from cure_fast.cli import main
 from cure_fast.errors import InputError
 from cure_fast.evaluate import AttackResult
 from cure_fast.model_build import build_for_data
-from cure_fast.results import load_model, merge_results, model_entry
+from cure_fast.results import load_model
+from cure_fast.results_record import merge_results, model_entry
 from cure_fast.weights import read_metadata, save_weights
 
 RUN = (

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from cure_fast.arguments import EvalArgs
+from cure_fast.arguments import EvalArgs, ExportArgs
 from cure_fast.config import (
     AttackConfig,
     DataConfig,
@@ -25,7 +25,7 @@ from cure_fast.methods import METHODS
 
 GROUPS = (DataConfig, ModelConfig, PretrainConfig, AttackConfig, OptimConfig, EvalConfig, RunConfig)
 SETTINGS = {type(method.settings) for method in METHODS.values()} - {MethodSettings}
-CLASSES = sorted({*GROUPS, EvalArgs, *SETTINGS}, key=lambda kind: kind.__name__)
+CLASSES = sorted({*GROUPS, EvalArgs, ExportArgs, *SETTINGS}, key=lambda kind: kind.__name__)
 
 
 def helps(kind: type) -> dict[str, str]:

@@ -19,7 +19,7 @@ ALLOWED = {
         *("cure_fast.loaders", "cure_fast.errors", "cure_fast.progress"),
     },
     "cure_fast/errors.py": set(),
-    "cure_fast/attack_result.py": {"cure_fast.errors"},
+    "cure_fast/attack_result.py": {"cure_fast.checks", "cure_fast.errors"},
     "cure_fast/checks.py": {"cure_fast.errors"},
     "cure_fast/config.py": {"cure_fast.attack_result", "cure_fast.checks"},
     "cure_fast/arguments.py": {"cure_fast.checks"},

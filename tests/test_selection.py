@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cure_fast import job
+from cure_fast import stages
+from cure_fast.data import read_data
 from cure_fast.errors import StoppedError
 from cure_fast.job import train
 from cure_fast.loaders import read_dataset, split_train
@@ -21,13 +22,13 @@ from tiny_job import tiny
 
 
 def test_validation_sees_the_held_out_images_and_no_others(tmp_path, monkeypatch):
-    real, seen = job.evaluate, []
+    real, seen = stages.evaluate, []
 
     def spy(model, images, labels, **options):
         seen.append((images.numpy().copy(), labels.numpy().copy()))
         return real(model, images, labels, **options)
 
-    monkeypatch.setattr(job, "evaluate", spy)
+    monkeypatch.setattr(stages, "evaluate", spy)
     config = tiny(tmp_path, data={"split_seed": 5})
     train(config)
     root = tmp_path / "data"
@@ -39,7 +40,7 @@ def test_validation_sees_the_held_out_images_and_no_others(tmp_path, monkeypatch
 
 
 def test_training_never_sees_a_held_out_or_test_image(tmp_path):
-    data = job.read_data(tiny(tmp_path))
+    data = read_data(tiny(tmp_path))
     train_set, val, test = (
         {image.tobytes() for image in part.images} for part in (data.train, data.val, data.test)
     )
@@ -73,7 +74,7 @@ def scripted(monkeypatch, scores):
     """Let validation return the scores by epoch; return the weights it was shown, by epoch."""
     shown = {}
 
-    def validate(run, val):
+    def validate(run, val, stop):
         networks = {"model": run.model, **run.networks}
         shown[run.epoch] = {
             name: {k: v.detach().clone() for k, v in net.state_dict().items()}
@@ -82,7 +83,7 @@ def scripted(monkeypatch, scores):
         natural, robust = scores[run.epoch]
         return {"natural": natural, "robust": robust, "attack": "pgd1", "count": len(val)}
 
-    monkeypatch.setattr(job, "validate", validate)
+    monkeypatch.setattr(stages, "validate", validate)
     return shown
 
 
@@ -125,14 +126,14 @@ def test_epochs_without_validation_cannot_be_the_best(tmp_path, monkeypatch):
 def test_the_best_survives_a_resumption(tmp_path, monkeypatch):
     config = tiny(tmp_path, epochs=3, pretrain={"pretrain_epochs": 0})
     shown = scripted(monkeypatch, {1: (50.0, 40.0), 2: (50.0, 30.0), 3: (50.0, 20.0)})
-    real = job.fit
+    real = stages.fit
 
     def stopped(run, log, *, validate, save, stop):
         # An epoch has three steps, 96 images in batches of 32, so the fifth is in the second.
         real(run, log, validate=validate, save=save, stop=lambda: run.step == 5)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "fit", stopped)
+        patch.setattr(stages, "fit", stopped)
         with pytest.raises(StoppedError):
             train(config)
     folder = train(config, resume=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,10 +56,19 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 
 
 class Conserve(Policy):
-    """Masks gradients of low prominence; counts the fraction of weights left to update."""
+    """Masks gradients of low prominence; counts the fraction of weights left to update.
 
-    def __init__(self, model: ImageClassifier, settings: CureSettings) -> None:
+    Args:
+        model: the network that is trained.
+        settings: CURE's settings.
+        active: from the run to whether the step under way is masked.
+    """
+
+    def __init__(
+        self, model: ImageClassifier, settings: CureSettings, active: Callable[[Run], bool]
+    ) -> None:
         self.settings = settings
+        self.active = active
         chosen = maskable_parameters(model, settings.mask_layers, settings.mask_stem)
         self.names = list(chosen)
         self.parameters = list(chosen.values())
@@ -68,21 +77,33 @@ class Conserve(Policy):
         self.frozen: list[tuple[Tensor, Tensor]] = []
 
     def backward(self, run: Run, terms: Terms) -> None:
-        """Fill every gradient, then zero the masked entries of the maskable ones in place."""
+        """Add every gradient of the terms, those of the score among them."""
         scaled = {name: run.scale(term) for name, term in terms.items()}
-        if self.settings.objective == "rgp" or self.settings.update == "prominence":
-            # The gradient that updates is also the score.
+        if self.updates_by_score:
             self._direction(scaled).backward()
-            grads = self._grads()
+            return
+        for name in ("natural_ce", self.adversarial_term):
+            run.add_gradients(name, self._gradients_of(scaled[name]))
+        scaled["total"].backward()
+
+    def on_grads(self, run: Run) -> None:
+        """Zero the masked entries of the maskable gradients in place."""
+        if not self.active(run):
+            return
+        grads = self._grads()
+        if self.updates_by_score:
             natural = adversarial = [grad.clone() for grad in grads]
         else:
-            natural = self._gradients_of(scaled["natural_ce"])
-            adversarial = self._gradients_of(scaled[self.adversarial_term])
-            scaled["total"].backward()
-            grads = self._grads()
+            natural = run.gradients["natural_ce"]
+            adversarial = run.gradients[self.adversarial_term]
         kept = self._mask(grads, natural, adversarial)
         self.kept_sum = self.kept_sum.to(kept.device) + kept
         self.kept_steps += 1
+
+    @property
+    def updates_by_score(self) -> bool:
+        """Whether the gradient that updates is also the score."""
+        return self.settings.objective == "rgp" or self.settings.update == "prominence"
 
     @property
     def adversarial_term(self) -> str:

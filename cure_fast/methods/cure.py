@@ -181,7 +181,7 @@ def consistency(run: Run, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: 
 
 
 def backward(run: Run, terms: Terms) -> None:
-    """Fill the gradients of the total loss, masked by prominence (Algorithm 1, lines 19-20)."""
+    """Add the gradients of the total and, for the mask, of the score (Algorithm 1, lines 19-20)."""
     if naturally(run) or not run.settings.rgp:
         backward_total(run, terms)
     else:
@@ -254,7 +254,7 @@ def policies(run: Run) -> tuple[Policy, ...]:
     settings = run.settings
     chosen: list[Policy] = []
     if settings.rgp:
-        chosen.append(Conserve(run.model, settings))
+        chosen.append(Conserve(run.model, settings, active=lambda run: not naturally(run)))
     if settings.revision:
         if natural_epochs(run.config):
             chosen.append(WarmStart())

@@ -151,9 +151,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{path}: expected a JSON object, but reading it failed: {error}."
+            f"{path}: expected a JSON object, but reading it failed: {reason}. "
+            "Name another run folder, or copy this one again."
         ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}.")

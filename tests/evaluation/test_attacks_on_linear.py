@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,9 +21,13 @@ CPU: dict[str, Any] = {"device": "cpu", "seed": 0}
 @settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(seed=142, eps=0.296875)
 @given(seed=st.integers(0, 1000), eps=st.floats(0.001, 0.3))
 def test_two_classes_reach_the_optimum_exactly(linear, data, seed, eps):
     model = linear(2, seed)
+    with torch.no_grad():  # at a margin of 17 the float32 gradient of the cross-entropy is cut off
+        model.weight.mul_(0.5)
+        model.bias.mul_(0.5)
     images, labels = data(model, 32, wrong=4)
     expected = int(model.robust(images, labels, eps).sum())
     # 25 steps of eps / 10 cross the ball, so every start ends in the best corner.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import cure_fast
 from cure_fast.autoattack import autoattack_settings, run_autoattack
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluate import evaluate
+from cure_fast.evaluation_state import read_state, write_state
 from cure_fast.measurement import Measurement
 from cure_fast.trust import Guard
 
@@ -24,6 +30,12 @@ COMMON: dict[str, Any] = {
     "device": "cpu",
     "seed": 0,
 }
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
 
 
 def without_time(results):
@@ -129,17 +141,56 @@ def test_state_of_other_settings_is_refused(linear, data, tmp_path, settings, na
         evaluate(model, images, labels, **common | settings)
 
 
-def test_state_of_another_torch_is_refused(linear, data, tmp_path):
+@pytest.mark.parametrize("key", ["torch", "cure_fast", "pyautoattack", "version"])
+def test_state_of_another_version_is_refused(tmp_path, key):
+    settings = autoattack_settings(eps=0.04, num_classes=4, batch_size=6, seed=0)
+    identity = {"torch": "2.11", "cure_fast": "0.1.0", **settings}
+    path = tmp_path / "aa.json"
+    write_state(path, {"identity": identity | {key: "1.0"}, "progress": {}})
+    with pytest.raises(InputError, match=rf"stored with other {key} \(1\.0 there, .* here\)"):
+        read_state(path, identity)
+
+
+def test_identity_holds_the_versions(linear, data, tmp_path, short_square):
     model = linear()
-    images, labels = data(model)
-    common: dict[str, Any] = COMMON | {"attacks": ["pgd5"], "state_dir": tmp_path}
-    evaluate(model, images, labels, **common)
-    path = tmp_path / "pgd5.json"
-    state = json.loads(path.read_text())
-    state["identity"]["torch"] = "1.0"
-    path.write_text(json.dumps(state))
-    with pytest.raises(InputError, match=r"torch \(1\.0 there"):
-        evaluate(model, images, labels, **common)
+    images, labels = data(model, 4)
+    evaluate(model, images, labels, **COMMON | {"attacks": ["pgd1", "aa"], "state_dir": tmp_path})
+    for name in ("pgd1", "aa"):
+        identity = json.loads((tmp_path / f"{name}.json").read_text())["identity"]
+        assert identity["torch"] == torch.__version__
+        assert identity["cure_fast"] == cure_fast.__version__
+    assert identity["version"] == "standard" and identity["pyautoattack"] == "0.2.0"
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), state=JSON)
+def test_any_change_of_a_state_is_seen(data, state):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "pgd5.json"
+        identity = {"attack": "pgd5", "eps": 0.04}
+        write_state(path, {"identity": identity, "result": state})
+        assert read_state(path, identity)["result"] == state
+        whole = path.read_bytes()
+        cut = data.draw(st.integers(0, len(whole) - 3))
+        place = data.draw(st.integers(0, len(whole) - 1))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="Delete"):
+            read_state(path, identity)
+        path.write_bytes(flipped)
+        # White space may change without a change of meaning; all else is refused.
+        if strict(whole) != strict(flipped):
+            with pytest.raises(InputError, match="Delete"):
+                read_state(path, identity)
+
+
+def strict(text: bytes) -> Any:
+    """Return what the JSON says, or None where it says nothing."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"result": {}}', '{"identity": 3}'])

@@ -71,6 +71,52 @@ def test_a_zero_gradient_moves_nothing(norm):
     assert torch.equal(x_adv, x)
 
 
+def plain_linf(x_adv, x, grad, *, step_size, eps):
+    """The step without any guard."""
+    moved = x_adv + step_size * grad.sign()
+    return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp_(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_gradients_give_the_bits_of_the_plain_step(dtype):
+    tiny, huge = torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max
+    special = [0.0, -0.0, tiny, -tiny, huge, -huge, 1.0, -1.0]
+    grad = torch.tensor(special, dtype=dtype).repeat(4, 50).view(4, 1, 20, 20)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(grad.shape, generator=generator).to(dtype)
+    for start in (x, torch.zeros_like(x), -torch.zeros_like(x), torch.ones_like(x)):
+        for eps in (0.0, 0.1):
+            expected = plain_linf(start, x, grad, step_size=0.03, eps=eps)
+            moved = pgd_step_(start.clone(), x, grad, step_size=0.03, eps=eps)
+            assert torch.equal(moved, expected)
+            assert torch.equal(moved.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("step", [0.0, 0.1])
+def test_gradients_that_are_not_finite_show(value, dtype, step):
+    """The sign of NaN is 0: the pixel would stay, and the attack would silently be weaker."""
+    x_adv, x, grad = (t.to(dtype) for t in images())
+    good = pgd_step_(x_adv.clone(), x, grad, step_size=step, eps=0.2)
+    grad[2, 1, 3, 4] = value
+    moved = pgd_step_(x_adv.clone(), x, grad, step_size=step, eps=0.2)
+    hit = torch.zeros(x.shape, dtype=torch.bool)
+    hit[2, 1, 3, 4] = True
+    assert torch.equal(moved.isnan(), hit)
+    assert torch.equal(moved[~hit], good[~hit])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_gradients_that_are_not_finite_show_in_the_whole_image_with_l2(value):
+    x_adv, x, grad = images()
+    good = pgd_step_(x_adv.clone(), x, grad, step_size=0.1, eps=0.2, norm="l2")
+    grad[2, 1, 3, 4] = value
+    moved = pgd_step_(x_adv.clone(), x, grad, step_size=0.1, eps=0.2, norm="l2")
+    assert moved[2].isnan().all()
+    assert torch.equal(moved[[0, 1, 3]], good[[0, 1, 3]])
+
+
 def test_bad_arguments_are_refused():
     x_adv, x, grad = images()
     with pytest.raises(ValueError, match="shapes"):

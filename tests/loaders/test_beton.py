@@ -158,9 +158,19 @@ def test_ensure_refuses_what_it_did_not_write(make_images, tmp_path) -> None:
         ensure_beton(images, tmp_path)
     assert path.read_bytes() == b"foreign"
     path.unlink()
-    manifest_path(path).write_text("{}")
     with pytest.raises(InputError, match="there is no such file"):
-        ensure_beton(images, tmp_path)
+        check_beton(path, images)
+
+
+def test_a_manifest_alone_is_written_again(written, tmp_path, child) -> None:
+    """What is left by a run that ends between the two renames."""
+    good, images = written
+    child(f"import shutil\nshutil.copy({str(good)!r}, OUT)\nprint({images.checksum()!r})")
+    path = tmp_path / "ffcv" / good.name
+    path.parent.mkdir()
+    manifest_path(path).write_text("{}")
+    assert ensure_beton(images, tmp_path) == path
+    check_beton(path, images)
 
 
 KILLED = "import os\nopen(OUT, 'wb').write(b'half')\nos.kill(os.getpid(), 9)"

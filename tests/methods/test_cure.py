@@ -62,6 +62,9 @@ def masked_gradients(run, x, x_adv, y):
     """The step's terms and gradients, before the optimiser moves anything."""
     terms = run.method.loss(run, x, x_adv, y)
     run.method.backward(run, terms)
+    for policy in run.policies:
+        policy.on_grads(run)
+    run.gradients.clear()
     grads = {
         n: p.grad.numpy().reshape(p.shape[:2]) if p.ndim > 1 else p.grad.numpy()
         for n, p in run.model.named_parameters()

@@ -16,7 +16,7 @@ TOOLS = (
     *("bash", "env", "cat", "cp", "mkdir", "touch", "rm", "mv", "cut", "grep", "dirname"),
     *("sha256sum", "flock"),
 )
-DEV, FFCV = ".[dev]", ".[ffcv]"
+DEV, FFCV, ROBUSTBENCH = ".[dev]", ".[ffcv]", "robustbench"
 
 # A Python that makes .venv out of itself and writes down pip's calls; all else it really runs.
 PYTHON = f"""#!/usr/bin/env bash
@@ -128,7 +128,7 @@ def pip_calls(calls: list[str]) -> list[str]:
 def test_a_fresh_machine_gets_everything(machine: Machine) -> None:
     code, output, calls = machine.setup(MISSING="g++ libopencv-dev")
     assert code == 0, output
-    assert pip_calls(calls) == [DEV, FFCV]
+    assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
     assert installs(calls) == ["g++ libopencv-dev"]
     assert "MEND" not in output
     assert machine.stamp.is_file()
@@ -158,7 +158,7 @@ def test_what_changed_is_noticed(machine: Machine, change: str) -> None:
         machine.folder = "moved"
     code, output, calls = machine.setup()
     assert code == 0, output
-    assert pip_calls(calls) == [DEV, FFCV]
+    assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
     assert ("Creating" in output) == (change in ("venv", "moved", "python"))
     assert machine.setup() == (0, "", [])
 
@@ -173,7 +173,7 @@ def test_a_half_made_environment_is_made_again(machine: Machine) -> None:
     code, output, calls = machine.setup()
     assert code == 0, output
     assert "Creating" in output
-    assert pip_calls(calls) == [DEV, FFCV]
+    assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
 
 
 def test_a_network_failure_says_so_and_leaves_no_stamp(machine: Machine) -> None:
@@ -184,7 +184,7 @@ def test_a_network_failure_says_so_and_leaves_no_stamp(machine: Machine) -> None
     assert not machine.stamp.exists()
     code, output, calls = machine.setup()
     assert code == 0, output
-    assert pip_calls(calls) == [DEV, FFCV]
+    assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
 
 
 def test_a_failed_renewal_loses_the_old_stamp(machine: Machine) -> None:
@@ -201,7 +201,7 @@ def test_without_rights_it_says_what_to_install_and_goes_on(machine: Machine, su
         machine.put("sudo", SUDO)
     code, output, calls = machine.setup(MISSING="libopencv-dev", SUDO_ASKS="1")
     assert code == 0
-    assert calls == ["pip " + DEV]
+    assert calls == ["pip " + DEV, "pip " + ROBUSTBENCH]
     assert "\nMEND libopencv-dev\n" in output
     assert machine.stamp.is_file()
     assert machine.setup() == (0, "", [])
@@ -214,15 +214,15 @@ def test_sudo_without_password_is_used(machine: Machine) -> None:
     assert code == 0, output
     assert calls.count("sudo -n") == 2
     assert installs(calls) == ["libopencv-dev"]
-    assert pip_calls(calls) == [DEV, FFCV]
+    assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
 
 
 @pytest.mark.parametrize(
     ("variables", "pip"),
     [
-        ({"MISSING": "libopencv-dev", "APT_FAILS": "1"}, [DEV]),
-        ({"MISSING": "libopencv-dev", "PIP_FAILS": FFCV}, [DEV, FFCV]),
-        ({"MISSING": "libopencv-dev", "FFCV_FAILS": "1"}, [DEV, FFCV]),
+        ({"MISSING": "libopencv-dev", "APT_FAILS": "1"}, [DEV, ROBUSTBENCH]),
+        ({"MISSING": "libopencv-dev", "PIP_FAILS": FFCV}, [DEV, ROBUSTBENCH, FFCV]),
+        ({"MISSING": "libopencv-dev", "FFCV_FAILS": "1"}, [DEV, ROBUSTBENCH, FFCV]),
     ],
 )
 def test_when_ffcv_fails_set_up_goes_on(
@@ -235,25 +235,32 @@ def test_when_ffcv_fails_set_up_goes_on(
     assert machine.stamp.is_file()
 
 
+def test_when_robustbench_fails_set_up_goes_on(machine: Machine) -> None:
+    code, output, calls = machine.setup(PIP_FAILS=ROBUSTBENCH)
+    assert (code, pip_calls(calls)) == (0, [DEV, ROBUSTBENCH, FFCV])
+    assert "RobustBench is not installed (optional" in output
+    assert machine.stamp.is_file()
+
+
 def test_another_distribution_is_told_the_names(machine: Machine) -> None:
     (machine.home / "bin" / "apt-get").unlink()
     code, output, calls = machine.setup(MISSING="libopencv-dev")
-    assert (code, pip_calls(calls)) == (0, [DEV])
+    assert (code, pip_calls(calls)) == (0, [DEV, ROBUSTBENCH])
     assert "\nMEND libopencv-dev\n" in output
 
 
 def test_complete_system_packages_need_no_apt(machine: Machine) -> None:
     machine.uid = 1000
     code, _, calls = machine.setup()
-    assert (code, calls) == (0, ["pip " + DEV, "pip " + FFCV])
+    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH, "pip " + FFCV])
 
 
 def test_ffcv_is_skipped_on_request_and_added_later(machine: Machine) -> None:
     code, output, calls = machine.setup(SKIP_FFCV="1", MISSING="libopencv-dev")
-    assert (code, calls) == (0, ["pip " + DEV])
+    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])
     assert "MEND" not in output
     assert machine.setup(SKIP_FFCV="1") == (0, "", [])
-    assert pip_calls(machine.setup()[2]) == [DEV, FFCV]
+    assert pip_calls(machine.setup()[2]) == [DEV, ROBUSTBENCH, FFCV]
 
 
 def test_an_old_python_is_refused_with_the_command(machine: Machine) -> None:
@@ -304,7 +311,7 @@ def test_two_set_ups_at_once_install_once(machine: Machine) -> None:
         assert process.stdout
         process.stdout.close()
     assert codes == [0, 0]
-    assert pip_calls(log.read_text(encoding="utf-8").splitlines()) == [DEV, FFCV]
+    assert pip_calls(log.read_text(encoding="utf-8").splitlines()) == [DEV, ROBUSTBENCH, FFCV]
 
 
 def test_the_real_doctor_names_what_is_missing(machine: Machine) -> None:
@@ -314,7 +321,7 @@ def test_the_real_doctor_names_what_is_missing(machine: Machine) -> None:
         shutil.copy(ROOT / "cure_fast" / f"{name}.py", machine.checkout / "cure_fast")
     machine.uid = 1000
     code, output, calls = machine.setup()
-    assert (code, calls) == (0, ["pip " + DEV])
+    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])
     line = next(line for line in output.splitlines() if "libopencv-dev" in line)
     assert "apt-get install -y --no-install-recommends g++ pkg-config" in line
     assert "libturbojpeg0-dev libopencv-dev" in line

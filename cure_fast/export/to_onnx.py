@@ -1,0 +1,89 @@
+"""The model as an ONNX file: ``images`` in, ``logits`` out, normalisation inside."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cure_fast.errors import InputError
+from cure_fast.export.source import Source, describe
+from cure_fast.export.verify import check_equal
+from cure_fast.files import replacing
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+def check_packages() -> None:
+    """Raise :class:`InputError` with the command to run, unless what ONNX needs is installed."""
+    missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+    if missing:
+        raise InputError(
+            f"--format onnx: needs {', '.join(PACKAGES)}; not installed: {', '.join(missing)}. "
+            f"Run: python -m pip install {' '.join(PACKAGES)}"
+        )
+
+
+def export_onnx(source: Source, images: Tensor, out: Path) -> float:
+    """Write the file and return the largest difference of logits under ONNX Runtime on the CPU.
+
+    Args:
+        source: what is exported.
+        images: to compare on, [N, 3, H, W], float32 in [0, 1]; the file takes this H and W, and
+            any N.
+        out: file to write; it is whole and verified, or not there.
+    """
+    # ONNX Runtime reads it at its import, and otherwise keeps an identifier of the machine and
+    # a log of its use in the home folder.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnx
+
+    with warnings.catch_warnings():
+        # Of torch's exporter to itself; users can do nothing about them.
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            source.model,
+            (images[:2],),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    described = program.model_proto
+    _drop_traces(described.graph)
+    onnx.helper.set_model_props(described, describe(source))
+    with replacing(out) as temporary:
+        onnx.save(described, str(temporary))
+        onnx.checker.check_model(str(temporary))
+        return check_equal(source.model, _runtime(temporary), images)
+
+
+def _drop_traces(graph: Any) -> None:
+    """Remove the exporter's notes from a graph: they hold the paths of this machine's sources."""
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    graph.ClearField("doc_string")
+
+
+def _runtime(file: Path) -> Callable[[Tensor], Tensor]:
+    """Return the file as a function from images to logits."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run

@@ -1,0 +1,198 @@
+"""TensorBoard and Weights & Biases as receivers of numbers that cannot stop training."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cure_fast.console import warn
+from cure_fast.errors import CureFastError
+
+# Where a run folder keeps the name under which Weights & Biases knows it.
+WANDB_ID = "wandb-run-id"
+# Longest part of a folder's name in it; the service allows 64 characters in all.
+NAME_PART = 48
+
+
+class Sink(Protocol):
+    """Receives the numbers of a run."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step, by name."""
+        ...
+
+    def close(self) -> None:
+        """Write what is held back, and let go."""
+        ...
+
+
+class GuardedSink:
+    """A sink whose failures cost one warning and switch it off.
+
+    Whatever it throws when it is opened, called or closed goes no further, but for what asks the
+    whole program to stop: ``KeyboardInterrupt`` and this project's own errors.
+
+    Args:
+        title: what the warning calls it.
+        opens: returns the sink; called once, at once.
+    """
+
+    def __init__(self, title: str, opens: Callable[[], Sink]) -> None:
+        self.title = title
+        self.sink: Sink | None = None
+        self.sink = self._guarded(opens)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass the values on, where the sink still works."""
+        sink = self.sink
+        if sink is not None:
+            self._guarded(lambda: sink.scalars(step, values))
+
+    def close(self) -> None:
+        """Close the sink, where it still works."""
+        sink = self.sink
+        if sink is not None:
+            self._guarded(sink.close)
+            self.sink = None
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except CureFastError:
+            raise
+        except (Exception, SystemExit) as error:  # wandb has left the program by sys.exit
+            self.sink = None
+            told = " ".join(str(error).split())
+            warn(
+                f"{self.title} failed and is off from here, training goes on: "
+                f"{type(error).__name__}{': ' if told else ''}{told}"
+            )
+            return None
+
+
+class TensorBoard:
+    """A file of events, which holds every value as soon as it was given.
+
+    Not torch's ``SummaryWriter``: that one writes from a thread, which prints a traceback where the
+    disk is full, and holds events back for two minutes, which a killed run loses.
+
+    Args:
+        folder: where the file goes; made when absent.
+
+    Raises:
+        ImportError: if the package tensorboard is not installed.
+        OSError: if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = RecordWriter(new_events(folder).open("xb"))
+        self._write(file_version="brain.Event:2")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step as one event."""
+        shown = [self.summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
+        self._write(step=step, summary=self.summary(value=shown))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.writer.close()
+
+    def _write(self, **content: Any) -> None:
+        self.writer.write(self.event(wall_time=time.time(), **content).SerializeToString())
+        self.writer.flush()
+
+
+def new_events(folder: Path) -> Path:
+    """Return the name of a new file of events, one that sorts behind those of the folder.
+
+    TensorBoard reads them in the order of their names, which a clock set back must not change.
+    """
+    start = "events.out.tfevents."
+    numbers = [path.name.removeprefix(start).split(".")[0] for path in folder.glob(f"{start}*")]
+    behind = [int(number) + 1 for number in numbers if number.isdecimal()]
+    return folder / f"{start}{max(int(time.time()), *behind, 0):010d}.cure-fast"
+
+
+class WandB:
+    """A run of Weights & Biases; a resumed run folder goes on in the same one.
+
+    Args:
+        folder: run folder: gives the name and, where it holds one, the configuration.
+        project: project that the run belongs to.
+
+    Raises:
+        ImportError: if the package wandb is not installed.
+        Exception: whatever ``wandb.init`` throws, such as for a missing login.
+    """
+
+    def __init__(self, folder: Path, project: str) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ImportError(
+                f"{error}; `pip install wandb` installs it, leaving out --wandb goes without"
+            ) from error
+        settings = folder / "config.json"
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        self.run = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            id=wandb_id(folder),
+            config=config,
+            dir=str(folder),
+            resume="allow",
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a step; the service ignores steps it has had already."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Send what is held back and end the run."""
+        self.run.finish()
+
+
+def wandb_id(folder: Path) -> str:
+    """Return the identifier of the folder's run at the service, kept in the folder.
+
+    It is the folder's name with a random end: a new run in a folder of an old name is another run.
+    """
+    kept = folder / WANDB_ID
+    known = kept.read_text(encoding="ascii").strip() if kept.exists() else ""
+    if not known:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name)[:NAME_PART].strip("-")
+        # Not from Python's or NumPy's generator, whose states belong to training.
+        known = f"{name or 'run'}-{secrets.token_hex(4)}"
+        kept.write_text(known + "\n", encoding="ascii")
+    return known
+
+
+def open_sinks(
+    folder: Path, stage: str, *, tensorboard: bool, wandb: str | None
+) -> list[GuardedSink]:
+    """Return the sinks that are wanted, each guarded.
+
+    Args:
+        folder: run folder.
+        stage: ``pretrain`` or ``train``; TensorBoard gets a folder for each.
+        tensorboard: write events below ``folder/tensorboard``.
+        wandb: project of Weights & Biases; None for none.
+    """
+    sinks = []
+    if tensorboard:
+        events = folder / "tensorboard" / stage
+        sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events)))
+    if wandb is not None:
+        sinks.append(GuardedSink("Weights & Biases", lambda: WandB(folder, wandb)))
+    return sinks

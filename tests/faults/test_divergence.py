@@ -1,0 +1,194 @@
+"""Steps that are not finite: left out, counted, and an end with an explanation when they go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_step
+from cure_fast import trainer
+from cure_fast.cli import main
+from cure_fast.errors import DivergedError
+from cure_fast.job import train
+from cure_fast.kernels import pgd_step_
+from cure_fast.log import read_rows
+from cure_fast.methods import METHODS
+from cure_fast.step import ordinal, train_step
+from cure_fast.weights import read_weights
+from tiny_job import tiny
+
+
+def moving(run):
+    """All that a step moves but random numbers, as copies."""
+    networks = {"model": run.model, **run.networks}
+    return copy.deepcopy(
+        [net.state_dict() for net in networks.values()] + [run.optimizer.state_dict()["state"]]
+    )
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return a == b if not isinstance(a, list) else all(map(equal, a, b))
+
+
+def poisoned(x):
+    x = x.clone()
+    x[1, 0] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_with_nan_moves_nothing(method):
+    run = tiny_step.tiny_run(method)
+    train_step(run, *run.loader.batches[0])
+    before = moving(run)
+    x, y = run.loader.batches[1]
+    assert train_step(run, poisoned(x), y) is None
+    assert equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 1)
+    assert all(p.grad is None for p in run.model.parameters()) and not run.gradients
+    assert train_step(run, x, y) is not None
+    assert not equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 0)
+
+
+def test_a_nan_in_an_attack_gradient_leaves_the_step_out(monkeypatch):
+    """A pixel that silently stays where it is would make a weaker attack."""
+
+    def broken(x_adv, x, grad, **settings):
+        grad[0] = float("nan")
+        return pgd_step_(x_adv, x, grad, **settings)
+
+    monkeypatch.setattr("cure_fast.attacks.pgd_step_", broken)
+    run = tiny_step.tiny_run("pgd_at")
+    before = moving(run)
+    assert train_step(run, *run.loader.batches[0]) is None
+    assert equal(before, moving(run)) and run.skipped == 1
+
+
+class Steep(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+class SteepHead(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return Steep.apply(self.inner(x))
+
+
+def test_an_infinite_gradient_under_a_finite_loss_moves_nothing():
+    run = tiny_step.tiny_run("natural")
+    before = moving(run)
+    inner, run.model = run.model, SteepHead(run.model)
+    assert train_step(run, *run.loader.batches[0]) is not None
+    run.model = inner
+    assert equal(before, moving(run)) and run.skipped_in_row == 1
+
+
+def test_weights_with_nan_end_the_run_after_the_allowed_steps():
+    run = tiny_step.tiny_run("trades")
+    with torch.no_grad():
+        next(run.model.parameters())[0] = float("nan")
+    allowed = run.config.run.max_skipped
+    for _ in range(allowed):
+        assert train_step(run, *run.loader.batches[0]) is None
+    with pytest.raises(DivergedError, match=rf"loss is not finite.*{allowed + 1}th step.*--lr"):
+        train_step(run, *run.loader.batches[0])
+
+
+def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
+    """The scaled run ends in the weights of one that never saw the overflowing steps."""
+    dtype = torch.float32
+    batch = tiny_step.tiny_batches(1, dtype=dtype)
+    plain, scaled = (tiny_step.tiny_run("cure", batches=batch, dtype=dtype) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
+    sources = {name: source.get_state() for name, source in scaled.generators.items()}
+    steps = 0
+    while not scaled.optimizer.state:
+        for name, source in sources.items():
+            scaled.generators[name].set_state(source)
+        assert train_step(scaled, *batch[0]) is not None
+        steps += 1
+        assert steps < 40
+    # Steps that only look for the scale do not count towards a divergence.
+    assert 1 < steps and scaled.skipped == steps - 1 and scaled.skipped_in_row == 0
+    train_step(plain, *batch[0])
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_goes_on_after_a_bad_batch_and_says_so(tmp_path, monkeypatch, capsys):
+    real, calls = trainer.train_step, []
+
+    def one_bad(run, x, y):
+        calls.append(run.config.method)
+        bad = calls.count("cure") == 2 and calls[-1] == "cure"
+        return real(run, poisoned(x) if bad else x, y)
+
+    monkeypatch.setattr(trainer, "train_step", one_bad)
+    folder = train(tiny(tmp_path))
+    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["stage"] == "train"]
+    assert [r["skipped"] for r in rows if r["event"] == "epoch"] == [1, 0]
+    assert [r["step"] for r in rows if r["event"] == "step"] == [0, 2, 3, 4, 5]
+    assert "skipped 1" in capsys.readouterr().out
+    weights = read_weights(folder / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    real = trainer.train_step
+
+    def bad_from_the_second_epoch(run, x, y):
+        late = run.config.method == "cure" and run.epoch > 0
+        return real(run, poisoned(x) if late else x, y)
+
+    monkeypatch.setattr(trainer, "train_step", bad_from_the_second_epoch)
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 1 "
+        "--epochs 9 --batch-size 32 --attack-steps 1 --attacks natural --limit 20 --cache cache "
+        "--loader resident --no-tensorboard --device cpu --out run --max-skipped 2 --log-every 1"
+    ).split()
+    assert main(words) == 3
+    error = capsys.readouterr().err
+    assert "3rd step in a row" in error and "checkpoint-000000003" in error and "--lr" in error
+    best = json.loads((tmp_path / "run/checkpoints/checkpoint-000000003/manifest.json").read_text())
+    assert best["step"] == 3
+    weights = read_weights(tmp_path / "run/model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    # Nothing of the diverged epoch was stored, and a resumed run meets it again.
+    assert main(["train", "run", "--resume"]) == 3
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch):
+    real = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda run, x, y: real(run, poisoned(x), y))
+    with pytest.raises(DivergedError, match="no step of epoch 1 had a finite loss"):
+        train(tiny(tmp_path, "trades", pretrain={"pretrain_epochs": 0}, run={"max_skipped": 9}))
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (22, "22nd")]
+)
+def test_ordinals(count, text):
+    assert ordinal(count) == text

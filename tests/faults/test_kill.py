@@ -1,0 +1,106 @@
+"""Kills at any moment: a resumed run starts from the newest checkpoint and ends as an unbroken."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cure_fast.methods import METHODS
+from killing import Outcome, Unbroken, kill_and_resume, measure_unbroken
+from moments import hold_at, signal_at
+from processes import finish, start
+from tiny_command import checkpoints, differences, tiny_words
+
+# As many at once as there are cores on a small machine.
+AT_ONCE = 2
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+def killed(folder: Path, unbroken: Unbroken, seed: int) -> Outcome:
+    """Kill a run at one to three moments of its duration and continue it."""
+    chance = random.Random(seed)
+    # Starting takes a part of each duration, so that later kills come in later phases too.
+    delays = [chance.uniform(0, unbroken.seconds) for _ in range(chance.choice((1, 1, 2, 3)))]
+    cwd = folder / f"seed-{seed}"
+    cwd.mkdir()
+    return kill_and_resume(cwd, unbroken, delays)
+
+
+def kill_all(folder: Path, unbroken: Unbroken, seeds: range) -> dict[int, Outcome]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(seeds, pool.map(partial(killed, folder, unbroken), seeds), strict=True))
+
+
+@pytest.mark.timeout(280)
+def test_runs_killed_at_random_moments_end_as_an_unbroken_one(tmp_path, unbroken):
+    outcomes = kill_all(tmp_path, unbroken, range(20))
+    assert {s: o.faults() for s, o in outcomes.items() if o.faults()} == {}
+    assert len({phase for o in outcomes.values() for phase in o.phases}) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hundred_kills(tmp_path, unbroken, capsys):
+    outcomes = kill_all(tmp_path, unbroken, range(1000, 1200))
+    phases = Counter(phase for o in outcomes.values() for phase in o.phases)
+    with capsys.disabled():
+        print(f"\nkills: {phases.total()} of {len(outcomes)} runs, {dict(phases)}")
+        for kind in ("lost", "different", "refused", "leftovers"):
+            print(f"{kind}: {sum(bool(getattr(o, kind)) for o in outcomes.values())} runs")
+    assert phases.total() >= 200
+    assert {s: o.faults() for s, o in outcomes.items() if o.faults()} == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_the_same_after_a_kill_while_training(tmp_path, method):
+    words = tiny_words("--pretrain-epochs", "0", method=method)
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for cwd in (broken, whole):
+        cwd.mkdir()
+    in_the_second_epoch = partial(signal_at, "torch.optim:SGD.step", 5, signal.SIGKILL)
+    runs = start(words, broken, prepare=in_the_second_epoch), start(words, whole)
+    codes = [run.wait() for run in runs]
+    assert codes == [-signal.SIGKILL, 0], [run.output() for run in runs]
+    assert checkpoints(broken / "run") == [3]
+    code, output = finish([*words, "--resume"], broken)
+    assert code == 0 and "train: resumed after step 3\n" in output, output
+    assert differences(whole / "run", broken / "run") == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_before_the_configuration_is_written_leaves_a_name_to_use(tmp_path, number):
+    """The folder is made and locked by then, but there is nothing yet to resume."""
+    place = ("cure_fast.runs:write_json", "cure_fast.files:flush")[number - 1]
+    killed = start(tiny_words(), tmp_path, prepare=partial(signal_at, place, 1, signal.SIGKILL))
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "config.json").exists()
+    code, output = finish(tiny_words("--resume"), tmp_path)
+    assert code == 2 and len(output.splitlines()) == 1, output
+    code, output = finish(tiny_words(), tmp_path)
+    assert code == 0, output
+
+
+def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, unbroken):
+    go = tmp_path / "go"
+    hold = partial(hold_at, "torch.optim:SGD.step", 8, go)
+    first = start(tiny_words(), tmp_path, prepare=hold)
+    first.wait_for("train epoch   1/2")
+    second = start(tiny_words("--resume"), tmp_path)
+    code = second.wait()
+    held = not first.ended()
+    go.touch()
+    assert held and code == 2, second.output()
+    (line,) = second.stderr().splitlines()
+    assert "another process is running in it" in line
+    assert first.wait() == 0, first.output()
+    assert differences(unbroken.folder, tmp_path / "run") == []

@@ -1,0 +1,191 @@
+"""Running out of memory in a step: smaller passes, the same batch; then an end with advice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import tiny_step
+from cure_fast import attacks, memory, step
+from cure_fast.errors import MemoryExhaustedError, StoppedError
+from cure_fast.job import train
+from cure_fast.methods import METHODS
+from cure_fast.signals import StopSignals
+from cure_fast.step import split, train_step
+from tiny_job import same_weights, stable_rows, tiny
+
+
+def run_of(method):
+    """A run whose attack draws the same start however the batch is cut."""
+    return tiny_step.tiny_run(method, attack={"start": "uniform"})
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def fits_only(monkeypatch, largest):
+    """Let a pass of more than ``largest`` images run out of memory, inside the attack."""
+    real = attacks.pgd_step_
+
+    def limited(x_adv, *arguments, **settings):
+        if len(x_adv) > largest:
+            raise out_of_memory()
+        return real(x_adv, *arguments, **settings)
+
+    monkeypatch.setattr(attacks, "pgd_step_", limited)
+
+
+def without_batch_statistics(run):
+    """Freeze BatchNorm, whose statistics are the one thing that differs between passes."""
+    for network in (run.model, *run.networks.values()):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+                module.forward = frozen_forward.__get__(module)
+    return run
+
+
+def frozen_forward(self, x):
+    return nn.functional.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [2, 5, 6, 11])
+def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
+    whole, parts = (without_batch_statistics(run_of(method)) for _ in range(2))
+    parts.micro_batch_size = size
+    for _ in range(3):
+        expected = train_step(whole, *whole.loader.batches[0])
+        found = train_step(parts, *parts.loader.batches[0])
+        torch.testing.assert_close(found, expected)
+        whole.step, parts.step = whole.step + 1, parts.step + 1
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_out_of_memory_goes_on_in_smaller_passes(monkeypatch, capsys):
+    """It ends where a run ends that took these passes from the start."""
+    given_up = tiny_step.tiny_run("cure", revision_rate=0.5)
+    small = tiny_step.tiny_run("cure", revision_rate=0.5)
+    small.micro_batch_size = 6
+    x, y = small.loader.batches[0]
+    expected = train_step(small, x, y)
+    fits_only(monkeypatch, 6)
+    assert train_step(given_up, x, y) == expected
+    assert given_up.micro_batch_size == 6
+    states = (
+        [net.state_dict() for net in (run.model, *run.networks.values())]
+        for run in (given_up, small)
+    )
+    for a, b in zip(*states, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    error = capsys.readouterr().err
+    assert "6 images per pass, 12 per step as before" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["loss", "backward"])
+def test_memory_that_runs_out_behind_the_attack_is_no_different(monkeypatch, place):
+    run, small = (run_of("cure") for _ in range(2))
+    small.micro_batch_size = 6
+    expected = train_step(small, *small.loader.batches[0])
+    real, calls = getattr(run.method, place), []
+
+    def limited(*arguments):
+        calls.append(place)
+        if len(calls) == 1:
+            real(*arguments)  # so that half of the gradients are there already
+            raise out_of_memory()
+        return real(*arguments)
+
+    run.method = replace(run.method, **{place: limited})
+    assert train_step(run, *run.loader.batches[0]) == expected
+    weights = zip(run.model.parameters(), small.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_two_images_that_do_not_fit_end_the_step(monkeypatch):
+    fits_only(monkeypatch, 1)
+    run = tiny_step.tiny_run("trades")
+    with pytest.raises(MemoryExhaustedError, match=r"even 2 of the batch's 12.*--width"):
+        train_step(run, *run.loader.batches[0])
+
+
+def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
+    run = tiny_step.tiny_run("pgd_at")
+
+    def no_room(*_):
+        raise out_of_memory()
+
+    monkeypatch.setattr(run.optimizer, "step", no_room)
+    with pytest.raises(MemoryExhaustedError, match="update of the weights in step 0"):
+        train_step(run, *run.loader.batches[0])
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch):
+    run = tiny_step.tiny_run("pgd_at")
+
+    def broken(*_arguments, **_settings):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(attacks, "pgd_step_", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train_step(run, *run.loader.batches[0])
+
+
+def test_the_size_of_a_pass_survives_a_stop(tmp_path, monkeypatch, capsys):
+    fits_only(monkeypatch, 20)
+    whole = train(tiny(tmp_path, out="whole"))
+    config = tiny(tmp_path, out="broken")
+    with pytest.raises(StoppedError):
+        train(config, stop=Poll(6))
+    capsys.readouterr()
+    assert same_weights(whole, train(config, resume=True))
+    assert stable_rows(whole) == stable_rows(tmp_path / "broken")
+    # Not found out a second time.
+    assert "did not fit" not in capsys.readouterr().err
+    rows = [r for r in stable_rows(whole) if r["event"] == "epoch" and r["stage"] == "train"]
+    assert [r["micro_batch_size"] for r in rows] == [16, 16]
+
+
+class Poll(StopSignals):
+    """Asks for a stop when it is polled for the ``count``-th time."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __call__(self):
+        self.count -= 1
+        return self.count <= 0
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_pieces_are_near_equal_and_never_one_image(count, size):
+    (pieces,) = split(size, torch.arange(count))
+    lengths = [len(piece) for piece in pieces]
+    assert torch.equal(torch.cat(pieces), torch.arange(count))
+    assert max(lengths) - min(lengths) <= 1 and (count == 1 or min(lengths) >= 2)
+    assert max(lengths) <= max(size, 3) or count == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (out_of_memory(), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert memory.is_out_of_memory(error) is expected
+    assert step.is_out_of_memory is memory.is_out_of_memory

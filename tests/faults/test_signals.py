@@ -1,0 +1,221 @@
+"""Signals in every phase: exit code 75 after at most a step, and the same end after --resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cure_fast.checkpoint import check_checkpoint
+from cure_fast.files import locked
+from killing import Unbroken, measure_unbroken, pretraining
+from moments import quick_autoattack, signal_after, signal_and_sleep_at, signal_at
+from processes import Running, finish, start
+from tiny_command import checkpoints, differences, stable_results, tiny_words
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# How long a signalled process may take, a slow machine's tiny step included.
+SOON_S = 20.0
+# Where the signal comes, the number of the call, and the checkpoint that is there afterwards: of
+# the natural pre-training, and of the run. The tiny run takes 3 steps naturally, then twice 3.
+PHASES = {
+    "reading data": ("sklearn.datasets:load_digits", 1, None, None),
+    "pre-training": ("torch.optim:SGD.step", 2, 2, None),
+    "training step": ("torch.optim:SGD.step", 5, None, 2),
+    "inside the attack": ("cure_fast.attacks:pgd_step_", 3, None, 2),
+    "saving": ("cure_fast.saving:save_checkpoint", 2, None, 4),
+    "validation": ("cure_fast.measurement:Measurement.under_attack", 1, None, 3),
+    "evaluation": ("cure_fast.measurement:Measurement.under_attack", 3, None, 6),
+    "pictures": ("cure_fast.results:attacked_examples", 1, None, 6),
+    "report": ("cure_fast.report:write_report", 1, None, 6),
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+def check_stopped(run: Running) -> None:
+    assert run.wait(SOON_S) == 75, run.output()
+    assert "Traceback" not in run.output()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_stops_the_run_within_a_step(tmp_path, unbroken, phase):
+    place, call, natural_step, step = PHASES[phase]
+    folders = [tmp_path / number.name for number in SIGNALS]
+    for cwd in folders:
+        cwd.mkdir()
+    stopped = [
+        start(tiny_words(), cwd, prepare=partial(signal_at, place, call, number))
+        for cwd, number in zip(folders, SIGNALS, strict=True)
+    ]
+    for run in stopped:
+        check_stopped(run)
+    begun = phase != "reading data"
+    for cwd, run in zip(folders, stopped, strict=True):
+        assert (cwd / "run").exists() == begun
+        assert ("continue with: cure-fast train run --resume" in run.stderr()) == begun
+        assert checkpoints(cwd / "run")[-1:] == ([step] if step else [])
+        if natural_step:
+            assert checkpoints(pretraining(cwd))[-1:] == [natural_step]
+    # All three stand at the same place, so one of them goes on, another one in each phase.
+    cwd = folders[list(PHASES).index(phase) % len(SIGNALS)]
+    code, output = finish(tiny_words(*(["--resume"] if begun else [])), cwd)
+    assert code == 0, output
+    assert differences(unbroken.folder, cwd / "run") == []
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path, unbroken):
+    slow = partial(signal_and_sleep_at, "torch.optim:SGD.step", 8, signal.SIGINT, 60.0)
+    run = start(tiny_words(), tmp_path, prepare=slow)
+    run.wait_for("SIGINT: stopping")
+    time.sleep(0.3)
+    assert not run.ended()
+    began = time.monotonic()
+    run.signal(signal.SIGINT)
+    assert run.wait(SOON_S) == 75 and time.monotonic() - began < 2
+    assert checkpoints(tmp_path / "run") == [3]
+    assert check_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint-000000003") == ""
+    code, output = finish(tiny_words("--resume"), tmp_path)
+    assert code == 0 and "train: resumed after step 3\n" in output, output
+    assert differences(unbroken.folder, tmp_path / "run") == []
+
+
+def test_a_signal_between_two_others_is_no_second_interrupt(tmp_path):
+    """Schedulers send the same signal again and again; only a second Ctrl-C means at once."""
+    slow = partial(signal_and_sleep_at, "torch.optim:SGD.step", 8, signal.SIGTERM, 1.0)
+    run = start(tiny_words(), tmp_path, prepare=slow)
+    run.wait_for("SIGTERM: stopping")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        run.signal(number)
+    check_stopped(run)
+    assert checkpoints(tmp_path / "run") == [3, 5]
+
+
+AUTOATTACK = ["--attacks", "natural,aa", "--aa-limit", "24", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_autoattack_stops_and_goes_on_later(tmp_path, unbroken, number):
+    for name in ("whole", "broken"):
+        shutil.copytree(unbroken.folder, tmp_path / name)
+    whole = start(["eval", "whole", *AUTOATTACK], tmp_path, prepare=quick_autoattack)
+    at_third = partial(quick_autoattack, number, 3)
+    broken = start(["eval", "broken", *AUTOATTACK], tmp_path, prepare=at_third)
+    check_stopped(broken)
+    assert whole.wait() == 0, whole.output()
+    (state,) = (tmp_path / "broken" / "evaluation").rglob("aa.json")
+    assert list(json.loads(state.read_text())["progress"]["after"]) == ["apgd-ce", "apgd-t"]
+    # Two of four attacks are left, and all of the start's: one more would be one run twice.
+    again = partial(quick_autoattack, signal.SIGKILL, 2 + 4 + 1)
+    code, output = finish(["eval", "broken", *AUTOATTACK], tmp_path, prepare=again)
+    assert code == 0, output
+    results = [evaluations(tmp_path / name) for name in ("whole", "broken")]
+    assert results[0] == results[1] and results[0]
+
+
+def test_a_signal_in_the_real_autoattack_stops_it_within_a_pass(tmp_path, unbroken):
+    shutil.copytree(unbroken.folder, tmp_path / "run")
+    inside = partial(signal_at, "pyautoattack.autopgd_base:APGDAttack.attack_single_run", 1, 15)
+    check_stopped(start(["eval", "run", *AUTOATTACK], tmp_path, prepare=inside))
+
+
+def evaluations(folder: Path) -> dict[str, object]:
+    """Return all results of a run folder, those of other settings too."""
+    files = [*folder.glob("results.json"), *folder.glob("evaluation/*/results.json")]
+    return {
+        path.relative_to(folder).as_posix(): stable_results(path.parent) for path in sorted(files)
+    }
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_another_run_pre_trains_ends_the_wait(tmp_path, unbroken, number):
+    shutil.copytree(unbroken.folder.parent / "cache", tmp_path / "cache")
+    cached = pretraining(tmp_path)
+    (cached / "done").unlink()
+    with locked(cached / "lock"):
+        run = start(tiny_words(), tmp_path)
+        run.wait_for("waiting for another run")
+        run.signal(number)
+        check_stopped(run)
+    code, output = finish(tiny_words("--resume"), tmp_path)
+    assert code == 0, output
+    assert differences(unbroken.folder, tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_ffcv_writes_ends_the_writer_too(tmp_path, number):
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    run = start(tiny_words("--loader", "ffcv"), tmp_path)
+    while not writers(tmp_path) and not run.ended():
+        time.sleep(0.01)
+    # The one that started it has to come back from that: see the next test.
+    time.sleep(0.3)
+    assert writers(tmp_path), run.output()
+    run.signal(number)
+    check_stopped(run)
+    check_nothing_written(tmp_path)
+
+
+def test_a_signal_as_the_writer_starts_leaves_no_writer_behind(tmp_path):
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    at_start = partial(signal_after, "subprocess:Popen._execute_child", signal.SIGTERM)
+    run = start(tiny_words("--loader", "ffcv"), tmp_path, prepare=at_start)
+    assert run.wait() == 75, run.output()
+    check_nothing_written(tmp_path)
+
+
+def check_nothing_written(cwd: Path) -> None:
+    # A writer that its parent never came to know ends when it finds its standard input closed.
+    deadline = time.monotonic() + 20
+    while writers(cwd) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not writers(cwd)
+    left = [path.name for path in (cwd / "cache" / "ffcv").iterdir() if path.suffix != ".lock"]
+    assert left == [] and not (cwd / "run").exists()
+
+
+def writers(cwd: Path) -> list[str]:
+    """Return the command lines of the processes that write an FFCV file in the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        if "ffcv_writer" in line and (os.readlink(path.with_name("cwd")) == str(cwd)):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_torch_is_imported_ends_the_program(tmp_path, number):
+    program = subprocess.Popen(
+        [sys.executable, "-m", "cure_fast", *tiny_words()],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=dict(os.environ) | {"OMP_NUM_THREADS": "1"},
+    )
+    maps = Path(f"/proc/{program.pid}/maps")
+    deadline = time.monotonic() + 60
+    while "libtorch_cpu" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    program.send_signal(number)
+    try:
+        output = program.communicate(timeout=SOON_S)[0]
+    finally:
+        program.kill()
+    assert program.returncode == 75, output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()

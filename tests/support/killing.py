@@ -1,0 +1,147 @@
+"""One run killed once or more and resumed, judged by what the disk held at each kill."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from processes import Running, finish, start
+from tiny_command import STEPS_PER_EPOCH, checkpoints, differences, tiny_words
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """A run to compare with: its folder, and the seconds that it took."""
+
+    folder: Path
+    seconds: float
+
+
+@dataclass
+class Outcome:
+    """What became of a run that was killed.
+
+    Attributes:
+        phases: where each kill came.
+        lost: work that was on the disk and was not taken up again.
+        different: in what the finished run differs from the unbroken one.
+        refused: commands that should have gone on and did not, with their output.
+        leftovers: files that an unbroken run does not have.
+    """
+
+    phases: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    def faults(self) -> list[str]:
+        """Return all that is wrong, in lines; nothing where nothing is."""
+        return self.lost + self.different + self.refused + self.leftovers
+
+
+def measure_unbroken(cwd: Path, method: str = "cure") -> Unbroken:
+    """Run without a fault."""
+    # The first process of all waits for the server's imports.
+    assert finish(["list"], cwd)[0] == 0
+    started = time.monotonic()
+    code, output = finish(tiny_words(method=method), cwd)
+    assert code == 0, output
+    return Unbroken(cwd / "run", time.monotonic() - started)
+
+
+def kill_and_resume(cwd: Path, unbroken: Unbroken, delays: Sequence[float]) -> Outcome:
+    """Kill a run after each of the delays in seconds, continue it to its end, and judge it."""
+    outcome = Outcome()
+    words = tiny_words()
+    for delay in delays:
+        running = start(words, cwd)
+        running.process.join(delay)
+        code = running.kill()
+        if code == 0:
+            words = tiny_words("--resume")
+            break
+        if code != -signal.SIGKILL:
+            outcome.refused.append(f"exit code {code}: {running.output()}")
+            return outcome
+        note_kill(cwd, running, outcome)
+        words = words_to_go_on(cwd, outcome)
+    expected = to_resume_from(cwd)
+    code, output = finish(words, cwd)
+    if code != 0:
+        outcome.refused.append(f"exit code {code}: {output}")
+        return outcome
+    found = re.findall(r"\w+: resumed after step \d+", output)
+    if found != expected:
+        outcome.lost.append(f"expected {expected}, came {found}")
+    outcome.different = differences(unbroken.folder, cwd / "run")
+    outcome.leftovers = sorted(
+        tree(cwd) - {name for name in tree(unbroken.folder.parent) if "checkpoint-" not in name}
+    )
+    return outcome
+
+
+def tree(cwd: Path) -> set[str]:
+    """Return the files and folders below the folder, without those of checkpoints."""
+    names = {path.relative_to(cwd).as_posix() for path in cwd.rglob("*")}
+    return {name for name in names if "/checkpoint-" not in name}
+
+
+def note_kill(cwd: Path, running: Running, outcome: Outcome) -> None:
+    """Note where a kill came, and what had been reported as finished and is not on the disk."""
+    outcome.phases.append(phase(cwd))
+    for stage, folder in (("pretrain", pretraining(cwd)), ("train", cwd / "run")):
+        epochs = re.findall(rf"^{stage} epoch +(\d+)/", running.stdout(), re.MULTILINE)
+        # The line comes right before the checkpoint of its epoch.
+        before = STEPS_PER_EPOCH * (int(epochs[-1]) - 1) if epochs else 0
+        done = folder is not None and (folder / "done").exists()
+        if before and not done and (folder is None or max(checkpoints(folder), default=0) < before):
+            outcome.lost.append(f"{stage} epoch {epochs[-1]} was over: {phase(cwd)}")
+
+
+def words_to_go_on(cwd: Path, outcome: Outcome) -> list[str]:
+    """Return the command that continues the run, or starts it where there is nothing yet."""
+    resuming = tiny_words("--resume")
+    if (cwd / "run" / "config.json").exists():
+        return resuming
+    code, output = finish(resuming, cwd)
+    if code != 2 or len(output.splitlines()) != 1:
+        outcome.refused.append(f"--resume without a run gave exit code {code}: {output}")
+    return tiny_words()
+
+
+def to_resume_from(cwd: Path) -> list[str]:
+    """Return what the next process should say of the checkpoint it takes."""
+    run, cached = cwd / "run", pretraining(cwd)
+    if steps := checkpoints(run):
+        return [f"train: resumed after step {steps[-1]}"]
+    if (run / "start.safetensors").exists() or cached is None or (cached / "done").exists():
+        return []
+    return [f"pretrain: resumed after step {step}" for step in checkpoints(cached)[-1:]]
+
+
+def pretraining(cwd: Path) -> Path | None:
+    """Return the folder of the natural pre-training, if it was begun."""
+    return next((cwd / "cache" / "pretrained").glob("*"), None)
+
+
+def phase(cwd: Path) -> str:
+    """Return the phase that a killed run was in, by its files."""
+    run, cached = cwd / "run", pretraining(cwd)
+    saving = [*run.glob("checkpoints/.tmp*"), *(cached.glob("checkpoints/.tmp*") if cached else ())]
+    if saving:
+        return "saving"
+    for name, text in (
+        ("report.html", "end"),
+        ("results.json", "report"),
+        ("start.safetensors", "training"),
+        ("config.json", "pre-training"),
+    ):
+        if (run / name).exists():
+            last = checkpoints(run)[-1:] == [2 * STEPS_PER_EPOCH]
+            return "evaluation" if text == "training" and last else text
+    return "start"

@@ -1,0 +1,68 @@
+"""Strange environments, made in a process before its command runs (see `processes.start`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from importlib.machinery import ModuleSpec
+
+
+class Blocker:
+    """An import hook: a package cannot be imported, nor can anything inside it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name.split(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+        return None
+
+
+def block(name: str) -> None:
+    """Let the package not load in this process, also where it was imported already."""
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[module]
+    sys.meta_path.insert(0, Blocker(name))
+
+
+def jumping_clock() -> None:
+    """Set the clock back by a day at every third look at it; the monotonic clocks go on."""
+    real, looks = time.time, 0
+
+    def jumping() -> float:
+        nonlocal looks
+        looks += 1
+        return real() - 86_400 * (looks // 3)
+
+    time.time = jumping
+
+
+def no_account() -> None:
+    """Let the user have no entry in the list of accounts, as in many containers."""
+    import pwd
+
+    def unknown(number: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    pwd.getpwuid = unknown
+
+
+def broken_pipe() -> None:
+    """Let standard output be a pipe whose reader has gone."""
+    sys.stdout.close()
+    reading, writing = os.pipe()
+    # The pipe may have taken the descriptor that has just become free.
+    if reading == 1:
+        reading = os.dup(reading)
+    os.dup2(writing, 1)
+    os.close(reading)
+    os.close(writing)
+    sys.stdout = open(1, "w")
+
+
+def close_streams() -> None:
+    """Close the three standard streams of the program that is about to start."""
+    for number in range(3):
+        os.close(number)
