@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from cure_fast.console import open_missing_streams
-from cure_fast.signals import RESUMABLE, Interrupted, StopSignals
+from cure_fast.console import open_missing_streams, tell
+from cure_fast.signals import RESUMABLE, Interrupted, StopSignals, ignore_signals
 
 
 def main() -> int:
@@ -15,10 +15,12 @@ def main() -> int:
         with StopSignals() as stop, stop.at_once():
             from cure_fast.cli import main as run
 
-            return run()
+            code = run()
     except Interrupted:
-        print("cure-fast: interrupted", file=sys.stderr)
-        return RESUMABLE
+        tell("cure-fast: interrupted")
+        code = RESUMABLE
+    ignore_signals()
+    return code
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     reasons = "; ".join(skipped) or "none was written"
     raise InputError(
         f"no valid checkpoint in {folder}: {reasons}. "
-        "Start anew with another --out, or delete the folder."
+        "The run's files of weights can be evaluated, and a new run with another --out can start "
+        "from one of them with --init-from."
     )
 
 

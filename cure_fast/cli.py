@@ -22,12 +22,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 from cure_fast.arguments import DataWriteArgs, EvalArgs, ExportArgs
 from cure_fast.checks import SHOWN, format_pixel, nearest, parse_fraction, shown
 from cure_fast.config import Config
+from cure_fast.console import discard, say, tell
 from cure_fast.errors import CureFastError, InputError, MemoryExhaustedError, StoppedError
 from cure_fast.flags import flag_words, flags_of, read_words
 from cure_fast.memory import is_out_of_memory
 from cure_fast.signals import Interrupted, StopSignals
 
 HELP = {"-h", "--help"}
+# Commands whose output is all that they do: a reader that has had enough of it is no failure.
+PRINTING = {"list", "show", "doctor"}
 # What to do about an error of the operating system.
 ADVICE = {
     errno.ENOSPC: "Free some space, or name a folder on another disk.",
@@ -37,6 +40,7 @@ ADVICE = {
     errno.EROFS: "Name a folder that can be written to.",
     errno.EMFILE: "Allow more open files: ulimit -n 4096.",
     errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.EPIPE: "A program that was to read from this one has ended; try again.",
 }
 # A path that no system takes: its beginning is enough of it in a message.
 LONG_WORD = re.compile(r"\S{1000,}")
@@ -143,9 +147,9 @@ def report(run: Positional[str]) -> None:
     Args:
         run: Run folder.
     """
-    from cure_fast.report import write_report
+    from cure_fast.report import rewrite_report
 
-    print(f"report: {write_report(Path(run))}")
+    say(f"report: {rewrite_report(Path(run))}")
 
 
 def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
@@ -314,17 +318,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Commands with a state to save catch signals themselves, and poll for them.
         with StopSignals() as stop, stop.at_once():
-            dispatch(words or ["--help"])
-        sys.stdout.flush()
+            run_command(words or ["--help"])
     except CureFastError as error:
         return fail(error)
     except Interrupted:
         return fail(StoppedError("interrupted."))
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and only_prints(words):
+            # The reader of our output has gone (`| head`): nothing is left to say.
+            discard(sys.stdout)
+            return 0
         return fail(InputError(system_message(error)))
     except Exception as error:
         if is_out_of_memory(error):
@@ -337,11 +340,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def only_prints(words: Sequence[str]) -> bool:
+    """Return whether a command's output is all that it does."""
+    return not words or words[0] in PRINTING or not HELP.isdisjoint(words)
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run the command that ``words`` name, and write what it printed."""
+    try:
+        dispatch(words)
+    except SystemExit:
+        write_out()
+        raise
+    write_out()
+
+
+def write_out() -> None:
+    """Write what standard output still holds, unless its reader has gone: the work is done.
+
+    Raises:
+        OSError: if it cannot be written for another reason.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Else Python would try again at its exit, and answer with a code of its own.
+        discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
 def fail(error: CureFastError) -> int:
     """Print the error in a line and return its exit code."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
-    print(f"cure-fast: {line}", file=sys.stderr)
+    tell(f"cure-fast: {line}")
     return error.code
 
 

@@ -35,7 +35,12 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a warning to standard error at once, whatever has become of it."""
-    _print(f"warning: {text}", sys.stderr)
+    tell(f"warning: {text}")
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error at once, whatever has become of it."""
+    _print(text, sys.stderr)
 
 
 def _print(text: str, stream: TextIO | None) -> str:

@@ -22,12 +22,7 @@ from cure_fast.attack_result import ATTACKS, AttackResult, AttackSpec, nrr, pars
 from cure_fast.errors import InputError
 from cure_fast.measurement import Measurement
 from cure_fast.method import attack_mode
-from cure_fast.trust import (
-    Guard,
-    check_unchanged,
-    full_precision,
-    trust_warnings,
-)
+from cure_fast.trust import Guard, full_precision, trust_warnings
 
 __all__ = [
     "ATTACKS",
@@ -178,7 +173,7 @@ def _attacked(task: Measurement, spec: AttackSpec) -> dict[str, np.ndarray]:
         parts.append(tuple(part.cpu() for part in found))
 
     task.each_batch(torch.arange(len(task.images)), attack)
-    check_unchanged(task.guard.model, task.hashes)
+    task.watch.check()
     names = ("adversarial", "natural_prediction", "adversarial_prediction")
     columns = zip(*parts, strict=True)
     return {n: torch.cat(c).contiguous().numpy() for n, c in zip(names, columns, strict=True)}

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cure_fast.arguments import EvalArgs
 from cure_fast.config import Config, EvalConfig
+from cure_fast.console import say
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 from cure_fast.evaluate import trust_warnings
@@ -15,17 +19,26 @@ from cure_fast.files import file_hash, user_path, write_json
 from cure_fast.loaders import read_dataset
 from cure_fast.results import attack_model, load_model, measure_run, print_results
 from cure_fast.results_record import FORMAT, keep_results, model_entry
-from cure_fast.runs import load_config
+from cure_fast.runs import held, load_config
 from cure_fast.signals import StopSignals
 from cure_fast.weights import read_metadata
 
 DEFAULT_EPS = 8 / 255
+# What weights.py reads.
+WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
 FILE_FLAGS = ("data", "model", "width", "stem", "normalize", "out")
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
-    """Attack the models of a run; its record and report change only where they get no worse."""
+    """Attack the models of a run; its record and report change only where they get no worse.
+
+    The folder is held meanwhile: neither training nor another evaluation may write in it.
+
+    Raises:
+        InputError: if another process runs in the folder, it cannot be written to, or it holds no
+            finished model.
+    """
     given = [f"--{name}" for name in FILE_FLAGS if getattr(args, name) is not None]
     if given:
         raise InputError(
@@ -39,23 +52,44 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     config = changed_config(own, args)
     root = own.data.data_root if args.data_root is None else args.data_root
     test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
-    with StopSignals() as stop:
+    with (
+        StopSignals() as stop,
+        held(
+            folder,
+            busy="Wait for its end, or evaluate a copy of the folder.",
+            denied="Change that, or copy the folder and evaluate the copy.",
+        ),
+    ):
         measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+        keep_and_report(folder, own, measured, examples)
+
+
+def keep_and_report(
+    folder: Path, own: Config, measured: dict[str, Any], examples: dict[str, np.ndarray]
+) -> None:
+    """Put what was measured into the record, as far as it belongs there, and print it.
+
+    Args:
+        folder: of the run, held by the caller.
+        own: the run's configuration.
+        measured: what :func:`measure_run` returned, and
+        examples: the pictures that belong to it.
+    """
     kept = keep_results(folder, own, measured, examples)
     if kept.aside is not None:
         print_results(measured)
-        print(
+        say(
             "not all of this is in the run's record, which keeps its own radius, step and seed and "
             f"the larger number of images: {kept.aside}"
         )
     if kept.record is not None and (kept.changed or kept.aside is None):
         print_results(kept.record)
     if not kept.changed:
-        print(f"unchanged: {folder / 'results.json'}")
+        say(f"unchanged: {folder / 'results.json'}")
         return
     from cure_fast.report import write_report
 
-    print(f"report: {write_report(folder)}")
+    say(f"report: {write_report(folder)}")
 
 
 def changed_config(config: Config, args: EvalArgs) -> Config:
@@ -113,6 +147,11 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     """Attack the network in a file of weights."""
     if not path.exists():
         raise InputError(f"{path}: expected a run folder or a file of weights; there is none.")
+    if path.suffix not in WEIGHTS_ENDINGS:
+        raise InputError(
+            f"{path}: expected a file of weights ({', '.join(WEIGHTS_ENDINGS)}), got another kind "
+            "of file. Give that, or a run folder; a model exported as ONNX is for other programs."
+        )
     metadata, data = described(path, args)
     root = "data" if args.data_root is None else args.data_root
     test = read_dataset(data, user_path(root, "--data-root"), "test")
@@ -162,4 +201,4 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "results.json", {**results, "arguments": asdict(args)})
-        print(f"results: {out / 'results.json'}")
+        say(f"results: {out / 'results.json'}")

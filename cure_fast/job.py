@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cure_fast.checkpoint import has_checkpoints
 from cure_fast.config import Config
+from cure_fast.console import say
 from cure_fast.data import Data, open_loader, read_data
 from cure_fast.environment import choose_device
-from cure_fast.errors import StoppedError
+from cure_fast.errors import InputError, StoppedError
 from cure_fast.files import user_path
 from cure_fast.loaders import Loader
 from cure_fast.methods import find_method
 from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.results import evaluate_run, print_results
-from cure_fast.runs import check_same_run, own_folder, run_folder, start_record
+from cure_fast.runs import (
+    check_device,
+    check_position,
+    check_same_run,
+    own_folder,
+    run_folder,
+    start_record,
+)
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.stages import START, Stage, new_model, take_start, train_stage
+from cure_fast.trainer import Run
 from cure_fast.weights import load_into, read_weights
 
 
@@ -51,7 +61,7 @@ def train(
     find_method(config.method).check(config)
     check_model(config)
     named = run_folder(config, resume=resume)
-    changes = check_same_run(named, config, override=override) if resume else []
+    changes = check_same_run(named, config, override=override) if resume else {}
     try:
         with stop.at_once():
             data, loader, model = prepare(config, device, named)
@@ -64,9 +74,10 @@ def train(
         own_folder(config, resume=resume) as folder,
         careful_convolutions(data, config, device),
     ):
-        start_record(folder, config, loader.reason, changes=changes)
+        begin = record_when_sure(folder, config, loader.reason, device, changes)
+        stage = Stage("train", config, data, folder, device, stop, begin)
         try:
-            results = run_stages(Stage("train", config, data, folder, device, stop), model, loader)
+            results = run_stages(stage, model, loader)
             with stop.at_once():
                 finish(folder, results)
         except (StoppedError, Interrupted) as error:
@@ -76,22 +87,74 @@ def train(
     return folder
 
 
+def record_when_sure(
+    folder: Path, config: Config, loader: str, device: torch.device, changes: dict[str, str]
+) -> Callable[[Run], None]:
+    """Record what runs from here on, and return what the training stage calls once it is set up.
+
+    A run without a checkpoint is recorded at once, so that it can be resumed wherever it ends. One
+    that goes on from a checkpoint is recorded when that has been read and fits: where it is refused
+    the folder stays as it was, and the run can be resumed with its own configuration.
+
+    Raises:
+        InputError: if the run is of another type of device, or its record is damaged.
+    """
+
+    def record() -> None:
+        start_record(folder, config, loader, device=device, changes=list(changes.values()))
+
+    def begin(run: Run) -> None:
+        check_position(changes, batch=run.batch)
+        check_unfinished(run, changes)
+        forget_best(run, changes)
+        record()
+
+    if has_checkpoints(folder / "checkpoints"):
+        check_device(folder, device)
+        return begin
+    record()
+    return lambda run: None
+
+
 def prepare(
     config: Config, device: torch.device, folder: Path
 ) -> tuple[Data, Loader, ImageClassifier]:
     """Return images, loader and the network with its first weights, having checked all of them."""
     data = read_data(config)
-    print(
+    say(
         f"data: {config.data.data}, {len(data.train):,} training, {len(data.val):,} validation "
         f"and {len(data.test):,} test images, {len(data.train.classes)} classes"
     )
     loader = open_loader(config, data, device)
-    print(f"loader: {loader.reason}")
+    say(f"loader: {loader.reason}")
     model = new_model(config, len(data.train.classes))
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
         load_into(model, read_weights(given), source=str(given))
     return data, loader, model
+
+
+def check_unfinished(run: Run, changes: Iterable[str]) -> None:
+    """Refuse other settings for a run that has nothing left to train with them.
+
+    Raises:
+        InputError: if something changes and no epoch is left.
+    """
+    if changes and run.epoch >= run.config.optim.epochs and run.pending is None:
+        raise InputError(
+            f"--override: the run is at the end of epoch {run.epoch}, and --epochs is "
+            f"{run.config.optim.epochs}: nothing is left to train with {', '.join(changes)}. Raise "
+            "--epochs as well, or start a new run from its weights with --init-from."
+        )
+
+
+def forget_best(run: Run, changes: Iterable[str]) -> None:
+    """Choose the best epoch anew where validation no longer measures what it did."""
+    measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
+    found = [name for name in changes if name.startswith(measured)]
+    if found and run.best is not None:
+        run.best = None
+        say(f"--override: the best epoch is chosen anew from here, as {', '.join(found)} changed")
 
 
 def run_stages(stage: Stage, model: ImageClassifier, loader: Loader) -> dict[str, Any]:
@@ -106,7 +169,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
     from cure_fast.report import write_report
 
     print_results(results)
-    print(f"report: {write_report(folder)}")
+    say(f"report: {write_report(folder)}")
 
 
 def set_determinism(deterministic: bool) -> None:
@@ -140,7 +203,7 @@ def careful_convolutions(data: Data, config: Config, device: torch.device) -> It
     wide = config.model.model.startswith("wrn")
     risky = device.type == "cpu" and size > 40 and width < 16 and not wide
     if risky:
-        print(f"oneDNN is off: it is not safe for width {width} on {size}-pixel images; slower")
+        say(f"oneDNN is off: it is not safe for width {width} on {size}-pixel images; slower")
     former = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = former and not risky
     try:

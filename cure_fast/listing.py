@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from cure_fast.arguments import DataWriteArgs
 from cure_fast.checks import format_pixel
 from cure_fast.config import Config
+from cure_fast.console import say
 from cure_fast.evaluate import ATTACKS
 from cure_fast.files import user_path
 from cure_fast.loaders import DATASETS, read_dataset, split_train
@@ -87,4 +88,4 @@ def write_data(data: str, args: DataWriteArgs) -> None:
     )
     path = ensure_beton(images, user_path(args.cache, "--cache"))
     seconds = time.monotonic() - started
-    print(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
+    say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")

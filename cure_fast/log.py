@@ -51,7 +51,15 @@ class RunLog:
         path = folder / "metrics.jsonl"
         drop_rows_from(path, stage, upto_step, upto_epoch)
         self.rows = RowWriter(path)
-        self.sinks = open_sinks(folder, stage, tensorboard=tensorboard, wandb=wandb)
+        self.sinks = open_sinks(
+            folder,
+            stage,
+            tensorboard=tensorboard,
+            wandb=wandb,
+            start=upto_step,
+            # A finished epoch has the number of the step that comes next, and is not written again.
+            known=lambda: epoch_at(path, stage, upto_step),
+        )
 
     def step(
         self, step: int, epoch: float, lr: float, terms: Terms, *, skipped: int | None = None
@@ -75,17 +83,7 @@ class RunLog:
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the row of a finished epoch and print its line."""
         self._write("epoch", row)
-        scalars = {f"epoch/{name}": value for name, value in row["terms"].items()}
-        scalars |= {"epoch/lr": row["lr"], "epoch/images_per_s": row["images_per_s"]}
-        if row.get("skipped"):
-            scalars["epoch/skipped"] = row["skipped"]
-        if row["validation"]:
-            scalars |= {
-                f"validation/{name}": row["validation"][name]
-                for name in ("natural", "robust")
-                if row["validation"][name] is not None
-            }
-        self._scalars(row["step"], scalars)
+        self._scalars(row["step"], epoch_scalars(row))
         say(epoch_line(self.stage, self.epochs, row))
 
     def close(self) -> None:
@@ -185,6 +183,30 @@ def write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
+
+
+def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a finished epoch, by the names that other receivers show."""
+    scalars = {f"epoch/{name}": value for name, value in row["terms"].items()}
+    scalars |= {"epoch/lr": row["lr"], "epoch/images_per_s": row["images_per_s"]}
+    if row.get("skipped"):
+        scalars["epoch/skipped"] = row["skipped"]
+    if row["validation"]:
+        scalars |= {
+            f"validation/{name}": row["validation"][name]
+            for name in ("natural", "robust")
+            if row["validation"][name] is not None
+        }
+    return scalars
+
+
+def epoch_at(path: Path, stage: str, step: int) -> dict[str, float]:
+    """Return the numbers of the stage's epoch that ended at ``step``; nothing if none did."""
+    found: dict[str, float] = {}
+    for row in read_rows(path):
+        if row["event"] == "epoch" and row["stage"] == stage and row["step"] == step:
+            found = epoch_scalars(row)
+    return found
 
 
 def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import time
@@ -17,6 +18,9 @@ from cure_fast.errors import CureFastError
 WANDB_ID = "wandb-run-id"
 # Longest part of a folder's name in it; the service allows 64 characters in all.
 NAME_PART = 48
+# Seconds that training waits for Weights & Biases, and for somebody at a terminal to log in. What
+# the user's environment says goes before.
+WANDB_WAITS = {"init_timeout": 60, "login_timeout": 60}
 
 
 class Sink(Protocol):
@@ -83,21 +87,28 @@ class TensorBoard:
 
     Args:
         folder: where the file goes; made when absent.
+        start: first step of which values may come. Readers drop what earlier files hold from this
+            step on, which a resumed run gives again.
+        known: values of the step ``start`` that are not given again.
 
     Raises:
         ImportError: if the package tensorboard is not installed.
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+    def __init__(self, folder: Path, start: int, known: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.event, self.summary = Event, Summary
+        self.event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        self.summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+        log: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = RecordWriter(new_events(folder).open("xb"))
         self._write(file_version="brain.Event:2")
+        self._write(step=start, session_log=log(status=log.START))
+        if known:
+            self.scalars(start, known)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step as one event."""
@@ -152,6 +163,7 @@ class WandB:
             config=config,
             dir=str(folder),
             resume="allow",
+            settings=bounded_waits(wandb),
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -161,6 +173,19 @@ class WandB:
     def close(self) -> None:
         """Send what is held back and end the run."""
         self.run.finish()
+
+
+def bounded_waits(wandb: Any) -> Any:
+    """Return settings by which the package waits a minute at most; None where it has no such."""
+    unset = {k: v for k, v in WANDB_WAITS.items() if f"WANDB_{k.upper()}" not in os.environ}
+    settings = getattr(wandb, "Settings", None)
+    if settings is None or not unset:
+        return None
+    try:
+        return settings(**unset)
+    except (TypeError, ValueError, KeyError):
+        # A version with other names: it waits as long as it does by itself.
+        return None
 
 
 def wandb_id(folder: Path) -> str:
@@ -179,7 +204,13 @@ def wandb_id(folder: Path) -> str:
 
 
 def open_sinks(
-    folder: Path, stage: str, *, tensorboard: bool, wandb: str | None
+    folder: Path,
+    stage: str,
+    *,
+    tensorboard: bool,
+    wandb: str | None,
+    start: int,
+    known: Callable[[], Mapping[str, float]],
 ) -> list[GuardedSink]:
     """Return the sinks that are wanted, each guarded.
 
@@ -188,11 +219,13 @@ def open_sinks(
         stage: ``pretrain`` or ``train``; TensorBoard gets a folder for each.
         tensorboard: write events below ``folder/tensorboard``.
         wandb: project of Weights & Biases; None for none.
+        start: first step of which values may come.
+        known: returns the values of that step that were given before, for TensorBoard to keep.
     """
     sinks = []
     if tensorboard:
         events = folder / "tensorboard" / stage
-        sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events)))
+        sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events, start, known())))
     if wandb is not None:
         sinks.append(GuardedSink("Weights & Biases", lambda: WandB(folder, wandb)))
     return sinks

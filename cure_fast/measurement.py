@@ -19,19 +19,18 @@ import cure_fast
 from cure_fast.attack_result import AttackResult, AttackSpec
 from cure_fast.attacks import pgd
 from cure_fast.autoattack import Outcome, autoattack_settings, run_autoattack
+from cure_fast.console import warn
 from cure_fast.errors import MemoryExhaustedError
 from cure_fast.evaluation_state import read_state, write_state
 from cure_fast.losses import cross_entropy, margin
 from cure_fast.memory import is_out_of_memory
+from cure_fast.model_state import Watch, layers_hash, tensor_hash
 from cure_fast.progress import track
 from cure_fast.trust import (
     Guard,
     check_perturbation,
-    check_unchanged,
     find_instability,
     find_masking,
-    state_hashes,
-    tensor_hash,
 )
 
 # Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
@@ -63,11 +62,12 @@ class Measurement:
     state_dir: Path | None = None
     name: str = "model"
     fitting_size: int = field(init=False)
-    hashes: dict[str, str] = field(init=False)
+    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
         self.fitting_size = min(self.batch_size, len(self.images))
-        self.hashes = state_hashes(self.guard.model)
+        # Only a result that is kept for later needs the weights themselves.
+        self.watch = Watch(self.guard.model, thorough=self.state_dir is not None)
 
     def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images [n, C, H, W] in [0, 1] and labels [n], both on the device."""
@@ -87,8 +87,8 @@ class Measurement:
         if "result" in state:
             return AttackResult.from_dict(state["result"])
 
-        def save(**part: Any) -> None:
-            check_unchanged(self.guard.model, self.hashes)
+        def save(*, thorough: bool = True, **part: Any) -> None:
+            self.watch.check(thorough=thorough)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_state(path, {"identity": identity, **part})
@@ -97,7 +97,11 @@ class Measurement:
         warnings = self.instability
         if spec.family == "aa":
             outcome = self.under_autoattack(
-                natural[:count], settings, state.get("progress"), lambda p: save(progress=p)
+                natural[:count],
+                settings,
+                state.get("progress"),
+                # Between the batches of one attack the look that costs nothing has to do.
+                lambda p: save(progress=p, thorough=p["batches"] == 0),
             )
             robust, seconds = outcome.robust, outcome.seconds
             warnings += self.masking + outcome.warnings
@@ -199,10 +203,9 @@ class Measurement:
         self.fitting_size = size // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks that were cut for the former size
-        print(
-            f"{self.name}: out of memory with {size} images in a batch; going on with "
-            f"{self.fitting_size}, which changes no result ({reason})",
-            flush=True,
+        warn(
+            f"{self.name}: {size} images did not fit into memory; from here {self.fitting_size} "
+            f"images per pass, which changes no result ({reason})"
         )
 
     def under_attack(self, spec: AttackSpec, correct: Tensor) -> Tensor:
@@ -312,11 +315,10 @@ class Measurement:
 
     def identity(self, spec: AttackSpec, settings: dict[str, Any], count: int) -> dict[str, Any]:
         """Return what must be the same for a stored result to be this one, as flat JSON types."""
-        kinds = [(n, type(m).__qualname__) for n, m in self.guard.model.named_modules()]
         return {
             "attack": spec.name,
-            "weights": hashlib.sha256(json.dumps(self.hashes).encode()).hexdigest(),
-            "layers": hashlib.sha256(json.dumps(kinds).encode()).hexdigest(),
+            "weights": hashlib.sha256(json.dumps(self.watch.hashes).encode()).hexdigest(),
+            "layers": layers_hash(self.guard.model),
             "images": tensor_hash(self.images[:count]),
             "labels": tensor_hash(self.labels[:count]),
             "precision": self.precision,

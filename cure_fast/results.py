@@ -18,7 +18,6 @@ from cure_fast.errors import InputError
 from cure_fast.evaluate import AttackResult, adversarial_examples, evaluate
 from cure_fast.files import file_hash
 from cure_fast.loaders import ImageSet
-from cure_fast.log import read_rows
 from cure_fast.methods import find_method
 from cure_fast.model_build import build_for_data
 from cure_fast.models import ImageClassifier
@@ -158,16 +157,10 @@ def attacked_examples(
 
 def models_of(folder: Path, config: Config) -> list[tuple[str, Path, str]]:
     """Return name, file and title of the run's models: trained, start, and revision if wanted."""
-    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["stage"] == "train"]
-    judged = "robust" if find_method(config.method).uses_attack else "natural"
-    epochs = [r for r in rows if r["event"] == "epoch" and r.get("validation")]
-    best = max(
-        epochs,
-        key=lambda r: (r["validation"][judged], r["validation"]["natural"], -r["epoch"]),
-        default=None,
-    )
-    which = f", best epoch {best['epoch']} of {config.optim.epochs}" if best else ""
-    found = [("trained", folder / "model.safetensors", find_method(config.method).label + which)]
+    trained = folder / "model.safetensors"
+    epoch = read_metadata(trained).get("epoch")
+    which = f", best epoch {epoch} of {config.optim.epochs}" if epoch else ""
+    found = [("trained", trained, find_method(config.method).label + which)]
     start = folder / "start.safetensors"
     if start.exists():
         told = "given start" if config.model.init_from else "naturally trained start"

@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cure_fast.config import Config
 from cure_fast.config_json import from_dict, to_dict
+from cure_fast.console import say, warn
 from cure_fast.environment import environment
 from cure_fast.errors import InputError
 from cure_fast.files import locked, user_path, write_json
 from cure_fast.methods import find_method
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
-FREE_SECTIONS = ("name", "eval", "run")
-BOUND_RUN_FIELDS = ("seed", "amp")
+FREE_SECTIONS = ("name",)
+BOUND_RUN_FIELDS = ("seed", "amp", "deterministic")
+# What decides which epoch is the best.
+BOUND_EVAL_FIELDS = ("val_every", "val_attack_steps")
 FREE_DATA_FIELDS = ("loader", "workers", "download", "data_root")
 LOCK = "run.lock"
 # What not even --override changes: the state in a checkpoint has the form that these give it.
-FIXED_FIELDS = ("model.model", "model.width", "model.stem", "optim.optimizer")
+FIXED_FIELDS = (
+    "method",
+    "model.model",
+    "model.width",
+    "model.stem",
+    "model.normalize",
+    "optim.optimizer",
+    "run.amp",
+    "settings.natural_share",
+    "settings.revision",
+    "settings.rgp",
+)
+# What decides which images an epoch's batches hold: it may change between two epochs alone.
+EPOCH_FIELDS = (
+    "data.data",
+    "data.split_seed",
+    "data.train_images",
+    "data.val_images",
+    "optim.batch_size",
+    "run.seed",
+)
+# What may change the last bits of a result where it differs from before.
+BITS = ("cure_fast", "torch", "gpu")
 
 
 def load_config(folder: Path) -> Config:
@@ -136,23 +163,41 @@ def own_folder(config: Config, *, resume: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / LOCK))
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another process is running in it. "
-                "Wait for its end, or name another folder with --out."
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"{folder}: a run must be able to write in its folder: {error.strerror}. "
-                "Change that, or copy the folder and resume the copy."
-            ) from error
+    with held(
+        folder,
+        busy="Wait for its end, or name another folder with --out.",
+        denied="Change that, or copy the folder and resume the copy.",
+    ):
         yield folder
 
 
-def start_record(folder: Path, config: Config, loader: str, *, changes: list[str]) -> None:
+@contextmanager
+def held(folder: Path, *, busy: str, denied: str) -> Iterator[None]:
+    """Hold an existing run folder for the block: no other process trains or writes results in it.
+
+    Args:
+        folder: the run's folder.
+        busy: what to do where another process holds it, in a sentence.
+        denied: what to do where the folder cannot be written to, in a sentence.
+
+    Raises:
+        InputError: in these two cases.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK))
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another process is running in it. {busy}") from error
+        except OSError as error:
+            raise InputError(
+                f"{folder}: a run must be able to write in its folder: {error.strerror}. {denied}"
+            ) from error
+        yield
+
+
+def start_record(
+    folder: Path, config: Config, loader: str, *, device: torch.device, changes: list[str]
+) -> None:
     """Write ``config.json`` and ``environment.json``.
 
     A resumed run keeps the environment it began in, and lists the later ones under ``resumed``.
@@ -161,14 +206,17 @@ def start_record(folder: Path, config: Config, loader: str, *, changes: list[str
         folder: the run's folder.
         config: what runs.
         loader: one line on how images are fed.
+        device: where it trains; its type is recorded under ``device``.
         changes: what :func:`check_same_run` returned; recorded under ``changes``.
 
     Raises:
         InputError: if the environment that the run began in cannot be read.
     """
-    path, here = folder / "environment.json", {**environment(), "loader": loader}
+    path = folder / "environment.json"
+    here = {**environment(), "device": device.type, "loader": loader}
     if path.exists():
         first = read_environment(path)
+        warn_of_other_bits(last_environment(first), here)
         here |= {"changes": changes} if changes else {}
         here = {**first, "resumed": [*first.get("resumed", []), here]}
     write_json(folder / "config.json", to_dict(config))
@@ -193,7 +241,65 @@ def read_environment(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_same_run(folder: Path, config: Config, *, override: bool = False) -> list[str]:
+def last_environment(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of :func:`read_environment`'s record that is of the newest start."""
+    newest = [record, *record.get("resumed", [])][-1]
+    return newest if isinstance(newest, dict) else {}
+
+
+def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
+    """Print a warning where a run goes on with other versions, or on another kind of GPU."""
+    names = BITS if here["device"] == "cuda" else [name for name in BITS if name != "gpu"]
+    told = [
+        f"{name} {before[name]} then and {here[name]} now"
+        for name in names
+        if before.get(name) is not None and before[name] != here[name]
+    ]
+    if told:
+        warn(
+            f"the run goes on with {', '.join(told)}: its results may differ in their last bits "
+            "from those of a run that was never stopped"
+        )
+
+
+def check_device(folder: Path, device: torch.device) -> None:
+    """Refuse to continue a run on another type of device than its newest checkpoint is of.
+
+    The random generators of a GPU and of a CPU have states of different forms.
+
+    Raises:
+        InputError: if the run recorded another type, or its record is damaged.
+    """
+    path = folder / "environment.json"
+    trained_on = last_environment(read_environment(path)).get("device") if path.exists() else None
+    # Earlier versions did not record it.
+    if trained_on not in (None, device.type):
+        raise InputError(
+            f"--device: this run was trained on {trained_on}, and a checkpoint cannot follow to "
+            f"{device.type}. Continue it there, or start anew with another --out."
+        )
+
+
+def check_position(changed: Iterable[str], *, batch: int) -> None:
+    """Refuse to go on in the middle of an epoch with other batches than it began with.
+
+    Args:
+        changed: names of the fields that differ, as :func:`bound_fields` has them.
+        batch: 0-based batch of the epoch that comes next.
+
+    Raises:
+        InputError: if the batches would change.
+    """
+    found = [name for name in changed if name in EPOCH_FIELDS]
+    if batch and found:
+        raise InputError(
+            f"--override: {', '.join(found)} can change only between two epochs, and the newest "
+            f"checkpoint is after batch {batch} of one. Leave that as it was, or start anew with "
+            "another --out."
+        )
+
+
+def check_same_run(folder: Path, config: Config, *, override: bool = False) -> dict[str, str]:
     """Return how the configuration differs from the run's in what is trained; refuse it by default.
 
     Args:
@@ -202,7 +308,7 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> l
         override: print the differences and accept them, but for what a checkpoint cannot follow.
 
     Returns:
-        One line for each field that differs.
+        One line for each field that differs, by its name.
 
     Raises:
         InputError: with the fields that differ.
@@ -226,8 +332,8 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> l
             "add --override to go on with the changed one."
         )
     for line in changes.values():
-        print(f"--override: {line}")
-    return list(changes.values())
+        say(f"--override: {line}")
+    return changes
 
 
 def bound_fields(config: Config) -> dict[str, Any]:
@@ -236,6 +342,8 @@ def bound_fields(config: Config) -> dict[str, Any]:
     for section, values in to_dict(config).items():
         if section == "run":
             flat |= {f"run.{name}": values[name] for name in BOUND_RUN_FIELDS}
+        elif section == "eval":
+            flat |= {f"eval.{name}": values[name] for name in BOUND_EVAL_FIELDS}
         elif section not in FREE_SECTIONS and isinstance(values, dict):
             flat |= {f"{section}.{name}": value for name, value in values.items()}
         elif section not in FREE_SECTIONS:

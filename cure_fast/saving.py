@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
-import sys
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from cure_fast.checkpoint import newest_checkpoint, save_checkpoint
 from cure_fast.config import Config
 from cure_fast.config_json import to_dict
-from cure_fast.errors import InputError
+from cure_fast.console import warn
+from cure_fast.errors import DivergedError, InputError
+from cure_fast.step import advice
 from cure_fast.trainer import Run
-from cure_fast.weights import save_weights
+from cure_fast.weights import save_state
 
 
 class Saver:
     """Stores checkpoints, and the best epoch's weights for evaluation.
 
-    Best weights that could not be written are kept in memory and tried again at each later save.
+    Best weights that could not be written are kept in memory and tried again at each later save;
+    the checkpoint marked as best is then the newest best one that could be written.
 
     Args:
         folder: the stage's folder.
         config: its configuration.
-        metadata: what files of weights say of themselves.
+        metadata: what files of weights say of themselves, beside their epoch.
     """
 
     def __init__(self, folder: Path, config: Config, metadata: dict[str, str]) -> None:
         self.folder = folder
         self.config = config
         self.metadata = metadata
-        self.owed: dict[str, nn.Module] = {}
+        self.owed: dict[str, dict[str, Tensor]] = {}
+        self.owed_epoch = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -44,20 +47,27 @@ class Saver:
         """Store the run; with ``best``, its weights as the best ones too.
 
         Raises:
-            InputError: if that fails and ``--on-save-failure`` says stop.
+            DivergedError: if a weight is not finite; nothing is stored.
+            InputError: if storing fails and ``--on-save-failure`` says stop.
         """
+        check_weights(run)
         if best:
-            self.owed = {"model": run.model, **run.networks}
+            networks = {"model": run.model, **run.networks}
+            self.owed = {name: network.state_dict() for name, network in networks.items()}
+            self.owed_epoch = run.epoch
         try:
             self._write_owed()
             values = to_dict(self.config)
             save_checkpoint(self.checkpoints, run.step, run.state_dict(), values, best=best)
         except OSError as error:
+            # The next step moves the networks' own tensors.
+            self.owed = {
+                name: {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
+                for name, state in self.owed.items()
+            }
             if self.config.run.on_save_failure == "stop":
                 raise self._failure(error) from error
-            print(f"warning: {self._failure(error)} Training goes on.", file=sys.stderr)
-            # The next step moves the networks themselves.
-            self.owed = {name: copy.deepcopy(net).cpu() for name, net in self.owed.items()}
+            warn(f"{self._failure(error)} Training goes on.")
 
     def finish(self) -> None:
         """Write what is still owed.
@@ -70,23 +80,37 @@ class Saver:
         except OSError as error:
             raise self._failure(error) from error
 
-    def last_good(self) -> str:
+    def last(self) -> str:
         """Return a sentence on where the last state is from which training can go on."""
         newest = newest_checkpoint(self.checkpoints)
-        return (
-            f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved yet."
-        )
+        return f"The last checkpoint is {newest}." if newest else "No checkpoint was saved yet."
 
     def _write_owed(self) -> None:
         if not self.folder.is_dir():
             # Made anew it would lack the configuration, and nobody would look for it.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
+        metadata = self.metadata | {"epoch": str(self.owed_epoch)}
         for name in list(self.owed):
-            save_weights(self.owed[name], self.folder / f"{name}.safetensors", self.metadata)
+            save_state(self.owed[name], self.folder / f"{name}.safetensors", metadata)
             del self.owed[name]
 
     def _failure(self, error: OSError) -> InputError:
         return InputError(
-            f"cannot save to {self.folder}: {error.strerror or error}. {self.last_good()} Mend "
-            "that and continue with --resume."
+            f"cannot save to {self.folder}: {error.strerror or error}. {self.last()} Mend that and "
+            "continue with --resume."
         )
+
+
+def check_weights(run: Run) -> None:
+    """Raise :class:`DivergedError` unless all that a checkpoint stores of the networks is finite.
+
+    Finite gradients can still move a weight past the largest number.
+    """
+    networks = {"model": run.model, **run.networks}
+    for name, network in networks.items():
+        values = [value for value in network.state_dict().values() if value.is_floating_point()]
+        if not torch.nn.utils.get_total_norm(values).isfinite():
+            raise DivergedError(
+                f"a weight or statistic of the {name} is not finite after step {run.step}. "
+                f"{advice(run)}"
+            )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Seconds after which a signal that came during an import is sent again.
+AGAIN_S = 0.05
 # What a second Ctrl-C exits with: the last checkpoint is whole, so the run can be continued.
 RESUMABLE = 75
 
@@ -23,7 +24,7 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Catches SIGINT, SIGTERM and SIGUSR1 for a ``with`` block; calling it tells if one has come.
+    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP for a ``with`` block; called, tells if one came.
 
     The first signal only sets a flag, which training polls after each step and evaluation before
     each pass. Inside :meth:`at_once` it raises :class:`Interrupted` where the program stands. A
@@ -37,6 +38,8 @@ class StopSignals:
         self._raises = False
         self._process = os.getpid()
         self._former: dict[int, object] = {}
+        self._watch: InterruptWatch | None = None
+        self._again: threading.Timer | None = None
 
     def __call__(self) -> bool:
         """Return whether a signal has come."""
@@ -44,10 +47,20 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if isinstance(outer, StopSignals):
+                self._came = outer._came
+            # `nohup` means that the end of the terminal shall not end the program.
+            heeded = [n for n in SIGNALS if n != signal.SIGHUP or not is_ignored(n)]
+            self._former = {number: signal.signal(number, self._handle) for number in heeded}
+            self._watch = InterruptWatch()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._again is not None:
+            self._again.cancel()
+        if self._watch is not None:
+            self._watch.close()
         for number, handler in self._former.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
@@ -88,18 +101,82 @@ class StopSignals:
         if number == signal.SIGINT and not first:
             leave_at_once()
         if self._raises:
+            if is_importing(frame):
+                # Half a module is no state to end in: NumPy answers by an endless recursion.
+                self._again = threading.Timer(AGAIN_S, os.kill, (self._process, signal.SIGTERM))
+                self._again.start()
+                return
             # Each time: Python drops what is raised inside a __del__.
             raise Interrupted(number)
         if not first:
             return
         name = signal.Signals(number).name
-        say(f"{name}: stopping after this step (Ctrl-C once more leaves at once)\n")
+        more = " (Ctrl-C once more leaves at once)" if number == signal.SIGINT else ""
+        say(f"{name}: stopping after this step{more}\n")
+
+
+def ignore_signals() -> None:
+    """Let no signal change the exit code of a program that is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def is_ignored(number: int) -> bool:
+    """Return whether the program was started with the signal switched off."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported in ``frame`` or one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class InterruptWatch:
+    """Leaves at the second SIGINT even while the main thread is inside a long call of C.
+
+    Python runs a handler only between two of its own instructions, and takes two signals that came
+    meanwhile for one. But it notes each in a pipe at once, which a thread reads here.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._former = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._process = os.getpid()
+        os.register_at_fork(after_in_child=self._forget)
+        self._thread = threading.Thread(target=self._count, name="interrupts", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        signal.set_wakeup_fd(self._former, warn_on_full_buffer=False)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+        self._process = 0
+
+    def _count(self) -> None:
+        interrupts = 0
+        while number := os.read(self._read, 1):
+            interrupts += number[0] == signal.SIGINT
+            if interrupts == 2:
+                leave_at_once()
+
+    def _forget(self) -> None:
+        # A forked worker must not write its own signals into this pipe. The system keeps the call
+        # for ever, so it does nothing once the watch is over.
+        if self._process and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
 
 
 def leave_at_once() -> None:
     """End the process without any clean-up, which could hang; show the cursor a bar has hidden."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        say("\x1b[?25h\n")
+    cursor = "\x1b[?25h\n" if os.isatty(2) else ""
+    say(f"{cursor}cure-fast: left at once; --resume goes on from the last checkpoint\n")
     os._exit(RESUMABLE)
 
 

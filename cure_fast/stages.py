@@ -15,6 +15,7 @@ import cure_fast
 from cure_fast.checkpoint import has_checkpoints, load_checkpoint
 from cure_fast.config import Config, MethodSettings, PretrainConfig
 from cure_fast.config_json import digest, to_dict
+from cure_fast.console import say
 from cure_fast.data import Data, open_loader
 from cure_fast.environment import choose_dtype
 from cure_fast.errors import DivergedError, InputError
@@ -46,6 +47,8 @@ class Stage:
         folder: receives metrics, weights and checkpoints.
         device: where it trains.
         stop: polled after each step.
+        begin: called with what is trained, once it is set up and before its first step; may refuse
+            with ``InputError``.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Stage:
     folder: Path
     device: torch.device
     stop: StopSignals
+    begin: Callable[[Run], None] = lambda run: None
 
 
 def new_model(config: Config, num_classes: int) -> ImageClassifier:
@@ -78,7 +82,7 @@ def take_start(stage: Stage, model: ImageClassifier) -> None:
         return
     if config.model.init_from is not None:
         # Already loaded, when the input was checked.
-        print(f"start: weights of {config.model.init_from}")
+        say(f"start: weights of {config.model.init_from}")
     elif config.pretrain.pretrain_epochs:
         weights = pretrain(stage)
         load_into(model, read_weights(weights), source=str(weights))
@@ -100,14 +104,17 @@ def pretrain(stage: Stage) -> Path:
     weights, done = cached / "model.safetensors", cached / "done"
     with lock_of(cached, stage.stop):
         if done.exists():
-            print(f"start: naturally pre-trained earlier, {weights}")
+            say(f"start: naturally pre-trained earlier, {weights}")
         else:
             model = new_model(staged, len(stage.data.train.classes))
             loader = open_loader(staged, stage.data, stage.device)
-            natural = replace(stage, name="pretrain", config=staged, folder=cached)
+            # What is logged elsewhere belongs to a run, and the cache to none.
+            alone = replace(staged.run, tensorboard=False, wandb=None)
+            staged = replace(staged, run=alone)
+            natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
             train_stage(natural, model, loader)
             done.touch()
-            shutil.rmtree(cached / "checkpoints")
+            shutil.rmtree(cached / "checkpoints", ignore_errors=True)
         metrics = stage.folder / "metrics.jsonl"
         # A run that was killed right here has some of these rows already.
         drop_rows_from(metrics, "pretrain", 0, 0)
@@ -122,7 +129,7 @@ def lock_of(cached: Path, stop: StopSignals) -> Iterator[None]:
     with ExitStack() as stack:
         with stop.at_once():
             wait = "start: waiting for another run that pre-trains it"
-            stack.enter_context(locked(cached / "lock", wait=lambda: print(wait, flush=True)))
+            stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
         yield
 
 
@@ -176,7 +183,8 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
     # A folder without a single finished checkpoint is of a run that was killed before its first.
     if has_checkpoints(checkpoints):
         continue_from(run, checkpoints)
-        print(f"{stage.name}: resumed after step {run.step}")
+        say(f"{stage.name}: resumed after step {run.step}")
+    stage.begin(run)
     log = RunLog(
         stage.folder,
         stage.name,
@@ -197,7 +205,9 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         )
         save.finish()
     except DivergedError as error:
-        raise DivergedError(f"{error} {save.last_good()}") from error
+        raise DivergedError(
+            f"{error} {save.last()} --resume goes on from there; to go back further, delete it."
+        ) from error
     finally:
         log.close()
 
@@ -210,7 +220,7 @@ def continue_from(run: Run, checkpoints: Path) -> None:
     """
     state, skipped = load_checkpoint(checkpoints)
     for reason in skipped:
-        print(f"warning: skipped {reason}")
+        say(f"warning: skipped {reason}")
     try:
         run.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

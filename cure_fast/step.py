@@ -1,20 +1,22 @@
 """One training step: attack, loss, gradients, update, in passes that fit into memory.
 
-A step whose loss or gradient is not finite leaves weights, averages and BatchNorm statistics as
-they were. A batch that does not fit into memory is cut into equal pieces whose gradients are added
-up, so that the update is of the same batch.
+A step whose loss or gradient is not finite leaves weights, momenta and BatchNorm statistics as they
+were; what a policy does before the loss (a revision model that moves first) stands. A batch that
+does not fit into memory is cut into near-equal pieces whose gradients are added up, so that the
+update is of the same batch.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cure_fast.console import warn
 from cure_fast.errors import DivergedError, MemoryExhaustedError
 from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms, around, attack_mode
@@ -41,44 +43,49 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> Terms | None:
         DivergedError: after more than ``--max-skipped`` such steps in a row.
         MemoryExhaustedError: if not even two images fit into memory.
     """
-    before = Moving(run)
-    x_adv = fitting(run, before, len(y), lambda size: attack(run, x, y, size))
+    if run.undo is None:
+        run.undo = Undo(run)
+    undo, count = run.undo, len(y)
+    undo.keep_before_attack()
+    x_adv = fitting(run, undo.restore_attack, count, lambda pieces: attack(run, x, y, pieces))
     with around(run.policies, run, x, x_adv, y):
-        attacked = Moving(run)
-        terms = fitting(run, attacked, len(y), lambda size: add_gradients(run, x, x_adv, y, size))
+        undo.keep_before_loss()
+        terms = fitting(
+            run, undo.restore_loss, count, lambda pieces: add_gradients(run, x, x_adv, y, pieces)
+        )
         run.scaler.unscale_(run.optimizer)
-        loss_is_finite, finite = judge(run, terms)
-        if finite:
+        verdict = judge(run, terms)
+        if verdict.all_finite:
             update(run)
-        run.scaler.update()
-    if finite:
+        update_scale(run, verdict)
+    if verdict.all_finite:
         for policy in run.policies:
             policy.on_step(run)
         run.skipped_in_row = 0
     else:
-        before.restore_buffers()
-        count_skipped(run, loss_is_finite)
+        undo.restore_statistics()
+        count_skipped(run, verdict.loss)
     run.optimizer.zero_grad(set_to_none=True)
     run.gradients.clear()
-    return terms if loss_is_finite else None
+    return terms if verdict.loss else None
 
 
-def attack(run: Run, x: Tensor, y: Tensor, size: int) -> Tensor:
-    """Return the method's adversarial images [N, C, H, W], made ``size`` at a time."""
+def attack(run: Run, x: Tensor, y: Tensor, pieces: int) -> Tensor:
+    """Return the method's adversarial images [N, C, H, W], made in ``pieces`` passes."""
     with attack_mode(run.model, run.config.attack.attack_mode):
-        pieces = [run.method.attack(run, *piece) for piece in zip(*split(size, x, y), strict=True)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        made = [run.method.attack(run, *piece) for piece in split(pieces, x, y)]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def add_gradients(run: Run, x: Tensor, x_adv: Tensor, y: Tensor, size: int) -> Terms:
-    """Fill the gradients of the batch, ``size`` images at a time; return its detached terms.
+def add_gradients(run: Run, x: Tensor, x_adv: Tensor, y: Tensor, pieces: int) -> Terms:
+    """Fill the gradients of the batch in ``pieces`` passes; return its detached terms.
 
     Every term is a mean over its images, so pieces count by their share of the batch.
     """
     run.optimizer.zero_grad(set_to_none=True)
     run.gradients.clear()
     sums: Terms = {}
-    for piece in zip(*split(size, x, x_adv, y), strict=True):
+    for piece in split(pieces, x, x_adv, y):
         terms = run.method.loss(run, *piece)
         share = len(piece[0]) / len(x)
         if share < 1:
@@ -89,23 +96,53 @@ def add_gradients(run: Run, x: Tensor, x_adv: Tensor, y: Tensor, size: int) -> T
     return sums
 
 
-def split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut tensors of equal length into near-equal pieces of about ``size``.
+def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same part of each tensor, ``pieces`` parts whose lengths differ by one at most."""
+    return zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True)
 
-    No piece holds a single image unless the batch does: BatchNorm cannot normalise one value.
+
+def pieces_of(count: int, size: int) -> int:
+    """Return in how many passes ``count`` images go, of at most ``size`` where that is possible.
+
+    No pass has a single image unless the batch does: BatchNorm cannot normalise one value. So five
+    images two at a time go in two passes, of three and two.
     """
-    count = len(tensors[0])
-    pieces = max(1, min(math.ceil(count / size), count // 2))
-    return [tensor.tensor_split(pieces) for tensor in tensors]
+    return max(1, min(math.ceil(count / size), count // 2))
 
 
-def judge(run: Run, terms: Terms) -> tuple[bool, bool]:
-    """Return whether the terms are finite, and whether the gradients are too (reads the device)."""
+@dataclass(frozen=True)
+class Verdict:
+    """What of a step is finite: the terms of its loss, ``.grad``, and the further gradients."""
+
+    loss: bool
+    grads: bool = True
+    further: bool = True
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether the step may move anything."""
+        return self.loss and self.grads and self.further
+
+
+def judge(run: Run, terms: Terms) -> Verdict:
+    """Return what of the step is finite; reads the device once."""
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    values = torch.stack([*(term.float() for term in terms.values()), norm.float()])
-    finite = values.isfinite().tolist()
-    return all(finite[:-1]), all(finite)
+    further = [grad for group in run.gradients.values() for grad in group]
+    finite = [torch.stack([*terms.values()]).isfinite().all()]
+    finite += [
+        torch.nn.utils.get_total_norm(group).isfinite() for group in (grads, further) if group
+    ]
+    # A method without further gradients has none that is not finite.
+    return Verdict(*torch.stack(finite).tolist())
+
+
+def update_scale(run: Run, verdict: Verdict) -> None:
+    """Let fp16's loss scale follow: it falls where gradients overflowed, and rises in time."""
+    if run.scaler.is_enabled() and verdict.grads and not verdict.further:
+        # The scaler has seen ``.grad`` alone.
+        run.scaler.update(run.scaler.get_scale() * run.scaler.get_backoff_factor())
+    else:
+        run.scaler.update()
 
 
 def update(run: Run) -> None:
@@ -156,70 +193,127 @@ def advice(run: Run) -> str:
     return f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
 
 
-class Moving:
-    """What a step moves besides weights: BatchNorm statistics and the attack's random source.
+class Undo:
+    """What the passes of a step move besides gradients, kept so that it can be put back.
+
+    That is BatchNorm statistics, and the random sources that passes draw from: the run's own and
+    torch's. The copies are allocated once.
 
     Args:
-        run: remembered as it is now.
+        run: whose networks are looked after.
     """
 
     def __init__(self, run: Run) -> None:
+        self.model = Statistics([run.model])
+        self.networks = Statistics(list(run.networks.values()))
+        self.during_attack = Statistics([run.model])
+        self.device = run.device
+        self.generators = list(run.generators.values())
+        self.states: list[Tensor] = []
+
+    def keep_before_attack(self) -> None:
+        """Keep what the attack can move."""
+        self.model.keep()
+        self._keep_random()
+
+    def keep_before_loss(self) -> None:
+        """Keep what the passes of the loss can move, with what policies did before them."""
+        self.during_attack.keep()
+        self.networks.keep()
+        self._keep_random()
+
+    def restore_attack(self) -> None:
+        """Go back to before the attack."""
+        self.model.restore()
+        self._restore_random()
+
+    def restore_loss(self) -> None:
+        """Go back to before the passes of the loss."""
+        self.during_attack.restore()
+        self.networks.restore()
+        self._restore_random()
+
+    def restore_statistics(self) -> None:
+        """Put back the statistics of the whole step; random sources go on."""
+        self.model.restore()
+        self.networks.restore()
+
+    def _keep_random(self) -> None:
+        self.states = [generator.get_state() for generator in self.generators]
+        self.torch_state = torch.get_rng_state()
+        if self.device.type == "cuda":
+            self.cuda_state = torch.cuda.get_rng_state(self.device)
+
+    def _restore_random(self) -> None:
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+        torch.set_rng_state(self.torch_state)
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.cuda_state, self.device)
+
+
+class Statistics:
+    """The buffers of networks, such as BatchNorm's running statistics, and one copy of them.
+
+    Args:
+        networks: their buffers must stay the tensors that they are now.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for network in (run.model, *run.networks.values()):
+        for network in networks:
             for buffer in network.buffers():
                 by_dtype.setdefault(buffer.dtype, []).append(buffer)
         # One launch per dtype on a GPU, where a network has a hundred small buffers.
-        self.buffers = list(by_dtype.values())
-        self.values = [[torch.empty_like(buffer) for buffer in group] for group in self.buffers]
-        for group, values in zip(self.buffers, self.values, strict=True):
-            torch._foreach_copy_(values, group)  # pyright: ignore[reportPrivateImportUsage]
-        self.generator = run.generators["attack"]
-        self.state = self.generator.get_state()
+        self.groups = [
+            (group, [torch.empty_like(buffer) for buffer in group]) for group in by_dtype.values()
+        ]
 
-    def restore_buffers(self) -> None:
-        """Put the statistics back."""
-        for group, values in zip(self.buffers, self.values, strict=True):
-            torch._foreach_copy_(group, values)  # pyright: ignore[reportPrivateImportUsage]
+    def keep(self) -> None:
+        """Copy the buffers."""
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(copies, buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore(self) -> None:
-        """Put everything back."""
-        self.restore_buffers()
-        self.generator.set_state(self.state)
+        """Copy them back."""
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(buffers, copies)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def fitting(run: Run, before: Moving, count: int, compute: Callable[[int], T]) -> T:
-    """Return ``compute(size)``; halve ``run.micro_batch_size`` for as long as memory runs out.
+def fitting(run: Run, restore: Callable[[], None], count: int, compute: Callable[[int], T]) -> T:
+    """Return ``compute(pieces)``; halve ``run.micro_batch_size`` for as long as memory runs out.
 
     Args:
         run: keeps the size for the steps to come.
-        before: state to start each try from.
+        restore: undoes a try that failed.
         count: images in the batch.
-        compute: what is tried, given the number of images per pass.
+        compute: what is tried, given the number of passes.
 
     Raises:
-        MemoryExhaustedError: if two images at a time are too many.
+        MemoryExhaustedError: if the batch can be cut no further.
     """
     while True:
-        size = min(run.micro_batch_size or count, count)
+        pieces = pieces_of(count, run.micro_batch_size or count)
         try:
-            return compute(size)
+            return compute(pieces)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
         # Outside the handler, whose traceback holds the tensors of the failed try.
-        before.restore()
+        restore()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        if size <= 2:
+        largest = math.ceil(count / pieces)
+        size = max(2, math.ceil(largest / 2))
+        if pieces_of(count, size) == pieces:
             raise MemoryExhaustedError(
-                f"step {run.step} does not fit into memory, even {size} of the batch's {count} "
+                f"step {run.step} does not fit into memory, even {largest} of the batch's {count} "
                 f"images at a time ({reason}). Try a smaller --model or --width, --amp bf16, or a "
                 "device with more memory."
             )
-        run.micro_batch_size = math.ceil(size / 2)
-        print(
-            f"memory: step {run.step} did not fit; from here {run.micro_batch_size} images per "
-            f"pass, {count} per step as before",
-            file=sys.stderr,
+        run.micro_batch_size = size
+        warn(
+            f"step {run.step} did not fit into memory; from here {size} images per pass, {count} "
+            "per step as before"
         )

@@ -21,7 +21,7 @@ from cure_fast.models import ImageClassifier
 from cure_fast.progress import track
 from cure_fast.random_state import random_state, restore_random_state
 from cure_fast.schedules import lr_at
-from cure_fast.step import advice, train_step
+from cure_fast.step import Undo, advice, train_step
 
 P = TypeVar("P", bound=Policy)
 
@@ -49,6 +49,7 @@ class Run:
         skipped_in_row: how many of the last steps that holds for.
         micro_batch_size: images per pass; None for the whole batch.
         gradients: sets of gradients of the step under way beside ``.grad``, by name.
+        undo: copies of what a step's passes move, made at the first step.
         pending: row of an epoch that is trained but not yet validated.
         best: validation accuracy in percent of the best epoch so far: (selected, natural), and
             its 1-based number.
@@ -73,6 +74,7 @@ class Run:
     skipped_in_row: int = 0
     micro_batch_size: int | None = None
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    undo: Undo | None = None
     pending: dict[str, Any] | None = None
     best: tuple[float, float, int] | None = None
 
@@ -87,9 +89,18 @@ class Run:
         return self.loader.batches_per_epoch * self.config.optim.epochs
 
     @property
+    def position(self) -> int:
+        """0-based place of the step among :attr:`total_steps`."""
+        return self.epoch * self.loader.batches_per_epoch + self.batch
+
+    @property
     def progress(self) -> float:
-        """Share of the run's steps that is done, in [0, 1)."""
-        return self.step / self.total_steps
+        """Share of the run's steps that is done, in [0, 1).
+
+        Of the epochs and not of ``step``, which counts steps of another size too where
+        ``--override`` changed the batches of a resumed run.
+        """
+        return self.position / self.total_steps
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss times fp16's scale (itself in other precisions)."""
@@ -237,7 +248,7 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
                 if run.step % config.run.log_every == 0:
                     log.step(
                         run.step,
-                        run.step / run.loader.batches_per_epoch,
+                        run.position / run.loader.batches_per_epoch,
                         lr,
                         terms,
                         skipped=run.skipped,
@@ -272,7 +283,7 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
 def add_terms(run: Run, terms: Terms) -> None:
     """Add a step's terms to the sums of the epoch, on the device."""
     for name, term in terms.items():
-        run.sums[name] = run.sums.get(name, torch.zeros_like(term)) + term
+        run.sums[name] = run.sums[name] + term if name in run.sums else term
     run.counted += 1
 
 

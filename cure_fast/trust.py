@@ -9,7 +9,6 @@ Adversarial Robustness, 2019; Athalye et al., Obfuscated Gradients, ICML 2018).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,32 +151,6 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
             )
     double = any(p.dtype == torch.float64 for p in model.parameters())
     return torch.float64 if double else torch.float32
-
-
-def state_hashes(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of every parameter and buffer by name, also where no state dict has it."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and values, whatever its device and layout."""
-    values = tensor.detach().cpu().contiguous()
-    found = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode())
-    if values.numel():
-        found.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def check_unchanged(model: nn.Module, before: Mapping[str, str]) -> None:
-    """Raise :class:`CureFastError` naming the parameters and buffers whose hash has changed."""
-    after = state_hashes(model)
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if changed:
-        raise CureFastError(
-            f"the evaluation changed {', '.join(changed[:5])} of the model, so it did not measure "
-            "the model it was given. A forward pass in evaluation mode must not write to buffers."
-        )
 
 
 def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, attack: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import stat
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -90,14 +91,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def save_weights(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write the model's state dict as safetensors; the file is complete or not there at all.
+    """Write the parameters and persistent buffers of a model; see :func:`save_state`."""
+    save_state(model.state_dict(), path, metadata)
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write a state dict as safetensors; the file is complete or not there at all.
 
     Tensors are stored as contiguous copies in their own dtype. Equal tensors and equal metadata
     make equal bytes: safetensors writes several metadata keys in an order that changes from call to
     call, so all of it is one JSON string under one key.
 
     Args:
-        model: its parameters and persistent buffers are stored under their state-dict names.
+        state: tensors by name, on any device.
         path: file to write, in an existing folder; an older one is replaced.
         metadata: strings to store beside the weights.
 
@@ -107,13 +115,13 @@ def save_weights(
     from safetensors.torch import save
 
     file = Path(path)
-    state = {
+    copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
     }
     described = json.dumps(dict(metadata), sort_keys=True)
     with replacing(file) as temporary:
-        temporary.write_bytes(save(state, metadata={METADATA_KEY: described}))
+        temporary.write_bytes(save(copies, metadata={METADATA_KEY: described}))
 
 
 def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: str) -> None:
@@ -292,7 +300,10 @@ def _read_safetensors(file: Path) -> object:
 def _read_torch(file: Path) -> object:
     """Return what a ``torch.save`` file holds, if that is tensors and plain values alone."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of unusual pickles, which are refused below in words of ours.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the parser of an untrusted file: whatever it throws, it refused
         with file.open("rb") as stream:
             start = stream.read(2)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import strange
 from cure_fast.cli import main
 from cure_fast.flag_config import resolve_config
+from processes import finish, start
 
 TINY = (
     "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
@@ -26,17 +28,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
-
-
-def command(words, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "cure_fast", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(
@@ -207,17 +198,12 @@ def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):
 @pytest.mark.timeout(120)
 def test_ctrl_c_saves_exits_with_75_and_resumes(folder):
     words = ["train", "quickstart", "--out", "run", *TINY, "--epochs", "5000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cure_fast", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not list(Path().glob("run/checkpoints/checkpoint-*")):
-        time.sleep(0.05)
-    process.send_signal(2)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "--resume" in errors and "Traceback" not in errors
+    run = start(words, folder)
+    run.wait_for("train epoch   2/")
+    run.signal(signal.SIGINT)
+    assert run.wait() == 75, run.output()
+    errors = run.stderr()
+    assert "--resume" in errors and "Traceback" not in errors
     step = max(int(p.name.split("-")[1]) for p in Path("run/checkpoints").glob("checkpoint-*"))
     assert step > 0
 
@@ -252,24 +238,10 @@ def test_divergence_exits_with_3(folder, capsys):
     assert "--lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("blocked", ["ffcv", "triton", "matplotlib", "tensorboard", "torchvision"])
-def test_training_works_without_an_optional_package(folder, blocked):
-    code = (
-        f"import sys; sys.modules[{blocked!r}] = None\n"
-        "from cure_fast.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    words = [w for w in TINY if w not in ("--loader", "resident", "--no-tensorboard")]
-    result = subprocess.run(
-        [sys.executable, "-c", code, "train", "quickstart", "--out", "run", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ},
-    )
-    assert result.returncode == 0, result.stderr
-    if blocked == "ffcv":
-        assert "loader: resident" in result.stdout
+def test_training_works_without_torchvision(folder):
+    words = ["train", "quickstart", "--out", "run", *TINY]
+    code, output = finish(words, folder, prepare=partial(strange.block, "torchvision"))
+    assert code == 0 and "Traceback" not in output, output
 
 
 def test_data_write_makes_the_file_that_training_reads(folder, capsys):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import tiny_step
-from cure_fast import stages
+from cure_fast import stages, trainer
 from cure_fast.checkpoint import save_checkpoint
 from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.files import locked
@@ -25,6 +25,10 @@ from cure_fast.methods import METHODS
 from cure_fast.runs import load_config
 from cure_fast.signals import StopSignals
 from cure_fast.weights import read_weights
+from killing import same_end
+from moments import hold_at
+from processes import start
+from tiny_command import checkpoints, differences
 from tiny_job import same_weights, stable_rows, tiny
 
 
@@ -83,27 +87,37 @@ def test_every_loader_trains_the_same_weights(tmp_path, loader):
 
 
 class StopAfter(StopSignals):
-    """Asks for a stop when it is polled for the ``count``-th time."""
+    """Asks for a stop once the step ``number``, from 1, of a stage is done."""
 
-    def __init__(self, count):
+    def __init__(self, number, monkeypatch):
         super().__init__()
-        self.count = count
+        self.came = False
+        real = trainer.train_step
+
+        def watched(run, x, y):
+            self.came = run.step + 1 == number
+            return real(run, x, y)
+
+        monkeypatch.setattr(trainer, "train_step", watched)
 
     def __call__(self):
-        self.count -= 1
-        return self.count <= 0
+        return self.came
+
+
+def train_in_two_parts(config, monkeypatch):
+    """Stop a run of two epochs in the middle of the second one, and resume it."""
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        train(config, stop=StopAfter(4, patch))
+    folder = train(config, resume=True)
+    assert checkpoints(folder)[-2:] == [4, 6]
+    return folder
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method):
+def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method, monkeypatch):
     whole = train(tiny(tmp_path, method, out="whole"))
-    config = tiny(tmp_path, method, out="broken")
-    # In the second epoch, the first one's validation being polled too.
-    polled = StopAfter(6 + (method != "natural"))
-    with pytest.raises(StoppedError):
-        train(config, stop=polled)
-    resumed = train(config, resume=True)
-    assert same_weights(whole, resumed)
+    resumed = train_in_two_parts(tiny(tmp_path, method, out="broken"), monkeypatch)
+    assert same_weights(whole, resumed) and same_end(whole, resumed)
     # The broken run took its natural start from the cache, as the whole one had made it.
     assert stable_rows(whole) == stable_rows(resumed)
 
@@ -112,6 +126,52 @@ def test_every_policy_belongs_to_a_method_and_so_is_resumed_above():
     used = {type(policy) for method in METHODS for policy in tiny_step.tiny_run(method).policies}
     shipped = {kind for kind in Policy.__subclasses__() if kind.__module__.startswith("cure_fast")}
     assert used == shipped
+
+
+RESUMED = {
+    "revision before the loss": {
+        "revision_order": "before",
+        "revision_buffers": "average",
+        "revision_mode": "eval",
+        "revision_rate": 0.7,
+        "freeze": "hard",
+    },
+    "prominence": {
+        "mask_scope": "global",
+        "update": "prominence",
+        "score_loss": "kl",
+        "revision_rate": 0.7,
+        "revision_rate_decay": "halve",
+    },
+}
+# Their state is another, or is only there with them.
+RESUMED_OPTIMISERS = {"adam": {"optimizer": "adam", "lr": 0.01}, "loss scale": {}}
+
+
+@pytest.mark.parametrize("case", [*RESUMED, *RESUMED_OPTIMISERS])
+def test_settings_that_change_state_or_order_resume_to_the_same_weights(
+    tmp_path, case, monkeypatch
+):
+    real = stages.build_run
+
+    def scaled(*arguments):
+        run = real(*arguments)
+        # Factors that are no powers of two: another scale rounds otherwise, and so is seen.
+        run.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=777.0, growth_factor=1.7, growth_interval=2
+        )
+        return run
+
+    if case == "loss scale":
+        monkeypatch.setattr(stages, "build_run", scaled)
+    sections = {
+        "settings": RESUMED.get(case, {}),
+        "optim": RESUMED_OPTIMISERS.get(case, {}),
+        "pretrain": {"pretrain_epochs": 0},
+    }
+    whole = train(tiny(tmp_path, out="whole", **sections))
+    resumed = train_in_two_parts(tiny(tmp_path, out="broken", **sections), monkeypatch)
+    assert differences(whole, resumed) == [] and same_end(whole, resumed)
 
 
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch):
@@ -255,18 +315,15 @@ def test_two_runs_at_once_share_one_natural_start(tmp_path):
         "--epochs 1 --attack-steps 1 --attacks natural --limit 20 --loader resident --cache cache "
         "--no-tensorboard --device cpu"
     ).split()
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cure_fast", *words],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=100)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    # The first to pre-train waits until the other has asked for the same.
+    prepare = partial(hold_at, "cure_fast.trainer:train_step", 1, tmp_path / "go")
+    both = [start(words, tmp_path, prepare=prepare) for _ in range(2)]
+    while not any("waiting for another run" in run.output() for run in both):
+        assert not any(run.ended() for run in both), [run.output() for run in both]
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    codes = [run.wait() for run in both]
+    assert codes == [0, 0], [run.output() for run in both]
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and same_weights(*folders)
     for folder in folders:

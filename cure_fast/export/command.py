@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cure_fast.arguments import ExportArgs
+from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.export.source import Source, read_source
 from cure_fast.export.to_onnx import check_packages, export_onnx
@@ -25,6 +26,9 @@ FOLDER = "export"
 
 def export_model(target: Path, args: ExportArgs) -> None:
     """Export the best model of a run, or a file of weights, and print what was verified.
+
+    A run may be training meanwhile: its files are replaced whole, and this is its best epoch
+    so far.
 
     Raises:
         InputError: if it cannot be exported so, the file exists, or it computes something else.
@@ -52,12 +56,12 @@ def export_model(target: Path, args: ExportArgs) -> None:
     else:
         write = export_onnx if args.format == "onnx" else export_safetensors
         difference = write(source, trial.images, out)
-    print(f"exported: {out}")
+    say(f"exported: {out}")
     if args.format == "robustbench":
-        print(f"model info: {info_file(out)}")
-    print(f"verified: equal predictions on {trial.told}; logits differ by at most {difference:.2g}")
+        say(f"model info: {info_file(out)}")
+    say(f"verified: equal predictions on {trial.told}; logits differ by at most {difference:.2g}")
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def place(source: Source, args: ExportArgs) -> Path:

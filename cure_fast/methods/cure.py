@@ -220,7 +220,7 @@ def rate_at(run: Run) -> float:
         settings.revision_rate_decay,
         settings.revision_decay_start,
         progress=run.progress,
-        steps_past_start=run.step - int(settings.revision_decay_start * run.total_steps) + 1,
+        steps_past_start=run.position - int(settings.revision_decay_start * run.total_steps) + 1,
     )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from cure_fast.errors import CureFastError, InputError, StoppedError
 from cure_fast.evaluate import adversarial_examples, evaluate
+from cure_fast.model_state import Watch, state_hashes
 from cure_fast.models.base import ImageClassifier
-from cure_fast.trust import state_hashes
 
 COMMON: dict[str, Any] = {
     "eps": 0.05,
@@ -165,6 +165,114 @@ def test_a_model_that_writes_to_its_buffers_is_refused(data, tmp_path, attack):
         adversarial_examples(
             model, images, labels, eps=0.1, step_size=0.1, steps=1, device="cpu", seed=0
         )
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("attack", ["natural", "pgd3", "aa"])
+def test_a_model_that_writes_to_its_weights_is_refused(data, tmp_path, attack, stored):
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(48, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.head.bias += 1e-6
+            return self.head(x.flatten(1))
+
+    model = Drifting()
+    images, labels = data(model, 6)
+    folder = tmp_path if stored else None
+    with pytest.raises(CureFastError, match=r"changed head\.bias of the model"):
+        evaluate(model, images, labels, num_classes=4, attacks=[attack], state_dir=folder, **COMMON)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_a_batchnorm_in_training_mode_moves_are_seen(data):
+    """PyTorch does not count what is written to them; here nothing else is."""
+
+    class Training(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(48, 4)
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("var", torch.ones(3))
+
+        def forward(self, x):
+            x = nn.functional.batch_norm(x, self.mean, self.var, training=True)
+            return self.head(x.flatten(1))
+
+    model = Training()
+    images, labels = data(model, 6)
+    with pytest.raises(CureFastError, match="changed mean, var of the model"):
+        evaluate(model, images, labels, num_classes=4, attacks=["natural"], **COMMON)
+
+
+def add(model: nn.Linear) -> None:
+    with torch.no_grad():
+        model.weight.add_(1)
+
+
+def add_behind_the_count(model: nn.Linear) -> None:
+    model.weight.data.add_(1)
+
+
+def swap_the_values(model: nn.Linear) -> None:
+    model.weight.data = model.weight.data.clone()
+
+
+def swap_the_parameter(model: nn.Linear) -> None:
+    model.weight = nn.Parameter(model.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "quick"),
+    [
+        (add, True),
+        (swap_the_values, True),
+        (swap_the_parameter, True),
+        (add_behind_the_count, False),
+    ],
+)
+def test_what_a_quick_and_a_thorough_look_see(change, quick):
+    for thorough in (False, True):
+        model = nn.Linear(3, 2)
+        watch = Watch(model, thorough=True)
+        watch.check(thorough=thorough)
+        change(model)
+        if quick or thorough:
+            with pytest.raises(CureFastError, match="changed weight of the model"):
+                watch.check(thorough=thorough)
+        else:
+            watch.check(thorough=thorough)
+
+
+def test_weights_made_in_inference_mode_are_watched():
+    with torch.inference_mode():
+        model = nn.Linear(3, 2)
+        watch = Watch(model, thorough=False)
+        watch.check()
+        model.bias.add_(1)
+        with pytest.raises(CureFastError, match="changed bias of the model"):
+            watch.check()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_weights_are_read_only_where_results_are_kept(data, tmp_path, monkeypatch, stored):
+    """Once before, and once after each attack; a validation keeps nothing."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    images, labels = data(model, 6)
+    read = []
+
+    def counted(model: nn.Module) -> dict[str, str]:
+        read.append(1)
+        return state_hashes(model)
+
+    monkeypatch.setattr("cure_fast.model_state.state_hashes", counted)
+    attacks = ["natural", "pgd2"]
+    folder = tmp_path if stored else None
+    evaluate(model, images, labels, num_classes=4, attacks=attacks, state_dir=folder, **COMMON)
+    assert len(read) == (3 if stored else 0)
 
 
 def test_half_precision_weights_are_refused(linear, data):

@@ -18,6 +18,7 @@ from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluate import evaluate
 from cure_fast.evaluation_state import read_state, write_state
 from cure_fast.measurement import Measurement
+from cure_fast.model_state import layers_hash
 from cure_fast.trust import Guard
 
 ATTACKS = ["natural", "fgsm", "pgd5", "cw5"]
@@ -160,6 +161,43 @@ def test_identity_holds_the_versions(linear, data, tmp_path, short_square):
         assert identity["torch"] == torch.__version__
         assert identity["cure_fast"] == cure_fast.__version__
     assert identity["version"] == "standard" and identity["pyautoattack"] == "0.2.0"
+
+
+SETTINGS = {
+    "slope": lambda model: setattr(model[2], "negative_slope", -5.0),
+    "eps of BatchNorm": lambda model: setattr(model[1], "eps", 0.1),
+    "stride": lambda model: setattr(model[0], "stride", (3, 3)),
+    "padding": lambda model: setattr(model[0], "padding", (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_state_of_other_settings_of_a_layer_is_refused(data, tmp_path, name):
+    """Weights, names and types are those of the stored result, and the shapes fit."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.LeakyReLU(0.01),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
+    images, labels = data(model)
+    common: dict[str, Any] = COMMON | {"attacks": ["natural"], "state_dir": tmp_path}
+    first = evaluate(model, images, labels, **common)
+    assert evaluate(model, images, labels, **common) == first
+    SETTINGS[name](model)
+    with pytest.raises(InputError, match=r"stored with other layers \("):
+        evaluate(model, images, labels, **common)
+
+
+def test_a_place_in_memory_is_no_setting():
+    class Calling(torch.nn.Module):
+        def extra_repr(self) -> str:
+            return f"<function f at {id(self):#x}>, 3 times"
+
+    keep = [Calling(), Calling()]
+    assert len({module.extra_repr() for module in keep}) == 2
+    assert len({layers_hash(module) for module in keep}) == 1
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tiny_step
-from cure_fast import trainer
+from cure_fast import saving, trainer
 from cure_fast.cli import main
 from cure_fast.errors import DivergedError
 from cure_fast.job import train
@@ -38,6 +38,18 @@ def equal(a, b):
     return a == b if not isinstance(a, list) else all(map(equal, a, b))
 
 
+class Normalised(tiny_step.Tiny):
+    """The tiny network with BatchNorm, whose statistics every forward pass moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(tiny_step.HIDDEN)
+
+    def logits(self, x):
+        h = self.norm(torch.tanh(self.conv1(x)))
+        return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
+
+
 def poisoned(x):
     x = x.clone()
     x[1, 0] = float("nan")
@@ -46,7 +58,7 @@ def poisoned(x):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_with_nan_moves_nothing(method):
-    run = tiny_step.tiny_run(method)
+    run = tiny_step.tiny_run(method, model=Normalised())
     train_step(run, *run.loader.batches[0])
     before = moving(run)
     x, y = run.loader.batches[1]
@@ -55,6 +67,59 @@ def test_a_batch_with_nan_moves_nothing(method):
     assert all(p.grad is None for p in run.model.parameters()) and not run.gradients
     assert train_step(run, x, y) is not None
     assert not equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 0)
+
+
+def test_a_revision_model_that_moves_first_has_moved_but_stays_whole():
+    run = tiny_step.tiny_run("cure_paper", model=Normalised(), revision_rate=1.0)
+    x, y = run.loader.batches[0]
+    train_step(run, x, y)
+    revision = run.networks["revision"]
+    statistics = {name: value.clone() for name, value in revision.named_buffers()}
+    weights = [p.clone() for p in revision.parameters()]
+    assert train_step(run, poisoned(x), y) is None
+    assert equal(statistics, dict(revision.named_buffers()))
+    assert not all(map(torch.equal, weights, revision.parameters()))
+    assert all(p.isfinite().all() for p in revision.parameters())
+
+
+def test_the_step_after_a_natural_warm_up_may_be_left_out():
+    """The revision model starts as a copy of the network, statistics included."""
+    run = tiny_step.tiny_run("cure_eff", model=Normalised(), natural_share=0.5, revision_rate=0.0)
+    for x, y in run.loader.batches:
+        train_step(run, x, y)
+    run.epoch, run.batch = 1, 0
+    x, y = run.loader.batches[0]
+    assert train_step(run, poisoned(x), y) is None
+    assert equal(run.networks["revision"].state_dict(), run.model.state_dict())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_score_that_is_not_finite_leaves_the_step_out(scaled):
+    """CURE's mask would be silently off; the gradient that updates is finite."""
+    run = tiny_step.tiny_run("cure", dtype=torch.float32)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    before, add = moving(run), run.add_gradients
+
+    def overflown(name, grads):
+        add(name, [grad * float("inf") for grad in grads])
+
+    run.add_gradients = overflown
+    assert train_step(run, *run.loader.batches[0]) is not None
+    assert equal(before, moving(run)) and run.skipped == 1
+    assert run.scaler.get_scale() == (512.0 if scaled else 1.0)
+    run.add_gradients = add
+    train_step(run, *run.loader.batches[0])
+    assert not equal(before, moving(run)) and run.skipped_in_row == 0
+
+
+def test_a_weight_past_the_largest_number_is_no_checkpoint(tmp_path):
+    run = tiny_step.tiny_run("natural")
+    with torch.no_grad():
+        next(run.model.parameters()).view(-1)[0] = float("inf")
+    save = saving.Saver(tmp_path, run.config, {})
+    with pytest.raises(DivergedError, match=r"weight or statistic of the model is not finite"):
+        save(run, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_nan_in_an_attack_gradient_leaves_the_step_out(monkeypatch):
@@ -125,7 +190,7 @@ def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
             scaled.generators[name].set_state(source)
         assert train_step(scaled, *batch[0]) is not None
         steps += 1
-        assert steps < 40
+        assert steps < 100
     # Steps that only look for the scale do not count towards a divergence.
     assert 1 < steps and scaled.skipped == steps - 1 and scaled.skipped_in_row == 0
     train_step(plain, *batch[0])
@@ -171,7 +236,7 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
     error = capsys.readouterr().err
     assert "3rd step in a row" in error and "checkpoint-000000003" in error and "--lr" in error
     best = json.loads((tmp_path / "run/checkpoints/checkpoint-000000003/manifest.json").read_text())
-    assert best["step"] == 3
+    assert best["best"] is True
     weights = read_weights(tmp_path / "run/model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     # Nothing of the diverged epoch was stored, and a resumed run meets it again.

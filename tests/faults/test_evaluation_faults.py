@@ -139,17 +139,18 @@ def limited(images: int, kind: type[Exception]) -> Callable[[int, Tensor], None]
 @pytest.mark.parametrize("images", [1, 3, 15])
 def test_batches_that_do_not_fit_are_halved(net, digits, capsys, kind, images):
     unbroken = evaluate(net, *digits, **COMMON)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     net.before = limited(images, kind)
     results = evaluate(net, *digits, **COMMON)
     assert {n: without_time(r) for n, r in results.items()} == {
         n: without_time(r) for n, r in unbroken.items()
     }
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
     halved = [s for s in (16, 8, 4, 2) if s > images]
-    assert len(lines) == len(halved)
+    assert len(lines) == len(halved) and told.out == ""
     for line, size in zip(lines, halved, strict=True):
-        expected = f"model: out of memory with {size} images in a batch; going on with {size // 2}"
+        expected = f"warning: model: {size} images did not fit into memory; from here {size // 2}"
         assert line.startswith(expected)
 
 
@@ -216,7 +217,7 @@ def test_pictures_do_not_fit_either(net, digits):
         assert abs(parts[name] - value).max() < 1e-6
 
 
-def test_what_counts_as_out_of_memory():
+def test_how_libraries_say_that_memory_ran_out():
     for error in (
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory."),

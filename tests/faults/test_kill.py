@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cure_fast.methods import METHODS
-from killing import Outcome, Unbroken, kill_and_resume, measure_unbroken
+from killing import Outcome, Unbroken, kill_and_resume, measure_unbroken, same_end
 from moments import hold_at, signal_at
 from processes import finish, start
 from tiny_command import checkpoints, differences, tiny_words
@@ -75,6 +75,27 @@ def test_every_method_ends_the_same_after_a_kill_while_training(tmp_path, method
     code, output = finish([*words, "--resume"], broken)
     assert code == 0 and "train: resumed after step 3\n" in output, output
     assert differences(whole / "run", broken / "run") == []
+    assert same_end(whole / "run", broken / "run")
+
+
+@pytest.mark.parametrize("method", ["cure_paper", "cure_eff", "pgd_at"])
+def test_a_run_killed_after_it_went_on_in_mid_epoch_ends_the_same(tmp_path, method):
+    words = tiny_words("--pretrain-epochs", "0", method=method)
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for cwd in (broken, whole):
+        cwd.mkdir()
+    unbroken = start(words, whole)
+    stopped = partial(signal_at, "torch.optim:SGD.step", 4, signal.SIGTERM)
+    code, output = finish(words, broken, prepare=stopped)
+    assert code == 75 and checkpoints(broken / "run")[-1] == 4, output
+    words.append("--resume")
+    killed = start(words, broken, prepare=partial(signal_at, "torch.optim:SGD.step", 1, 9))
+    assert killed.wait() == -signal.SIGKILL, killed.output()
+    code, output = finish(words, broken)
+    assert code == 0 and "train: resumed after step 4\n" in output, output
+    assert unbroken.wait() == 0, unbroken.output()
+    assert differences(whole / "run", broken / "run") == []
+    assert same_end(whole / "run", broken / "run")
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cure_fast import console, log
+from cure_fast import log
 from cure_fast.errors import InputError
 from cure_fast.job import train
 from cure_fast.log import RowWriter, RunLog, read_rows
@@ -116,7 +116,9 @@ def test_a_tensorboard_that_raises_costs_one_warning(base, plain, place, monkeyp
 
 
 def test_a_full_disk_ends_the_events_alone(tmp_path, capsys):
-    (sink,) = open_sinks(tmp_path, "train", tensorboard=True, wandb=None)
+    (sink,) = open_sinks(
+        tmp_path, "train", tensorboard=True, wandb=None, start=0, known=dict[str, float]
+    )
     sink.scalars(0, {"a": 1.0})
     with file_size_limit(200):
         for step in range(1, 20):
@@ -129,7 +131,9 @@ def test_a_full_disk_ends_the_events_alone(tmp_path, capsys):
 def test_what_asks_the_program_to_stop_goes_through(tmp_path, monkeypatch):
     for error in (KeyboardInterrupt(), InputError("no")):
         monkeypatch.setitem(sys.modules, "wandb", FakeWandB("log", error))
-        (sink,) = open_sinks(tmp_path, "train", tensorboard=False, wandb="project")
+        (sink,) = open_sinks(
+            tmp_path, "train", tensorboard=False, wandb="project", start=0, known=dict[str, float]
+        )
         with pytest.raises(type(error)):
             sink.scalars(1, {"a": 1.0})
 
@@ -173,6 +177,83 @@ def test_without_a_configuration_the_service_gets_none(tmp_path, monkeypatch):
     assert service.settings[0]["config"] is None
 
 
+def test_the_service_may_not_wait_for_ever(tmp_path, monkeypatch):
+    service = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for name in ("WANDB_INIT_TIMEOUT", "WANDB_LOGIN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    WandB(tmp_path, "project")
+    # The mode (online, offline, disabled) stays what the user's environment says.
+    assert service.settings[-1]["settings"] is None and "mode" not in service.settings[-1]
+    service.Settings = dict
+    WandB(tmp_path, "project")
+    assert service.settings[-1]["settings"] == {"init_timeout": 60, "login_timeout": 60}
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "600")
+    WandB(tmp_path, "project")
+    assert service.settings[-1]["settings"] == {"login_timeout": 60}
+
+    def other_names(*, patience):
+        raise AssertionError(patience)
+
+    service.Settings = other_names
+    WandB(tmp_path, "project")
+    assert service.settings[-1]["settings"] is None
+
+
+def test_the_natural_start_is_not_logged_into_the_shared_cache(base, plain, monkeypatch):
+    service = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    # Another seed, so that it is not in the cache yet.
+    folder = tiny_run(base, "logged start", wandb="project", tensorboard=True, seed=9)
+    stages = {row["stage"] for row in read_rows(folder / "metrics.jsonl")}
+    assert stages == {"pretrain", "train"} and service.calls["init"] == 1
+    assert [path.name for path in (folder / "tensorboard").iterdir()] == ["train"]
+    cached = [path.name for path in (base / "cache").rglob("*")]
+    assert "done" in cached and "tensorboard" not in cached and "wandb-run-id" not in cached
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_a_resumed_run_repeats_no_events(tmp_path, stop_at):
+    """Rows up to step 5 and two epochs, of which a kill left a checkpoint of step `stop_at`."""
+
+    def write(first, last, epochs_done):
+        told = RunLog(
+            tmp_path, "train", epochs=9, tensorboard=True, upto_step=first, upto_epoch=epochs_done
+        )
+        for step in range(first, last):
+            told.step(step, step / 3, 0.1, {"total": torch.tensor(float(step))})
+            if step % 3 == 2:
+                told.epoch(epoch_row(step // 3 + 1, step + 1))
+        told.close()
+
+    write(0, 6, 0)
+    write(stop_at, 8, stop_at // 3)
+    events = read_events(tmp_path / "tensorboard/train")
+    assert events["step/total"] == [(step, float(step)) for step in range(8)]
+    assert events["epoch/total"] == [(3, 1.0), (6, 2.0)]
+    # No epoch of this run was validated.
+    assert "validation/natural" not in events
+
+
+def epoch_row(epoch, step):
+    return {
+        "epoch": epoch,
+        "step": step,
+        "lr": 0.1,
+        "terms": {"total": float(epoch)},
+        "seconds": 1.0,
+        "images_per_s": 1.0,
+        "validation": None,
+    }
+
+
 def test_events_are_read_back_in_order_whatever_the_clock(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -180,7 +261,7 @@ def test_events_are_read_back_in_order_whatever_the_clock(tmp_path, monkeypatch)
     for start in (0, 2, 4):
         now = next(times)
         monkeypatch.setattr("cure_fast.log_sinks.time.time", lambda now=now: now)
-        writer = TensorBoard(tmp_path / "events")
+        writer = TensorBoard(tmp_path / "events", start, {})
         for step in (start, start + 1):
             writer.scalars(step, {"a": step / 2, "b": float("nan")})
         writer.close()
@@ -310,40 +391,8 @@ def test_an_output_that_fails_costs_one_warning(tmp_path, monkeypatch, capfd):
         )
         for epoch in (1, 2, 3):
             told.step(epoch, 0.0, 0.1, {"total": torch.tensor(2.0)})
-            told.epoch(
-                {
-                    "epoch": epoch,
-                    "step": epoch,
-                    "lr": 0.1,
-                    "terms": {},
-                    "seconds": 1.0,
-                    "images_per_s": 1.0,
-                    "validation": None,
-                }
-            )
+            told.epoch(epoch_row(epoch, epoch))
         told.close()
     output = capfd.readouterr().err
     assert output.count("\n") == 1 and "standard output failed (Broken pipe)" in output
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 6
-
-
-def test_streams_that_are_absent_or_narrow_are_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    console.say("nobody hears this")
-    console.warn("nor this")
-    with (tmp_path / "out").open("w", encoding="ascii") as narrow:
-        monkeypatch.setattr(sys, "stdout", narrow)
-        console.say("Läufe \udcff")
-    assert (tmp_path / "out").read_text() == "L\\xe4ufe \\udcff\n"
-
-
-def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as broken:
-        monkeypatch.setattr(sys, "stdout", broken)
-        monkeypatch.setattr(sys, "stderr", broken)
-        console.say("x")
-        console.warn("x")
-        assert os.fstat(broken.fileno()).st_rdev == os.stat(os.devnull).st_rdev

@@ -16,13 +16,13 @@ from cure_fast.errors import MemoryExhaustedError, StoppedError
 from cure_fast.job import train
 from cure_fast.methods import METHODS
 from cure_fast.signals import StopSignals
-from cure_fast.step import split, train_step
+from cure_fast.step import pieces_of, split, train_step
 from tiny_job import same_weights, stable_rows, tiny
 
 
-def run_of(method):
+def run_of(method, **options):
     """A run whose attack draws the same start however the batch is cut."""
-    return tiny_step.tiny_run(method, attack={"start": "uniform"})
+    return tiny_step.tiny_run(method, attack={"start": "uniform"}, **options)
 
 
 def out_of_memory():
@@ -41,26 +41,23 @@ def fits_only(monkeypatch, largest):
     monkeypatch.setattr(attacks, "pgd_step_", limited)
 
 
-def without_batch_statistics(run):
-    """Freeze BatchNorm, whose statistics are the one thing that differs between passes."""
-    for network in (run.model, *run.networks.values()):
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.0
-                module.forward = frozen_forward.__get__(module)
-    return run
+class Noisy(tiny_step.Tiny):
+    """The tiny network with BatchNorm and dropout, which move statistics and random numbers."""
 
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__()
+        self.norm = nn.BatchNorm2d(tiny_step.HIDDEN)
 
-def frozen_forward(self, x):
-    return nn.functional.batch_norm(
-        x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-    )
+    def logits(self, x):
+        h = nn.functional.dropout(self.norm(torch.tanh(self.conv1(x))), 0.3, self.training)
+        return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [2, 5, 6, 11])
 def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
-    whole, parts = (without_batch_statistics(run_of(method)) for _ in range(2))
+    whole, parts = (run_of(method) for _ in range(2))
     parts.micro_batch_size = size
     for _ in range(3):
         expected = train_step(whole, *whole.loader.batches[0])
@@ -73,12 +70,13 @@ def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
 
 def test_a_step_out_of_memory_goes_on_in_smaller_passes(monkeypatch, capsys):
     """It ends where a run ends that took these passes from the start."""
-    given_up = tiny_step.tiny_run("cure", revision_rate=0.5)
-    small = tiny_step.tiny_run("cure", revision_rate=0.5)
+    given_up, small = (run_of("cure", model=Noisy(), revision_rate=0.5) for _ in range(2))
     small.micro_batch_size = 6
     x, y = small.loader.batches[0]
+    torch.manual_seed(7)
     expected = train_step(small, x, y)
     fits_only(monkeypatch, 6)
+    torch.manual_seed(7)
     assert train_step(given_up, x, y) == expected
     assert given_up.micro_batch_size == 6
     states = (
@@ -93,8 +91,9 @@ def test_a_step_out_of_memory_goes_on_in_smaller_passes(monkeypatch, capsys):
 
 @pytest.mark.parametrize("place", ["loss", "backward"])
 def test_memory_that_runs_out_behind_the_attack_is_no_different(monkeypatch, place):
-    run, small = (run_of("cure") for _ in range(2))
+    run, small = (run_of("cure", model=Noisy()) for _ in range(2))
     small.micro_batch_size = 6
+    torch.manual_seed(7)
     expected = train_step(small, *small.loader.batches[0])
     real, calls = getattr(run.method, place), []
 
@@ -106,9 +105,26 @@ def test_memory_that_runs_out_behind_the_attack_is_no_different(monkeypatch, pla
         return real(*arguments)
 
     run.method = replace(run.method, **{place: limited})
+    torch.manual_seed(7)
     assert train_step(run, *run.loader.batches[0]) == expected
-    weights = zip(run.model.parameters(), small.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in weights)
+    states = (r.model.state_dict() | r.networks["revision"].state_dict() for r in (run, small))
+    a, b = states
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_no_cut_is_tried_twice(monkeypatch):
+    """Five images go in passes of three and two, and no smaller."""
+    tried = []
+
+    def nothing_fits(x_adv, *_, **__):
+        tried.append(len(x_adv))
+        raise out_of_memory()
+
+    monkeypatch.setattr(attacks, "pgd_step_", nothing_fits)
+    run = tiny_step.tiny_run("trades", batches=tiny_step.tiny_batches(1, size=5))
+    with pytest.raises(MemoryExhaustedError, match="even 3 of the batch's 5"):
+        train_step(run, *run.loader.batches[0])
+    assert tried == [5, 3]
 
 
 def test_two_images_that_do_not_fit_end_the_step(monkeypatch):
@@ -169,7 +185,7 @@ class Poll(StopSignals):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_pieces_are_near_equal_and_never_one_image(count, size):
-    (pieces,) = split(size, torch.arange(count))
+    pieces = [piece for (piece,) in split(pieces_of(count, size), torch.arange(count))]
     lengths = [len(piece) for piece in pieces]
     assert torch.equal(torch.cat(pieces), torch.arange(count))
     assert max(lengths) - min(lengths) <= 1 and (count == 1 or min(lengths) >= 2)

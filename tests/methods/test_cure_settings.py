@@ -149,6 +149,7 @@ def test_the_rate_of_each_step(decay, rates):
     run = tiny.tiny_run("cure", revision_rate=0.4, revision_rate_decay=decay)
     assert run.total_steps == 8
     for step, rate in enumerate(rates):
+        run.epoch, run.batch = divmod(step, run.loader.batches_per_epoch)
         run.step = step
         assert rate_at(run) == pytest.approx(rate, abs=1e-12)
         assert run.policy(Revision).metrics(run)["rate"] == pytest.approx(rate, abs=1e-12)
@@ -162,6 +163,7 @@ def test_a_frozen_rate_stops_the_moves_at_the_start_of_the_decay(start, moves):
     for x, y in run.loader.batches * 2:
         train_step(run, x, y)
         run.step += 1
+        run.epoch, run.batch = divmod(run.step, run.loader.batches_per_epoch)
     assert run.policy(Revision).metrics(run)["moves"] == moves
 
 

@@ -19,7 +19,8 @@ EXIT_CODES = {
         "a smaller `--batch-size` or `--eval-batch-size`, or `--amp bf16`",
     ),
     75: (
-        "stopped by Ctrl-C, SIGTERM or SIGUSR1, with what was done saved",
+        "stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, with what training or evaluation had done "
+        "saved",
         "`cure-fast train RUN --resume` continues it",
     ),
 }

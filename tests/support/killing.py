@@ -8,7 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from cure_fast.checkpoint import load_checkpoint
 from processes import Running, finish, start
 from tiny_command import STEPS_PER_EPOCH, checkpoints, differences, tiny_words
 
@@ -54,6 +58,26 @@ def measure_unbroken(cwd: Path, method: str = "cure") -> Unbroken:
     return Unbroken(cwd / "run", time.monotonic() - started)
 
 
+def same_end(first: Path, second: Path) -> bool:
+    """Return whether the newest checkpoints of two folders hold the same to the last bit.
+
+    A run's files of weights are those of its best epoch, which may lie before a fault.
+    """
+    states = [load_checkpoint(folder / "checkpoints")[0] for folder in (first, second)]
+    return equal(*states)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Return whether two states of tensors and plain values are the same."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
 def kill_and_resume(cwd: Path, unbroken: Unbroken, delays: Sequence[float]) -> Outcome:
     """Kill a run after each of the delays in seconds, continue it to its end, and judge it."""
     outcome = Outcome()
@@ -79,6 +103,8 @@ def kill_and_resume(cwd: Path, unbroken: Unbroken, delays: Sequence[float]) -> O
     if found != expected:
         outcome.lost.append(f"expected {expected}, came {found}")
     outcome.different = differences(unbroken.folder, cwd / "run")
+    if not same_end(unbroken.folder, cwd / "run"):
+        outcome.different.append("the last checkpoint")
     outcome.leftovers = sorted(
         tree(cwd) - {name for name in tree(unbroken.folder.parent) if "checkpoint-" not in name}
     )

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from importlib.machinery import ModuleSpec
+from io import TextIOWrapper
 
 
 class Blocker:
@@ -60,6 +61,15 @@ def broken_pipe() -> None:
     os.close(reading)
     os.close(writing)
     sys.stdout = open(1, "w")
+
+
+def broken_pipes() -> None:
+    """Let both outputs be pipes without a reader, and be written to line by line."""
+    broken_pipe()
+    os.dup2(1, 2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
 
 
 def close_streams() -> None:
