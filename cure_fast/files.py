@@ -6,12 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cure_fast.errors import InputError
+
+UNFINISHED = re.compile(r"\.[0-9]+\.tmp-")
 
 
 def user_path(text: str, flag: str) -> Path:
@@ -40,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader finds the old file or the whole new one, also after a power cut. If the block raises,
     the temporary file goes and the old one stays.
     """
-    temporary = path.with_name(f".{os.getpid()}.tmp-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.tmp-{path.name}")  # as UNFINISHED has it
     try:
         yield temporary
         flush(temporary)
@@ -48,6 +51,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def clear_unfinished(*folders: Path) -> None:
+    """Delete what killed processes have left of :func:`replacing` in these folders.
+
+    The caller holds the lock under which files are written there.
+    """
+    for folder in folders:
+        for path in folder.glob(".*.tmp-*"):
+            if UNFINISHED.match(path.name):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

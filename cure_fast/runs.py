@@ -16,7 +16,7 @@ from cure_fast.config_json import from_dict, to_dict
 from cure_fast.console import say, warn
 from cure_fast.environment import environment
 from cure_fast.errors import InputError
-from cure_fast.files import locked, user_path, write_json
+from cure_fast.files import clear_unfinished, locked, user_path, write_json
 from cure_fast.methods import find_method
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
@@ -186,6 +186,8 @@ def held(folder: Path, *, busy: str, denied: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / LOCK))
+            evaluated = folder / "evaluation"
+            clear_unfinished(folder, evaluated, *(p for p in evaluated.rglob("*") if p.is_dir()))
         except BlockingIOError as error:
             raise InputError(f"{folder}: another process is running in it. {busy}") from error
         except OSError as error:

@@ -20,7 +20,7 @@ from cure_fast.data import Data, open_loader
 from cure_fast.environment import choose_dtype
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluate import evaluate
-from cure_fast.files import locked, user_path
+from cure_fast.files import clear_unfinished, locked, user_path
 from cure_fast.loaders import ImageSet, Loader
 from cure_fast.log import RunLog, drop_rows_from
 from cure_fast.model_build import build_for_data
@@ -130,6 +130,7 @@ def lock_of(cached: Path, stop: StopSignals) -> Iterator[None]:
         with stop.at_once():
             wait = "start: waiting for another run that pre-trains it"
             stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
+        clear_unfinished(cached)
         yield
 
 

@@ -290,6 +290,19 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path):
     assert same_weights(whole, train(config, resume=True))
 
 
+def test_what_a_killed_run_left_unfinished_goes(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    (cached,) = (tmp_path / "cache/pretrained").iterdir()
+    (folder / "start.safetensors").unlink()
+    left = [place / ".123.tmp-x" for place in (folder, folder / "evaluation/trained", cached)]
+    others = [place / ".own.tmp-x" for place in (folder, cached)]
+    for path in left + others:
+        path.write_text("x")
+    train(config, resume=True)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
 def test_a_cut_off_pre_training_starts_anew(tmp_path):
     whole = train(tiny(tmp_path, out="whole", epochs=1))
     (cached,) = (tmp_path / "cache/pretrained").iterdir()
