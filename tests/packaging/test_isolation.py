@@ -46,7 +46,7 @@ blocked = {
     for module, owners in importlib.metadata.packages_distributions().items()
     if not {plain(owner) for owner in owners} & kept
 }
-assert {"tyro", "rich", "torchvision", "matplotlib", "sklearn", "triton"} <= blocked, blocked
+assert {"tyro", "rich", "torchvision", "sklearn", "triton"} <= blocked, blocked
 blocked.add("ffcv")
 
 class Block(importlib.abc.MetaPathFinder):
