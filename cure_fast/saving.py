@@ -52,8 +52,7 @@ class Saver:
         """
         check_weights(run)
         if best:
-            networks = {"model": run.model, **run.networks}
-            self.owed = {name: network.state_dict() for name, network in networks.items()}
+            self.owed = {name: net.state_dict() for name, net in run.all_networks.items()}
             self.owed_epoch = run.epoch
         try:
             self._write_owed()
@@ -106,8 +105,7 @@ def check_weights(run: Run) -> None:
 
     Finite gradients can still move a weight past the largest number.
     """
-    networks = {"model": run.model, **run.networks}
-    for name, network in networks.items():
+    for name, network in run.all_networks.items():
         values = [value for value in network.state_dict().values() if value.is_floating_point()]
         if not torch.nn.utils.get_total_norm(values).isfinite():
             raise DivergedError(

@@ -108,9 +108,6 @@ def pretrain(stage: Stage) -> Path:
         else:
             model = new_model(staged, len(stage.data.train.classes))
             loader = open_loader(staged, stage.data, stage.device)
-            # What is logged elsewhere belongs to a run, and the cache to none.
-            alone = replace(staged.run, tensorboard=False, wandb=None)
-            staged = replace(staged, run=alone)
             natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
             train_stage(natural, model, loader)
             done.touch()
@@ -169,6 +166,8 @@ def natural_stage(config: Config) -> Config:
             weight_decay=stage.pretrain_weight_decay,
             schedule=stage.pretrain_schedule,
         ),
+        # What is logged elsewhere belongs to a run, and the cache to none.
+        run=replace(config.run, tensorboard=False, wandb=None),
     )
 
 

@@ -84,6 +84,11 @@ class Run:
         return self.config.settings
 
     @property
+    def all_networks(self) -> dict[str, nn.Module]:
+        """The trained network, as ``model``, and the further ones, by name."""
+        return {"model": self.model, **self.networks}
+
+    @property
     def total_steps(self) -> int:
         """Number of steps of the whole run."""
         return self.loader.batches_per_epoch * self.config.optim.epochs

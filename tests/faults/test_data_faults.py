@@ -21,18 +21,6 @@ from tiny_job import tiny
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Four images of 8 pixels in each of two classes, for training and for testing."""
-    for split in ("train", "test"):
-        for value, name in enumerate(("bee", "cat")):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (8, 8), (100 * value, 10 * i, 7)).save(folder / f"{i}.png")
-    return tmp_path / "photos"
-
-
 def empty_class(photos: Path) -> None:
     for file in (photos / "train" / "bee").iterdir():
         file.unlink()

@@ -14,7 +14,6 @@ from types import FrameType
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cure_fast.errors import InputError
 from cure_fast.loaders import ImageSet, beton, check_beton, ensure_beton, read_dataset, write_beton
@@ -129,18 +128,6 @@ def test_the_writer_ends_with_its_parent(tmp_path):
 
 
 # --- A signal's handler raises while data is prepared.
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Four images of 8 pixels in each of two classes, for training and for testing."""
-    for split in ("train", "test"):
-        for value, name in enumerate(("bee", "cat")):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (8, 8), (100 * value, 10 * i, 7)).save(folder / f"{i}.png")
-    return tmp_path / "photos"
 
 
 class Interrupted(BaseException):
