@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.kernels import pgd_step_
+from cure_fast.kernels.pgd import NORMAL_START
 
 Start = Literal["normal", "uniform", "zero"]
-# Scale of the "normal" start in pixel units, from TRADES (Zhang et al., ICML 2019).
-NORMAL_START = 0.001
 
 
 def start_point(

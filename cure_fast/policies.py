@@ -74,7 +74,8 @@ class Revision(Policy):
             params,
             decay=self.decay_at(run.step),
             rate=rate,
-            generator=run.generators["policy"],
+            seed=run.config.run.seed,
+            step=run.step,
         )
         self.moves = moved.long() if self.moves is None else self.moves + moved
 

@@ -38,7 +38,7 @@ class Run:
         loader: feeds the training images.
         device: where all of it lives.
         scaler: loss scaling for fp16; passes everything through in other precisions.
-        generators: sources of random numbers by use: ``attack`` and ``policy``.
+        generators: sources of random numbers by use: ``attack``. Policies draw by (seed, step).
         networks: further networks by name, such as CURE's revision model.
         policies: what else touches weights or gradients, in order.
         epoch: 0-based epoch under way.
@@ -198,10 +198,7 @@ def build_run(config: Config, model: ImageClassifier, loader: Loader, device: to
         loader=loader,
         device=device,
         scaler=torch.amp.GradScaler(device.type, enabled=fp16),  # pyright: ignore[reportPrivateImportUsage]
-        generators={
-            name: torch.Generator(device).manual_seed(config.run.seed * 2 + offset)
-            for offset, name in enumerate(("attack", "policy"))
-        },
+        generators={"attack": torch.Generator(device).manual_seed(config.run.seed * 2)},
     )
     run.networks = {name: net.to(device) for name, net in run.method.networks(run).items()}
     run.policies = run.method.policies(run)

@@ -73,6 +73,12 @@ def checking_functions(tree: ast.Module) -> set[str]:
     return checking
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines of a function after its signature and docstring, which document it."""
+    first = function.body[1:] if ast.get_docstring(function) else function.body
+    return (function.end_lineno or 0) - first[0].lineno + 1 if first else 0
+
+
 def test_the_walk_sees_the_package() -> None:
     names = {name(path) for path in ALL}
     assert {"cure_fast/config.py", "kernels/rgp.py", "tests/test_style.py"} <= names
@@ -83,9 +89,9 @@ def test_the_walk_sees_the_package() -> None:
 def test_sizes(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < FILE_LINES
     long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        f"{node.name}: {body_lines(node)} lines"
         for node in functions(parse(path))
-        if node.end_lineno and node.end_lineno - node.lineno + 1 >= FUNCTION_LINES
+        if body_lines(node) >= FUNCTION_LINES
     ]
     assert not long
 

@@ -11,6 +11,7 @@ import torch
 
 import numpy_cure as oracle
 import tiny_step as tiny
+from cure_fast.kernels.philox import COIN, philox_uniform
 from cure_fast.method import attack_mode
 from cure_fast.methods import select_method
 from cure_fast.policies import Revision, revision_rate
@@ -81,7 +82,7 @@ def assert_follows_transcription(run, steps):
     optim = run.config.optim
     for t in range(1, steps + 1):
         x, y = run.loader.batches[(t - 1) % len(run.loader.batches)]
-        coin = torch.rand((), generator=clone(run.generators["policy"])).item()
+        coin = philox_uniform(run.config.run.seed, torch.tensor(0), run.step, stream=COIN).item()
         lands = coin < settings["revision_rate"] and settings["revision"]
         rates = {"decay": settings["revision_decay"], "warmup": settings["revision_warmup"]}
         x_adv = checked_attack(run, w, x, y, settings)

@@ -1,0 +1,172 @@
+"""One call of each operation for each kind of arguments that has machine code of its own.
+
+Shapes are those of convolutions, BatchNorm and CIFAR images: some tensors are several chunks long
+and end within one, as in real models. Only what a call launches matters, not its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cure_fast.kernels import rgp
+from cure_fast.kernels.augment import augment_crop_flip
+from cure_fast.kernels.batchnorm import fold_batchnorm
+from cure_fast.kernels.ema import ema_update_
+from cure_fast.kernels.pgd import Norm, pgd_init, pgd_step_
+from cure_fast.kernels.rgp import Score
+from cure_fast.kernels.softmax import softmax_losses
+from cure_fast.kernels.update import masked_sgd_
+
+SHAPES = ((128, 64, 3, 3), (10, 512), (64,))
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
+
+
+def unaligned(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return tensors that begin one element after a multiple of 16 bytes."""
+    return [
+        torch.zeros(tensor.numel() + 1, dtype=dtype)[1:].view(tensor.shape)
+        for tensor in tensors(dtype)
+    ]
+
+
+half = partial(tensors, torch.bfloat16)
+
+
+def select(
+    nat: Callable[[], list[Tensor]] = tensors,
+    adv: Callable[[], list[Tensor]] = tensors,
+    score: Score = "abs",
+) -> None:
+    rgp.rgp_select(nat(), adv(), percentile=30, alpha=0.1, score=score)
+
+
+def update(
+    make: Callable[[], list[Tensor]] = tensors,
+    grads: Callable[[], list[Tensor]] = tensors,
+    **options: Any,
+) -> None:
+    """Launch the update as the trainer does: masked, with momentum, averages and a device's lr."""
+    given = {
+        "lr": torch.tensor(0.1),
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "scores": make(),
+        "thresholds": torch.zeros(len(SHAPES)),
+        "averages": make(),
+        "moved": torch.tensor(True),
+    }
+    masked_sgd_(make(), grads(), make(), **(given | options))
+
+
+def average(make: Callable[[], list[Tensor]] = tensors, **options: Any) -> None:
+    ema_update_(make(), tensors(), **({"decay": 0.999, "rate": 0.2} | options))
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(128, 3, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def step(norm: Norm = "linf", dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    numbers = {"step_size": 2 / 255, "eps": 8 / 255} | options
+    pgd_step_(images(dtype), images(dtype), images(dtype), norm=norm, **numbers)
+
+
+def losses(
+    count: int = 128, classes: int = 10, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """Launch the losses of a training step: all of them, with a teacher."""
+    logits = (torch.zeros(count, classes, dtype=dtype) for _ in range(4))
+    natural, adversarial, teacher, teacher_adversarial = logits
+    given = {"teacher_logits": teacher, "teacher_adv_logits": teacher_adversarial}
+    softmax_losses(natural, adversarial, torch.zeros(count).long(), **(given | options))
+
+
+def augment(dtype: torch.dtype = torch.float32, channels: int = 3, drawn: bool = True) -> None:
+    stored = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
+    indices = torch.zeros(128).long()
+    crops = (indices, indices, indices.bool()) if drawn else (None, None, None)
+    where = dict(zip(("top", "left", "mirror"), crops, strict=True))
+    augment_crop_flip(stored, indices, **where, out_dtype=dtype, channels=channels)
+
+
+def fold(dtype: torch.dtype = torch.float32, biases: bool = False) -> None:
+    """Launch the folding of a first, a usual and a shortcut convolution."""
+    shapes = ((64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1))
+    each = [torch.zeros(shape[0]) for shape in shapes]
+    fold_batchnorm(
+        *([torch.zeros(shape) for shape in shapes], each if biases else None),
+        *(each, each, each, each),
+        eps=1e-5,
+        out_weights=[torch.zeros(shape, dtype=dtype) for shape in shapes],
+        out_biases=[torch.zeros(shape[0], dtype=dtype) for shape in shapes],
+    )
+
+
+attack = {"teacher_logits": None, "teacher_adv_logits": None}
+each = torch.full((128,), 8 / 255)
+
+# Compiled for every GPU.
+CASES: dict[str, Callable[[], object]] = {
+    "select": select,
+    "threshold": lambda: rgp.rgp_threshold(tensors(), tensors(), percentile=30, alpha=0.1),
+    "mask": lambda: rgp.rgp_mask_(tensors(), tensors(), tensors(), percentile=30, alpha=0.1),
+    "update": update,
+    "average": average,
+    "step linf": step,
+    "step l2": partial(step, "l2"),
+    "losses": losses,
+    "augment": augment,
+    "fold": fold,
+    **{
+        f"start {norm} {start}": partial(
+            pgd_init, images(), eps=8 / 255, norm=norm, start=start, seed=0
+        )
+        for norm, start in (("linf", "uniform"), ("linf", "normal"), ("l2", "uniform"))
+    },
+}
+
+# Compiled for one of them.
+VARIANTS: dict[str, Callable[[], object]] = {
+    "select signed": partial(select, score="signed"),
+    "select abs_of_sum": partial(select, score="abs_of_sum"),
+    "select bf16": partial(select, half, half),
+    "select bf16 fp32": partial(select, half, tensors),
+    "select fp16": partial(select, partial(tensors, torch.float16), tensors),
+    "select unaligned": partial(select, unaligned, unaligned),
+    "mask bf16": lambda: rgp.rgp_mask_(half(), half(), half(), percentile=30, alpha=0.1),
+    "update plain": partial(update, scores=None, thresholds=None, averages=None, moved=None),
+    "update bf16": lambda: update(grads=half, low_precision_copies=half()),
+    "update nesterov hold": partial(update, nesterov=True, conserve="weight", lr=0.1),
+    "update without momentum": partial(update, momentum=0.0),
+    "update skip": partial(update, skip=torch.tensor(False), weight_decay=torch.zeros(len(SHAPES))),
+    "update unaligned": partial(update, unaligned, unaligned),
+    "average always": partial(average, rate=1.0, decay=torch.tensor(0.999)),
+    "average bf16": partial(average, half),
+    "average fp64": partial(average, partial(tensors, torch.float64)),
+    "average counts": lambda: ema_update_(
+        tensors(torch.int64), tensors(torch.int64), decay=0.999, rate=0.2
+    ),
+    "step linf each": partial(step, step_size=each, eps=each),
+    "step linf bf16": partial(step, dtype=torch.bfloat16),
+    "step l2 each": partial(step, "l2", step_size=each, eps=each),
+    "augment bf16, 4 channels": partial(augment, torch.bfloat16, 4),
+    "augment bf16, 8 channels": partial(augment, torch.bfloat16, 8),
+    "augment nothing": partial(augment, drawn=False),
+    "fold bf16": partial(fold, torch.bfloat16),
+    "fold biases": partial(fold, biases=True),
+    "losses bf16": partial(losses, dtype=torch.bfloat16),
+    "losses of 100": partial(losses, classes=100),
+    "losses of 1000": partial(losses, classes=1000),
+    **{
+        f"losses {name}": partial(losses, **attack, gradients=(name,))
+        for name in ("kl", "adversarial_ce", "margin")
+    },
+}
