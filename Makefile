@@ -9,10 +9,10 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test lint bench bench-kernels clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
 	@sed -n '2,4s/^# */  /p' Makefile
 
 setup:  ## Install everything into .venv (done once, then reused)
@@ -32,6 +32,10 @@ lint: setup  ## Check style, formatting and types
 bench: setup  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
+bench-kernels: setup  ## Test the kernels on a CUDA GPU, then measure them; figures go to bench/results/
+	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
+	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-only $(ARGS)
+
 clean:  ## Remove .venv, caches and build outputs; runs/ and data/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find cure_fast kernels loaders bench tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find cure_fast kernels loaders bench examples tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cure_fast.checks import check, field_types
+from cure_fast.checks import check, field_types, shown
 from cure_fast.errors import InputError
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], **narrow: type) -> T:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise InputError(
-            f"configuration: unknown {', '.join(unknown)} in {kind.__name__}; "
+            f"configuration: unknown {', '.join(map(shown, unknown))} in {kind.__name__}; "
             f"it has {', '.join(names)}."
         )
     return kind(**{name: _convert(name, hints[name], value) for name, value in values.items()})
@@ -65,6 +66,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         check(isinstance(value, list | tuple), name, value, "a list")
         return tuple(_convert(name, arguments[0], item) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        check(abs(value) <= sys.float_info.max, name, value, "a number that a float can hold")
         return float(value)
     right = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     check(right, name, value, f"a value of type {hint.__name__}")

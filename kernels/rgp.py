@@ -293,7 +293,7 @@ def mask_below_ref(
 def select_in_ref(
     workspace: Workspace, nat_grads: Sequence[Tensor], adv_grads: Sequence[Tensor]
 ) -> Selection:
-    """Compute :func:`rgp_select` with the settings of ``workspace``; results take its rows."""
+    """Compute :func:`rgp_select` with the settings of ``workspace``, whose memory holds the results."""
     found = rgp_select_ref(
         nat_grads,
         adv_grads,
@@ -301,9 +301,8 @@ def select_in_ref(
         alpha=workspace.alphas,
         score=workspace.score,  # pyright: ignore[reportArgumentType]
     )
-    count = len(found.scores)
-    for row, values in zip(workspace.results, found[1:], strict=True):
-        row[:count] = values
+    for result, values in zip(workspace.results, found[1:], strict=True):
+        result.copy_(values)
     for kept, values in zip(workspace.scores, found.scores, strict=True):
         if values is not None:
             kept.copy_(values)

@@ -32,14 +32,13 @@ class Workspace:
         percentiles: percent of weights below the threshold, one per tensor.
         alphas: weight of the natural gradient in the score, one per tensor.
         score: how the two gradients are combined; see :mod:`.rgp`.
-        rows: length R >= L of the results; rows from L on stay those of exempt tensors.
         keep_exempt: score exempt tensors too, for whoever wants their smallest score.
 
     Attributes:
         scores: L score tensors, float32, or None for exempt ones.
-        thresholds: float32 [R], the order statistic that a kept score reaches; -inf where exempt.
-        kept: float32 [R], fraction of the weights kept; 1 where exempt.
-        nonfinite: int32 [R], number of scores that are NaN or infinite; 0 where exempt.
+        thresholds: float32 [L], the order statistic that a kept score reaches; -inf where exempt.
+        kept: float32 [L], fraction of the weights kept; 1 where exempt.
+        nonfinite: int32 [L], number of scores that are NaN or infinite; 0 where exempt.
     """
 
     def __init__(
@@ -49,10 +48,9 @@ class Workspace:
         percentiles: Sequence[float],
         alphas: Sequence[float],
         score: str,
-        rows: int | None = None,
         keep_exempt: bool = False,
     ) -> None:
-        count, rows = len(tensors), len(tensors) if rows is None else rows
+        count = len(tensors)
         device = tensors[0].device if tensors else torch.device("cpu")
         self.percentiles, self.alphas, self.score = tuple(percentiles), tuple(alphas), score
         scored = [keep_exempt or percentile > 0 for percentile in percentiles]
@@ -69,9 +67,9 @@ class Workspace:
         # Of each tensor: the digits found so far, the rank that is left, non-finite scores so far,
         # and the key of the largest score below the threshold.
         self.state = torch.zeros(count, 4, dtype=torch.int32, device=device)
-        self.thresholds = torch.full((rows,), EXEMPT, device=device)
-        self.kept = torch.ones(rows, device=device)
-        self.nonfinite = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.thresholds = torch.full((count,), EXEMPT, device=device)
+        self.kept = torch.ones(count, device=device)
+        self.nonfinite = torch.zeros(count, dtype=torch.int32, device=device)
 
     @property
     def results(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,8 @@ def weight_of(decay, DECAY_ON_DEVICE: tl.constexpr):
     """Return the weight of the new value: 1 - decay in float64, or what the host made of it."""
     if DECAY_ON_DEVICE:
         return 1 - tl.load(decay).to(tl.float64)
-    return decay
+    else:
+        return decay
 
 
 @triton.jit

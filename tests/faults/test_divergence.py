@@ -58,7 +58,9 @@ def poisoned(x):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_with_nan_moves_nothing(method):
-    run = tiny_step.tiny_run(method, model=Normalised())
+    # Where the revision model moves first: see the next test.
+    still = {"revision_rate": 0.0} if method == "cure_paper" else {}
+    run = tiny_step.tiny_run(method, model=Normalised(), **still)
     train_step(run, *run.loader.batches[0])
     before = moving(run)
     x, y = run.loader.batches[1]

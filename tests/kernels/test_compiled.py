@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(900)
 # Kernels, and text of their lines, that cannot use 16-byte accesses or need not, and why.
 NARROW = {
     ("softmax_losses_kernel", ""): "few kilobytes a batch, and rows of 10 numbers are not aligned",
-    ("_interpolate_kernel", "_key(tl.load("): "not launched in training",
+    ("_interpolate_kernel", "key_of(tl.load("): "not launched in training",
     ("_fold_kernel", "values = tl.load(pointer + channels"): "gathers a number per channel",
     ("step_linf_kernel", "tl.load(value + image)"): "gathers a number per image",
     # Whole chunks have lines of their own: see test_folding_moves_whole_chunks_wide.

@@ -108,9 +108,8 @@ def laid_out(kind, x):
 
 @ALL
 @pytest.mark.parametrize("kind", ["channels_last", "images last", "with gaps", "unaligned"])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 19, 19)])
-def test_the_numbers_do_not_depend_on_the_memory_format(kernels, norm, start, kind, shape):
-    x = torch.rand(shape)
+def test_the_numbers_do_not_depend_on_the_memory_format(kernels, norm, start, kind):
+    x = torch.rand(2, 3, 18, 19)
     options = {"eps": torch.tensor([0.1, 0.3]), "norm": norm, "start": start, "seed": 3}
     other = laid_out(kind, x)
     found = pgd_init(other, **options)
