@@ -22,7 +22,7 @@ train: setup  ## Set up, train CURE on the quickstart recipe and write its repor
 	$(BIN)/cure-fast train quickstart $(ARGS)
 
 test: setup  ## Set up and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -128,7 +128,7 @@ def test_any_plain_state_comes_back(tmp_path_factory, networks, rest):
 @pytest.mark.parametrize(
     "value",
     [np.float64(1), np.zeros(2), {1, 2}, object(), torch.float32, {"a": [np.int64(3)]}],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("where", ["policies", "model"])
 def test_a_state_that_could_not_be_read_back_is_refused_when_saved(tmp_path, value, where):
