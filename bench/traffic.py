@@ -28,89 +28,62 @@ from torch import Tensor
 
 from cure_fast.kernels.augment import augment_crop_flip
 from cure_fast.kernels.batchnorm import fold_batchnorm
-from cure_fast.kernels.ema import ema_update_
-from cure_fast.kernels.pgd import Norm, pgd_init, pgd_step_
-from cure_fast.kernels.rgp import rgp_mask_, rgp_select
+from cure_fast.kernels.ema import copy_where_, ema_update_
+from cure_fast.kernels.pgd import Norm, Start, pgd_init, pgd_step_
+from cure_fast.kernels.rgp import mask_below_, rgp_mask_, rgp_select, rgp_threshold
+from cure_fast.kernels.softmax import INPUTS as LOSSES
+from cure_fast.kernels.softmax import softmax_losses
 from cure_fast.kernels.update import masked_sgd_
 from cure_fast.models import MODELS, build_model
 
 # Assumed where none is given: that of an H200, measured on one.
 BANDWIDTH = 4.3e12
-# Elements of the two sizes that are compared: multiples of every kernel's chunk, and of an image.
-SIZES = {"weight": (8192, 16384), "pixel": (6144, 12288)}
+# Elements of the two sizes that are compared: multiples of every kernel's chunk, of an image, and
+# of the rows of logits that share a program.
+SIZES = {"weight": (8192, 16384), "pixel": (6144, 12288), "logit": (640, 1280)}
 IMAGE = (3, 32, 32)
+CLASSES = 10
 BATCH = 128
 
 
 @dataclass
 class Accesses:
-    """What kernels did to memory.
+    """What kernels did to memory."""
 
-    Attributes:
-        launches: kernels started.
-        read: bytes loaded.
-        written: bytes stored.
-        atomics: atomic operations on one number each.
-        touched: names of the watched tensors that were loaded from, and stored to.
-    """
-
-    launches: int = 0
-    read: int = 0
-    written: int = 0
-    atomics: int = 0
+    launches: int = 0  # kernels started
+    read: int = 0  # bytes loaded
+    written: int = 0  # bytes stored
+    atomics: int = 0  # atomic operations on one number each
+    # Names of the watched tensors that were loaded from, and stored to.
     touched: dict[str, set[str]] = field(default_factory=lambda: {"read": set(), "written": set()})
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of an operation on tensors of some size.
+    """One call of an operation on tensors of some size."""
 
-    Attributes:
-        reads: tensors that the result depends on, by name.
-        writes: tensors that the result is written to, by name.
-        call: does it; returns the results that it allocates.
-    """
-
-    reads: dict[str, Tensor]
-    writes: dict[str, Tensor]
-    call: Callable[[], Sequence[Tensor]]
-
-    @property
-    def watched(self) -> dict[str, Tensor]:
-        """All of them by name."""
-        return {**self.reads, **self.writes}
+    reads: dict[str, Tensor]  # tensors that the result depends on, by name
+    writes: dict[str, Tensor]  # tensors that the result is written to, by name
+    call: Callable[[], Sequence[Tensor]]  # does it; returns the results that it allocates
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation to count.
+    """An operation to count."""
 
-    Attributes:
-        name: shown in the table.
-        make: from a number of elements to the call.
-        unit: what an element is: a weight of the model, or a pixel of a batch.
-    """
-
-    name: str
-    make: Callable[[int], Work]
-    unit: str = "weight"
+    name: str  # shown in the table
+    make: Callable[[int], Work]  # from a number of elements to the call
+    unit: str = "weight"  # what an element is: a weight of the model, a pixel or logit of a batch
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one element of an operation.
+    """Of one element of an operation."""
 
-    Attributes:
-        floor: bytes that must move.
-        moved: bytes that the kernels load and store.
-        atomics: atomic operations.
-        launches: of the whole call.
-    """
-
-    floor: float
-    moved: float
-    atomics: float
-    launches: int
+    floor: float  # bytes that must move
+    moved: float  # bytes that the kernels load and store
+    atomics: float  # atomic operations
+    launches: int  # of the whole call
 
 
 @contextmanager
@@ -167,7 +140,7 @@ def counted(watched: dict[str, Tensor]) -> Iterator[Accesses]:
 
 def measure(work: Work) -> tuple[Accesses, int]:
     """Run a call; return what it did, and the bytes that it must move."""
-    with counted(work.watched) as accesses:
+    with counted({**work.reads, **work.writes}) as accesses:
         results = work.call()
     tensors = (*work.reads.values(), *work.writes.values(), *results)
     return accesses, sum(tensor.nbytes for tensor in tensors)
@@ -190,6 +163,18 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def works_in_place(
+    reads: dict[str, Tensor], changed: dict[str, Tensor], call: Callable[[], object]
+) -> Work:
+    """Return a call that changes what it also reads, and allocates no result."""
+
+    def without_result() -> Sequence[Tensor]:
+        call()
+        return ()
+
+    return Work({**reads, **changed}, changed, without_result)
+
+
 def select(n: int) -> Work:
     nat, adv = random(n), random(n)
 
@@ -199,14 +184,27 @@ def select(n: int) -> Work:
     return Work({"nat": nat, "adv": adv}, {}, call)
 
 
+def threshold(n: int) -> Work:
+    nat, adv = random(n), random(n)
+    return Work({"nat": nat, "adv": adv}, {}, lambda: (rgp_threshold([nat], [adv], **RGP),))
+
+
 def mask(n: int) -> Work:
     nat, adv, grad = random(n), random(n), random(n)
+    reads, changed = {"nat": nat, "adv": adv}, {"grad": grad}
+    return works_in_place(reads, changed, lambda: rgp_mask_([grad], [nat], [adv], **RGP))
 
-    def call() -> Sequence[Tensor]:
-        rgp_mask_([grad], [nat], [adv], **RGP)
-        return ()
 
-    return Work({"nat": nat, "adv": adv, "grad": grad}, {"grad": grad}, call)
+def mask_below(n: int) -> Work:
+    scores, tensor = random(n), random(n)
+    call = partial(mask_below_, [tensor], [scores], torch.zeros(1))
+    return works_in_place({"scores": scores}, {"tensor": tensor}, call)
+
+
+def sgd(n: int) -> Work:
+    param, momentum, grad = random(n), random(n), random(n)
+    call = partial(masked_sgd_, [param], [grad], [momentum], lr=0.1, momentum=0.9)
+    return works_in_place({"grad": grad}, {"param": param, "momentum": momentum}, call)
 
 
 def update(
@@ -241,38 +239,58 @@ def update(
 
 def average(n: int) -> Work:
     param, moving = random(n), random(n)
+    call = partial(ema_update_, [moving], [param], decay=0.999)
+    return works_in_place({"param": param}, {"average": moving}, call)
+
+
+def copy(n: int) -> Work:
+    target, source = random(n), random(n)
 
     def call() -> Sequence[Tensor]:
-        ema_update_([moving], [param], decay=0.999)
+        copy_where_([target], [source], condition=torch.tensor(True))
         return ()
 
-    return Work({"param": param, "average": moving}, {"average": moving}, call)
+    return Work({"source": source}, {"target": target}, call)
+
+
+def images(n: int) -> Tensor:
+    return random(n // math.prod(IMAGE), *IMAGE)
 
 
 def attack_step(n: int, *, norm: Norm) -> Work:
-    x_adv, x, grad = (random(n // math.prod(IMAGE), *IMAGE) for _ in range(3))
+    x_adv, x, grad = images(n), images(n), images(n)
+    call = partial(pgd_step_, x_adv, x, grad, step_size=2 / 255, eps=8 / 255, norm=norm)
+    return works_in_place({"x": x, "grad": grad}, {"x_adv": x_adv}, call)
+
+
+def attack_start(n: int, *, norm: Norm, start: Start = "uniform") -> Work:
+    x = images(n)
+    options: dict[str, Any] = {"eps": 8 / 255, "norm": norm, "start": start, "seed": 0}
+    return Work({"x": x}, {}, lambda: (pgd_init(x, **options),))
+
+
+def losses(n: int) -> Work:
+    names = ("logits", "adv_logits", "teacher_logits", "teacher_adv_logits")
+    logits = {name: random(n // CLASSES, CLASSES) for name in names}
+    labels = torch.zeros(n // CLASSES, dtype=torch.int64)
 
     def call() -> Sequence[Tensor]:
-        pgd_step_(x_adv, x, grad, step_size=2 / 255, eps=8 / 255, norm=norm)
-        return ()
+        z, z_adv, *teacher = logits.values()
+        found = softmax_losses(
+            z, z_adv, labels, teacher_logits=teacher[0], teacher_adv_logits=teacher[1]
+        )
+        each = [getattr(found, name) for name in (*LOSSES, "consistency")]
+        return [*each, *(g for pair in found.gradients.values() for g in pair if g is not None)]
 
-    return Work({"x_adv": x_adv, "x": x, "grad": grad}, {"x_adv": x_adv}, call)
-
-
-def attack_start(n: int) -> Work:
-    x = random(n // math.prod(IMAGE), *IMAGE)
-    return Work({"x": x}, {}, lambda: (pgd_init(x, eps=8 / 255, seed=0),))
+    return Work({**logits, "labels": labels}, {}, call)
 
 
 def augment(n: int) -> Work:
     count = n // math.prod(IMAGE)
     stored = torch.zeros(count, *IMAGE[1:], IMAGE[0], dtype=torch.uint8)
-    indices = torch.arange(count)
-
-    def call() -> Sequence[Tensor]:
-        return (augment_crop_flip(stored, indices, top=None, left=None, mirror=None),)
-
-    return Work({"stored": stored}, {}, call)
+    nothing: dict[str, Any] = dict.fromkeys(("top", "left", "mirror"))
+    call = partial(augment_crop_flip, stored, torch.arange(count), **nothing)
+    return Work({"stored": stored}, {}, lambda: (call(),))
 
 
 def fold(n: int) -> Work:
@@ -292,6 +310,9 @@ def fold(n: int) -> Work:
 RGP: dict[str, Any] = {"percentile": 30, "alpha": 0.1}
 OPERATIONS = (
     Operation("select", select),
+    Operation("threshold", threshold),
+    Operation("mask", mask_below),
+    Operation("update", sgd),
     Operation("select + mask", mask),
     Operation("select + update", update),
     Operation("select + update + average", partial(update, moved=True)),
@@ -300,11 +321,15 @@ OPERATIONS = (
         partial(update, dtype=torch.bfloat16, copied=True),
     ),
     Operation("average", average),
+    Operation("copy", copy),
     Operation("fold BatchNorm into bf16", fold),
     Operation("augment", augment, "pixel"),
     Operation("attack step, linf", partial(attack_step, norm="linf"), "pixel"),
     Operation("attack step, l2", partial(attack_step, norm="l2"), "pixel"),
-    Operation("attack start, linf", attack_start, "pixel"),
+    Operation("attack start, linf", partial(attack_start, norm="linf"), "pixel"),
+    Operation("attack start, normal", partial(attack_start, norm="linf", start="normal"), "pixel"),
+    Operation("attack start, l2", partial(attack_start, norm="l2"), "pixel"),
+    Operation("losses with a teacher", losses, "logit"),
 )
 
 
@@ -356,10 +381,11 @@ def main() -> None:
     # Read when Triton is imported, which happens at the first launch.
     os.environ["TRITON_INTERPRET"] = "1"
     with torch.device("meta"):
-        model = build_model(arguments.model, num_classes=10)
+        model = build_model(arguments.model, num_classes=CLASSES)
     elements = {
         "weight": sum(parameter.numel() for parameter in model.parameters()),
         "pixel": BATCH * math.prod(IMAGE),
+        "logit": BATCH * CLASSES,
     }
     print(
         f"{arguments.model}, batches of {BATCH}; {arguments.bandwidth:g} bytes per second assumed"

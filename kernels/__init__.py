@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .augment import augment_crop_flip
 from .batchnorm import fold_batchnorm
-from .ema import ema_update_, flip_coin
+from .ema import copy_where_, ema_update_, flip_coin
 from .pgd import pgd_init, pgd_step_
 from .prepared import RGP
 from .rgp import (
@@ -30,6 +30,7 @@ __all__ = [
     "SoftmaxLosses",
     "TensorList",
     "augment_crop_flip",
+    "copy_where_",
     "ema_update_",
     "flip_coin",
     "fold_batchnorm",

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checking import check_number, check_tensor
+from .checking import check_tensor
 
+# More is taken for images that lie as [M, C, H, W].
+MOST_CHANNELS = 4
+# Of padding, and of channels of the result.
+LARGEST = 2**20
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +37,7 @@ def augment_crop_flip(
     last image. What a crop takes from outside the padded image is zero too.
 
     Args:
-        images: the data set, uint8 [M, H, W, C], contiguous, M at least 1.
+        images: the data set, uint8 [M, H, W, C], contiguous, M at least 1 and C from 1 to 4.
         indices: which images, int64 [N] in [0, M), on the device of ``images``.
         top: first row of each crop in the padded image, int64 [N] in [0, 2 * padding]. None for
             this and the next two: no crop and no mirror.
@@ -112,7 +116,7 @@ def augment_crop_flip_ref(
     pixels = images[image, row.clamp(0, height - 1), column.clamp(0, width - 1)]
     pixels = torch.where(inside[..., None], pixels, 0).float()
     # By a tensor: on a GPU torch turns a division by a number into a product with its reciprocal.
-    pixels = pixels / torch.full((), 255.0, device=images.device)
+    pixels = pixels / torch.full((), 255.0, dtype=torch.float32, device=images.device)
     shape = (len(indices), height, width, channels or depth)
     out = torch.zeros(shape, dtype=out_dtype, device=images.device)
     out[..., :depth] = pixels
@@ -126,6 +130,12 @@ def _check_images(images: object) -> None:
     if tensor.ndim != 4 or not tensor.numel():
         raise ValueError(
             f"images: expected shape [M, H, W, C], none of them 0, got {list(tensor.shape)}."
+        )
+    if tensor.shape[3] > MOST_CHANNELS:
+        raise ValueError(
+            f"images: expected shape [M, H, W, C] with 1 to {MOST_CHANNELS} channels, got "
+            f"{list(tensor.shape)}. From [M, C, H, W] call images.permute(0, 2, 3, 1).contiguous() "
+            "once, before the first batch."
         )
     if not tensor.is_contiguous():
         raise ValueError(
@@ -149,6 +159,7 @@ def _check_each(name: str, tensor: object, dtype: torch.dtype, images: Tensor) -
 
 
 def _check_integer(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}.")
-    check_number(name, value, low, 2**20)
+    if not low <= value <= LARGEST:
+        raise ValueError(f"{name}: expected an int in [{low}, {LARGEST}], got {value}.")

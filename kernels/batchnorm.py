@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checking import check_lists, check_same, per_tensor
+from .checking import check_lists, check_number, check_tensor, per_tensor
 from .dispatch import run
+from .in_place import check_in_place
 
 Optionals = Sequence[Tensor | None] | None
 WORKING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,7 @@ def fold_batchnorm(
 
     in float32, rounded once to the dtype of the outputs. Convolutions and linear layers work alike.
     All layers take one launch, or one per dtype of the outputs. The arguments may be TensorLists,
-    and must be for a CUDA graph, with ``eps`` a number or a tensor.
+    and must be for a CUDA graph.
 
     Args:
         weights: L weights [O, I, ...], float32, contiguous or channels_last: the output channels
@@ -47,15 +48,16 @@ def fold_batchnorm(
         running_means: L running means [O], float32.
         running_vars: L running variances [O], float32, at least 0.
         eps: what BatchNorm adds to the variance, at least 0: a number, L numbers, or a float32
-            tensor [L] on the same device, which is not read by the host.
+            tensor [L] on the same device, which is not read by the host. Numbers that differ are
+            sent at each call, which a CUDA graph cannot.
         out_weights: L tensors that are overwritten, shapes of the weights, float32, bfloat16 or
             float16, output channels outermost in memory. They may be the weights themselves.
         out_biases: L tensors [O] that are overwritten, each in the dtype of its out_weights.
 
     Raises:
         TypeError: for what is no list of tensors, or another dtype.
-        ValueError: for lengths, shapes, devices or memory formats that do not match, and ``eps``
-            out of range.
+        ValueError: for lengths, shapes, devices or memory formats that do not match, ``eps`` out of
+            range, and outputs with gaps or with the memory of another output.
     """
     device = check_lists({"weights": weights, "out_weights": out_weights}, empty=False)
     _check_weights(weights, out_weights, out_biases)
@@ -70,7 +72,9 @@ def fold_batchnorm(
     for name, tensors in (("biases", biases), ("bn_weights", bn_weights), ("bn_biases", bn_biases)):
         if tensors is not None:
             _check_channels(name, tensors, weights)
-    _check_eps(eps, len(weights), device)
+    eps = _check_eps(eps, len(weights), device)
+    # They may be the weights and biases that they are made of.
+    check_in_place({"out_weights": out_weights, "out_biases": out_biases}, {})
     run(
         "batchnorm",
         fold_batchnorm_ref,
@@ -151,11 +155,22 @@ def _check_channels(
             f"{name}: expected {len(weights)} entries, as many as weights, got {len(tensors)}."
         )
     for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
-        if tensor is not None:
-            channels = weight.flatten(1)[:, 0]
-            check_same(f"{name}[{i}]", tensor, f"the output channels of weights[{i}]", channels)
-            wanted = torch.float32 if dtypes is None else dtypes[i]
-            _check_dtype(f"{name}[{i}]", tensor, (wanted,))
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != weight.shape[:1]:
+            found = list(check_tensor(f"{name}[{i}]", tensor, floating=False).shape)
+            raise ValueError(
+                f"{name}[{i}]: expected shape {list(weight.shape[:1])}, the output channels of "
+                f"weights[{i}], got {found}."
+            )
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name}[{i}]: expected {weight.device}, where weights[{i}] is, got "
+                f"{tensor.device}. Move it there first."
+            )
+        wanted = torch.float32 if dtypes is None else dtypes[i]
+        if tensor.dtype != wanted:
+            raise TypeError(f"{name}[{i}]: expected {wanted}, got {tensor.dtype}.")
 
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -164,12 +179,16 @@ def _check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> No
         raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}.")
 
 
-def _check_eps(eps: float | Sequence[float] | Tensor, count: int, device: torch.device) -> None:
+def _check_eps(
+    eps: float | Sequence[float] | Tensor, count: int, device: torch.device
+) -> float | Sequence[float] | Tensor:
+    if isinstance(eps, Sequence):
+        return per_tensor("eps", eps, count, 0)
     if not isinstance(eps, Tensor):
-        per_tensor("eps", eps, count, 0)
-        return
+        return check_number("eps", eps, 0)
     if eps.dtype != torch.float32 or eps.shape != (count,) or eps.device != device:
         raise ValueError(
             f"eps: expected a number, {count} numbers, or torch.float32 of shape [{count}] on "
             f"{device}, got {eps.dtype} of shape {list(eps.shape)} on {eps.device}."
         )
+    return eps

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checking import check_lists, check_scalar
+from .checking import check_flag, check_lists, check_scalar, check_tensor
+from .in_place import check_in_place
 from .philox import COIN, check_key, philox_uniform
+
+# What kernels move and copy.
+DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 
 
 def flip_coin(
-    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | None = None
+    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | str | None = None
 ) -> Tensor:
     """Return whether a coin of probability ``rate`` lands, without waiting for the device.
 
@@ -29,7 +36,8 @@ def flip_coin(
         rate: probability, in [0, 1]; a number, or a 0-d floating tensor, which is not read.
         seed: key of the random numbers, in [0, 2**64).
         step: number of the toss, in [0, 2**63): an int, or a 0-d int64 tensor, not advanced.
-        device: where the answer is wanted; that of ``step`` by default, or the CPU.
+        device: where the answer is wanted, such as ``"cuda"``; that of ``step`` by default, or the
+            CPU.
 
     Returns:
         0-d bool tensor.
@@ -38,19 +46,18 @@ def flip_coin(
         TypeError: for arguments of another type.
         ValueError: for a number out of range, or tensors on different devices.
     """
-    if device is None:
-        device = step.device if isinstance(step, Tensor) else torch.device("cpu")
-    check_scalar("rate", rate, device, 0, 1)
-    check_key(seed, step, device)
-    return dispatch.run("ema", flip_coin_ref, device, rate, seed=seed, step=step, device=device)
+    where = device_of(step, device)
+    check_scalar("rate", rate, where, 0, 1)
+    check_key(seed, step, where)
+    rate = plain_number(rate)
+    return dispatch.run("ema", flip_coin_ref, where, rate, seed=seed, step=step, device=where)
 
 
 def flip_coin_ref(
-    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | None = None
+    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | str | None = None
 ) -> Tensor:
     """Compute :func:`flip_coin` by torch's integers."""
-    if device is None:
-        device = step.device if isinstance(step, Tensor) else torch.device("cpu")
+    device = device_of(step, device)
     first = torch.zeros((), dtype=torch.int64, device=device)
     return philox_uniform(seed, first, step, stream=COIN) < rate
 
@@ -62,7 +69,8 @@ def ema_update_(
     decay: float | Tensor,
     rate: float | Tensor = 1.0,
     seed: int = 0,
-    step: Tensor | int = 0,
+    step: Tensor | int | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Move all ``averages`` towards ``params`` with probability ``rate``; return whether so.
 
@@ -78,29 +86,41 @@ def ema_update_(
         rate: probability of a move, in [0, 1]; a number or a 0-d floating tensor. 1 is a plain
             exponential moving average, without a coin.
         seed: key of the coin, in [0, 2**64).
-        step: number of the toss, in [0, 2**63): an int, or a 0-d int64 tensor, not advanced.
+        step: number of the toss, in [0, 2**63): an int, or a 0-d int64 tensor, not advanced;
+            needed unless ``rate`` is the number 1. The same number tosses the same coin.
+        skip: 0-d bool tensor; where it is true nothing moves, for steps that are not finite.
 
     Returns:
         0-d bool tensor on the device of ``averages``.
 
     Raises:
-        TypeError: for arguments of another type, or an average and a parameter of which only one is
-            floating.
-        ValueError: for a number out of range, or lists, shapes or devices that do not match.
+        TypeError: for arguments of another type, an average and a parameter of which only one is
+            floating, or others whose dtypes differ.
+        ValueError: for a number out of range, lists, shapes or devices that do not match, an
+            average with gaps or with the memory of another tensor, or a rate below 1 without
+            ``step``.
     """
     device = check_averages(averages, params, decay)
+    check_in_place({"averages": averages}, {"params": params})
     check_scalar("rate", rate, device, 0, 1)
-    check_key(seed, step, device)
+    if step is None and (isinstance(rate, Tensor) or rate < 1):
+        raise ValueError(
+            "step: expected the number of the step with a rate below 1, got None. The same number "
+            "tosses the same coin; pass another at each step."
+        )
+    check_key(seed, 0 if step is None else step, device)
+    check_flag("skip", skip, device)
     return dispatch.run(
         "ema",
         ema_update_ref,
         device,
         averages,
         params,
-        decay=decay,
-        rate=rate,
+        decay=plain_number(decay),
+        rate=plain_number(rate),
         seed=seed,
         step=step,
+        skip=skip,
     )
 
 
@@ -111,13 +131,50 @@ def ema_update_ref(
     decay: float | Tensor,
     rate: float | Tensor = 1.0,
     seed: int = 0,
-    step: Tensor | int = 0,
+    step: Tensor | int | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`ema_update_` tensor by tensor."""
     device = averages[0].device if averages else torch.device("cpu")
-    moved = flip_coin_ref(rate, seed=seed, step=step, device=device)
+    moved = flip_coin_ref(rate, seed=seed, step=0 if step is None else step, device=device)
+    if skip is not None:
+        moved = moved & ~skip
     average_ref(averages, params, decay=decay, moved=moved)
     return moved
+
+
+def copy_where_(targets: Sequence[Tensor], sources: Sequence[Tensor], *, condition: Tensor) -> None:
+    """Copy all ``sources`` into ``targets`` if ``condition`` holds, without reading it back.
+
+    So a step that turned out not to be finite can take back what it has moved.
+
+    Args:
+        targets: tensors that are overwritten; of integers, bool, float16, bfloat16, float32 and
+            float64.
+        sources: tensors of the same shapes and dtypes.
+        condition: 0-d bool tensor on their device.
+
+    Raises:
+        TypeError: for arguments of another type, or dtypes that differ or that kernels lack.
+        ValueError: for lists, shapes or devices that do not match, or a target with gaps or with
+            the memory of another tensor.
+    """
+    device = check_lists({"targets": targets, "sources": sources}, floating=False)
+    _check_dtypes("targets", targets)
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        _check_alike("sources", "targets", i, source, target)
+    check_in_place({"targets": targets}, {"sources": sources})
+    check_flag("condition", check_tensor("condition", condition, floating=False), device)
+    dispatch.run("ema", copy_where_ref, device, targets, sources, condition=condition)
+
+
+@torch.no_grad()
+def copy_where_ref(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], *, condition: Tensor
+) -> None:
+    """Compute :func:`copy_where_` tensor by tensor."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(torch.where(condition, source, target))
 
 
 @torch.no_grad()
@@ -163,10 +220,39 @@ def check_averages(
     """
     device = check_lists({"averages": averages, "params": params}, floating=False)
     check_scalar("decay", decay, device, 0, 1)
+    _check_dtypes("averages", averages)
+    _check_dtypes("params", params)
     for i, (average, param) in enumerate(zip(averages, params, strict=True)):
-        if average.is_floating_point() != param.is_floating_point():
-            raise TypeError(
-                f"params[{i}]: expected a dtype like {average.dtype}, that of averages[{i}], got "
-                f"{param.dtype}."
-            )
+        if not (average.is_floating_point() and param.is_floating_point()):
+            _check_alike("params", "averages", i, param, average)
     return device
+
+
+def device_of(step: Tensor | int, device: torch.device | str | None) -> torch.device:
+    """Return where a coin is wanted, with an index where it is a GPU: see :func:`flip_coin`."""
+    if device is None:
+        return step.device if isinstance(step, Tensor) else torch.device("cpu")
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def plain_number(value: float | Tensor) -> float | Tensor:
+    """Return a number as the type that kernels take: integers and NumPy's would be others."""
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def _check_dtypes(name: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}[{i}]: expected one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}."
+            )
+
+
+def _check_alike(name: str, like_name: str, i: int, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name}[{i}]: expected {like.dtype}, that of {like_name}[{i}], got {tensor.dtype}."
+        )

@@ -43,9 +43,10 @@ def pgd_step_(
 
     Args:
         x_adv: current images [N, ...], floating, fewer than 2**31 elements; changed in place and
-            returned. Contiguous and channels_last images are fastest; others are copied.
-        x: natural images in [0, 1], same shape, any floating dtype; copied if they lie in another
-            order.
+            returned. Contiguous and channels_last images are fastest; others are copied. Nothing is
+            recorded for autograd: pass ``x_adv.detach()``, or call under ``torch.no_grad()``.
+        x: natural images in [0, 1], same shape, any floating dtype, in other memory than ``x_adv``;
+            copied if they lie in another order.
         grad: gradient of the objective that rises, same shape, any floating dtype; as ``x``.
         step_size: length of the step in pixel units, not negative; a number, a 0-d tensor or one
             per image [N]. Tensors are not read, so their values go unchecked.
@@ -55,11 +56,21 @@ def pgd_step_(
 
     Raises:
         TypeError: for what is no floating tensor, and what is no number.
-        ValueError: for an unknown norm, a negative or NaN number, and shapes or devices that
-            differ.
+        ValueError: for an unknown norm, a negative or NaN number, shapes or devices that differ,
+            an ``x_adv`` that requires a gradient, and one with the memory of ``x``.
     """
     _check_images("x_adv", x_adv)
+    if x_adv.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x_adv: expected images that need no gradient, as they are changed in place. Pass "
+            "x_adv.detach()."
+        )
     check_same("x", x, "x_adv", x_adv)
+    if x.data_ptr() == x_adv.data_ptr() != 0:  # 0 where there are no elements, or no data.
+        raise ValueError(
+            "x: expected other memory than that of x_adv, which is changed in place. Begin with "
+            "x_adv = x.clone()."
+        )
     check_same("grad", grad, "x_adv", x_adv)
     _check_per_image("step_size", step_size, x_adv)
     _check_per_image("eps", eps, x_adv)
@@ -79,6 +90,7 @@ def pgd_step_(
     )
 
 
+@torch.no_grad()
 def pgd_step_ref(
     x_adv: Tensor,
     x: Tensor,
@@ -153,6 +165,7 @@ def pgd_init(
     )
 
 
+@torch.no_grad()
 def pgd_init_ref(
     x: Tensor,
     *,
@@ -163,10 +176,10 @@ def pgd_init_ref(
     step: int | Tensor = 0,
 ) -> Tensor:
     """Do :func:`pgd_init` in PyTorch."""
-    out = torch.empty_like(x.detach())
+    out = torch.empty_like(x)
     if start == "zero":
-        return out.copy_(x.detach())
-    centre = x.detach().to(_wide(x.dtype))
+        return out.copy_(x)
+    centre = x.to(_wide(x.dtype))
     radius = _per_image(eps, centre)
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
     if norm == "linf" and start == "uniform":

@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checking import check_choice, check_lists, check_same, check_tensor, per_tensor
+from .checking import (
+    check_choice,
+    check_lists,
+    check_number,
+    check_same,
+    check_scores,
+    check_tensor,
+    check_whole,
+    per_tensor,
+)
 from .workspace import EXEMPT, Workspace, rank_of
 
 Score = Literal["abs", "signed", "abs_of_sum"]
@@ -66,8 +75,13 @@ def rgp_score(nat_grad: Tensor, adv_grad: Tensor, *, alpha: float, score: Score 
         score: how the two are combined; see the module's docstring.
 
     Raises:
-        ValueError: for an unknown score.
+        TypeError: for what is no floating tensor, or no number.
+        ValueError: for an unknown score, an alpha out of range, or tensors of different shapes or
+            devices.
     """
+    check_tensor("nat_grad", nat_grad)
+    check_same("adv_grad", adv_grad, "nat_grad", nat_grad)
+    alpha = check_number("alpha", alpha, 0, 1)
     check_choice("score", score, SCORES)
     nat, adv = nat_grad.float(), adv_grad.float()
     if score == "abs":
@@ -115,6 +129,7 @@ def rgp_select(
     )
 
 
+@torch.no_grad()
 def rgp_select_ref(
     nat_grads: Sequence[Tensor],
     adv_grads: Sequence[Tensor],
@@ -130,8 +145,8 @@ def rgp_select_ref(
     for nat, adv, p, weight in zip(nat_grads, adv_grads, percentiles, alphas, strict=True):
         if p == 0:
             scores.append(None)
-            thresholds.append(torch.full((), EXEMPT, device=device))
-            kept.append(torch.ones((), device=device))
+            thresholds.append(torch.full((), EXEMPT, dtype=torch.float32, device=device))
+            kept.append(torch.ones((), dtype=torch.float32, device=device))
             nonfinite.append(torch.zeros((), dtype=torch.int32, device=device))
             continue
         values = rgp_score(nat, adv, alpha=weight, score=score)
@@ -142,7 +157,7 @@ def rgp_select_ref(
         kept.append(((values.numel() - masked).double() / values.numel()).float())
         nonfinite.append((~values.isfinite()).sum(dtype=torch.int32))
     if not scores:
-        empty = torch.empty(0, device=device)
+        empty = torch.empty(0, dtype=torch.float32, device=device)
         return Selection((), empty, empty.clone(), empty.int())
     return Selection(scores, torch.stack(thresholds), torch.stack(kept), torch.stack(nonfinite))
 
@@ -185,6 +200,7 @@ def rgp_threshold(
     )
 
 
+@torch.no_grad()
 def rgp_threshold_ref(
     nat_grads: Sequence[Tensor],
     adv_grads: Sequence[Tensor],
@@ -196,7 +212,7 @@ def rgp_threshold_ref(
     """Compute :func:`rgp_threshold` by torch.kthvalue, tensor by tensor."""
     device, percentiles, alphas = _check(nat_grads, adv_grads, percentile, alpha, score)
     if not nat_grads:
-        return torch.empty(0, device=device)
+        return torch.empty(0, dtype=torch.float32, device=device)
     values = [
         rgp_score(nat, adv, alpha=weight, score=score)
         for nat, adv, weight in zip(nat_grads, adv_grads, alphas, strict=True)
@@ -219,7 +235,7 @@ def rgp_mask_(
     line 20), so percentile 0 keeps all, and ties at the threshold are kept.
 
     Args:
-        grads: L gradients to mask, changed in place.
+        grads: L gradients to mask, changed in place; without gaps in memory.
         nat_grads: L gradients of the natural loss, same shapes, floating, none empty.
         adv_grads: L gradients of the adversarial loss, same shapes.
         percentile: percent of weights below the threshold, in [0, 100]; one number or L.
@@ -229,10 +245,12 @@ def rgp_mask_(
     Raises:
         TypeError: for what is no list of floating tensors, or no number.
         ValueError: for lists of different lengths, different shapes or devices, an empty tensor or
-            a value out of range.
+            a value out of range, or a gradient to mask that has gaps in memory.
     """
+    # Before the others: a list that is too short is then told from one that is too long.
+    check_lists({"grads": grads, "nat_grads": nat_grads, "adv_grads": adv_grads})
+    check_whole("grads", grads)
     device, percentiles, alphas = _check(nat_grads, adv_grads, percentile, alpha, score)
-    check_lists({"nat_grads": nat_grads, "grads": grads})
     return dispatch.run(
         "select",
         rgp_mask_ref,
@@ -246,6 +264,7 @@ def rgp_mask_(
     )
 
 
+@torch.no_grad()
 def rgp_mask_ref(
     grads: Sequence[Tensor],
     nat_grads: Sequence[Tensor],
@@ -269,18 +288,21 @@ def mask_below_(
     """Zero in place every entry whose score is strictly below its tensor's threshold.
 
     Args:
-        tensors: L tensors, floating, changed in place.
-        scores: L score tensors of the same shapes; None leaves a tensor as it is.
+        tensors: L tensors, floating, changed in place; without gaps in memory.
+        scores: L score tensors of the same shapes, floating; compared in float32. None leaves a
+            tensor as it is.
         thresholds: float32 [L] or longer, on their device. Scores that are NaN count as largest.
 
     Raises:
-        TypeError: for what is no list of floating tensors.
-        ValueError: for lists, shapes or devices that do not match.
+        TypeError: for what is no list of floating tensors, or thresholds that are not float32.
+        ValueError: for lists, shapes or devices that do not match, or a tensor with gaps.
     """
     device = check_scores("tensors", tensors, scores, thresholds)
+    check_whole("tensors", tensors)
     dispatch.run("mask", mask_below_ref, device, tensors, scores, thresholds)
 
 
+@torch.no_grad()
 def mask_below_ref(
     tensors: Sequence[Tensor], scores: Sequence[Tensor | None], thresholds: Tensor
 ) -> None:
@@ -290,10 +312,23 @@ def mask_below_ref(
             tensor.masked_fill_(is_below(values, threshold), 0)
 
 
+def select_in(
+    workspace: Workspace, nat_grads: Sequence[Tensor], adv_grads: Sequence[Tensor]
+) -> Selection:
+    """Return what :func:`rgp_select` does, in the memory of ``workspace``, without a check.
+
+    Args:
+        workspace: built for tensors of these shapes and this memory order.
+        nat_grads: L gradients of the natural loss; TensorLists for a CUDA graph.
+        adv_grads: L gradients of the adversarial loss.
+    """
+    return dispatch.run("select", select_in_ref, workspace.device, workspace, nat_grads, adv_grads)
+
+
 def select_in_ref(
     workspace: Workspace, nat_grads: Sequence[Tensor], adv_grads: Sequence[Tensor]
 ) -> Selection:
-    """Compute :func:`rgp_select` with the settings of ``workspace``, whose memory holds the results."""
+    """Compute :func:`select_in` by :func:`rgp_select_ref`."""
     found = rgp_select_ref(
         nat_grads,
         adv_grads,
@@ -311,39 +346,13 @@ def select_in_ref(
 
 def is_below(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return where a score is strictly below ``threshold`` (0-d), NaN counting as largest."""
+    scores = scores.float()  # A 0-d tensor would be rounded to the dtype of the scores.
     return (scores < threshold) | (threshold.isnan() & ~scores.isnan())
 
 
 def order_statistic(scores: Tensor, rank: int) -> Tensor:
     """Return the value at ``rank`` (from 0) of the sorted scores, without reading it back."""
     return torch.kthvalue(scores.flatten(), rank + 1).values
-
-
-def check_scores(
-    name: str,
-    tensors: Sequence[Tensor],
-    scores: Sequence[Tensor | None],
-    thresholds: Tensor,
-) -> torch.device:
-    """Check scores and thresholds against ``tensors``, called ``name``; return the device.
-
-    Raises:
-        TypeError: for what is no list of floating tensors.
-        ValueError: for lists, shapes or devices that do not match.
-    """
-    device = check_lists({name: tensors})
-    if len(scores) != len(tensors):
-        raise ValueError(f"scores: expected {len(tensors)}, as many as {name}, got {len(scores)}.")
-    for i, (values, tensor) in enumerate(zip(scores, tensors, strict=True)):
-        if values is not None:
-            check_same(f"scores[{i}]", values, f"{name}[{i}]", tensor)
-    check_tensor("thresholds", thresholds)
-    if thresholds.ndim != 1 or len(thresholds) < len(tensors) or thresholds.device != device:
-        raise ValueError(
-            f"thresholds: expected one number per tensor, [{len(tensors)}] on {device}, got "
-            f"{list(thresholds.shape)} on {thresholds.device}."
-        )
-    return device
 
 
 def _percentile(scores: Tensor, percentile: float) -> Tensor:

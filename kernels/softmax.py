@@ -103,8 +103,7 @@ def softmax_losses(
         ValueError: for shapes, dtypes or devices that differ, logits that are missing for a
             gradient or a teacher, numbers out of range and unknown names.
     """
-    check_number("beta", beta, 0)
-    check_number("gamma", gamma, 0)
+    beta, gamma = check_number("beta", beta, 0), check_number("gamma", gamma, 0)
     check_choice("natural_target", natural_target, ("attached", "detached"))
     _check_gradients(gradients, {"logits": logits, "adv_logits": adv_logits})
     like_name, like = _check_logits(logits, adv_logits, labels)
@@ -146,7 +145,8 @@ def softmax_losses_ref(
     assert like is not None
     count, classes = like.shape
     target = labels.clamp(0, classes - 1)
-    fault = torch.where(labels == target, 0.0, torch.nan)
+    fault = torch.zeros(count, dtype=torch.float32, device=like.device)
+    fault = fault.masked_fill(labels != target, torch.nan)
     unknown = torch.full_like(fault, torch.nan)
     losses = dict.fromkeys((*INPUTS, "consistency"), unknown)
     by: dict[str, tuple[Tensor | None, Tensor | None]] = {}

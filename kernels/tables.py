@@ -7,41 +7,31 @@ in chunks, never loaded, so that the compiler can prove their alignment and use 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# 16-byte loads and stores need addresses that are multiples of this.
-ALIGNMENT = 16
+from .layout import Kind, Layout, check_dense, is_dense, kind_of, memory_order
 
-# Of a tensor: its dtype, and whether its address is a multiple of ALIGNMENT. None: no tensor.
-Kind = tuple[torch.dtype, bool] | None
+T = TypeVar("T", bound=Tensor | None)
 
-
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of the dimensions longer than 1: equal for tensors that lie alike."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tuple(stride for size, stride in sizes if size != 1)
+# How often a list can be sent in captures between two uses outside of one.
+CAPTURES = 32
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill one piece of memory, each once, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on ``device`` is being captured in a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # What torch answers is about the current device alone.
+        return torch.cuda.is_current_stream_capturing()
 
 
 def upload(
-    values: Sequence[int] | Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device
+    values: Sequence[int] | Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return ``values`` as a tensor on ``device``, without waiting for the device.
 
@@ -49,15 +39,19 @@ def upload(
         RuntimeError: while a CUDA graph is being captured: the graph would read host memory that
             is gone when it is replayed.
     """
-    host = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    _refuse_capture(device)
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if is_capturing(device):
         raise RuntimeError(
             "tables cannot be built while a CUDA graph is captured. Build a TensorList of each "
             "list before the capture, call the operation once with it, and pass it again then."
         )
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -92,12 +86,15 @@ class TensorList(Sequence[Tensor]):
     """A list of tensors with the table of their addresses on their device.
 
     Every operation takes plain lists too, and then builds its tables anew at each call. Build a
-    TensorList once where the tensors stay where they are, and always for a CUDA graph.
+    TensorList once where the tensors stay where they are, and always for a CUDA graph. A graph
+    reads the list's tables whenever it is replayed: keep the list as long as the graph.
 
     Args:
         tensors: dense tensors of one device, kept alive by the list. None stands for a tensor that
             an operation goes without, where it allows that.
-        names: what errors call them; their number in the list by default.
+        names: what errors call them; by default ``label`` and their number in the list.
+        label: what errors call the list; the argument's name where it is passed to an operation.
+        device: where the tables go; by default where the tensors are, or the CPU without any.
 
     Raises:
         ValueError: for a tensor that is not dense or on another device, and names that are not
@@ -105,22 +102,38 @@ class TensorList(Sequence[Tensor]):
         RuntimeError: while a CUDA graph is being captured.
     """
 
+    # In inference mode the tables would be tensors that nothing could change afterwards.
+    @torch.inference_mode(mode=False)
     def __init__(
-        self, tensors: Sequence[Tensor | None], *, names: Sequence[str] | None = None
+        self,
+        tensors: Sequence[Tensor | None],
+        *,
+        names: Sequence[str] | None = None,
+        label: str = "tensors",
+        device: torch.device | None = None,
     ) -> None:
         self._tensors = tuple(tensors)
-        self.names = tuple(names) if names is not None else tuple(map(str, range(len(self))))
-        if len(self.names) != len(self):
-            raise ValueError(f"names: expected {len(self)}, one per tensor, got {len(self.names)}.")
-        present = [tensor for tensor in self._tensors if tensor is not None]
-        self.device = present[0].device if present else torch.device("cpu")
-        for name, tensor in zip(self.names, self._tensors, strict=True):
+        self._names = None if names is None else tuple(names)
+        self.label = label
+        if self._names is not None and len(self._names) != len(self):
+            raise ValueError(
+                f"names: expected {len(self)}, one per tensor, got {len(self._names)}."
+            )
+        places = [tensor.device for tensor in self._tensors if tensor is not None]
+        self.device = device or (places[0] if places else torch.device("cpu"))
+        for i, tensor in enumerate(self._tensors):
             if tensor is not None:
-                self._check_tensor(name, tensor)
-        self.kinds = tuple(map(_kind, self._tensors))
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        self.addresses = upload(addresses, torch.int64, self.device)
-        self._sent = addresses
+                self._check_tensor(self.name_of(i), tensor)
+        self.layout = Layout(self._tensors)
+        self._strides = tuple(t if t is None else t.stride() for t in self._tensors)
+        _refuse_capture(self.device)
+        self._sent = _addresses(self._tensors)
+        # One row for now, the others for captures: a graph reads its row at each replay, and
+        # pinned memory cannot be had during a capture in every release of torch.
+        self._host, self._rows_used = self._pinned(1 + CAPTURES), 1
+        first = self._host[0].copy_(torch.tensor(self._sent, dtype=torch.int64, device="cpu"))
+        # A copy on every device, as the table is written again by `point_to`.
+        self.addresses = first.to(self.device, non_blocking=True, copy=True)
         self._captured: list[Tensor] = []
         self._plans: dict[object, Plan] = {}
 
@@ -133,14 +146,26 @@ class TensorList(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
         return self._tensors[index]  # pyright: ignore[reportReturnType]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)  # pyright: ignore[reportReturnType]
+
     def __len__(self) -> int:
         return len(self._tensors)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph sends the table, and so reads it."""
+        return bool(self._captured)
+
+    def name_of(self, index: int) -> str:
+        """Return what errors call a tensor."""
+        return f"{self.label}[{index}]" if self._names is None else self._names[index]
 
     def plan(self, *others: TensorList | None, chunk: int) -> Plan:
         """Return the chunks in which a kernel works on this list together with ``others``.
 
         Tensors without elements, and those that are None in this list, take no part. Plans are
-        kept, so that a second call with lists of the same kind builds nothing.
+        kept, so that a second call with lists of the same layout checks and builds nothing.
 
         Args:
             others: lists of as many tensors; None for one that the operation goes without.
@@ -149,77 +174,134 @@ class TensorList(Sequence[Tensor]):
         Raises:
             ValueError: for tensors that lie in memory in different orders, by name.
         """
-        for other in others:
-            if other is not None:
-                self._check_order(other)
-        absent = (None,) * len(self)
-        kinds = (self.kinds, *(absent if other is None else other.kinds for other in others))
-        if (chunk, kinds) not in self._plans:
-            self._plans[chunk, kinds] = self._build(kinds, chunk)
-        return self._plans[chunk, kinds]
+        key = (chunk, *(None if other is None else other.layout for other in others))
+        plan = self._plans.get(key)
+        if plan is None:
+            for other in others:
+                if other is not None:
+                    self._check_order(other)
+            plan = self._plans[key] = self._build(others, chunk)
+        return plan
 
     def point_to(self, tensors: Sequence[Tensor]) -> bool:
         """Take other tensors of the same kinds, shapes and memory order in place of these.
 
-        Addresses are sent only where they changed, without waiting for the device.
+        Addresses are sent where they changed, without waiting for the device. During the capture
+        of a CUDA graph they are always sent, so that the graph sends them at each replay; from
+        then on every other call sends them too, as replays write the table unseen. So call this
+        before each use of a list whose tensors change, and use it on one stream at a time.
 
         Returns:
             Whether that was possible; if not, nothing has changed.
+
+        Raises:
+            RuntimeError: in a capture, if this list was captured too often since its last use
+                outside of one.
         """
-        if tuple(map(_kind, tensors)) != self.kinds:
+        layout = self.layout
+        if len(tensors) != len(self) or not all(
+            map(self._fits, tensors, layout.shapes, layout.orders, layout.kinds, self._strides)
+        ):
             return False
-        if list(map(_place, tensors)) != list(map(_place, self._tensors)):
-            return False
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._sent:
-            self._send(addresses)
+        self._send(_addresses(tensors))
         self._tensors = tuple(tensors)
         return True
 
+    def check_unmoved(self) -> None:
+        """Check that no tensor has moved since its address was sent.
+
+        Raises:
+            ValueError: if one has, by name.
+        """
+        found = _addresses(self._tensors)
+        if found != self._sent:
+            moved = [a != b for a, b in zip(found, self._sent, strict=True)].index(True)
+            raise ValueError(
+                f"{self.name_of(moved)}: expected a tensor that stays where it was when its "
+                "TensorList was built, got one that has moved, as after an assignment to .data or "
+                "a model.to(). Build the list again."
+            )
+
+    def _fits(
+        self,
+        tensor: object,
+        shape: torch.Size | None,
+        order: tuple[int, ...] | None,
+        kind: Kind,
+        stride: tuple[int, ...] | None,
+    ) -> bool:
+        """Return whether a tensor can take the place of one of the list."""
+        if not isinstance(tensor, Tensor) or shape is None:
+            return tensor is None and shape is None
+        return (
+            tensor.layout == torch.strided
+            and tensor.shape == shape
+            and tensor.device == self.device
+            and (tensor.stride() == stride or memory_order(tensor) == order)
+            and kind_of(tensor) == kind
+        )
+
     def _send(self, addresses: list[int]) -> None:
-        """Write the table. What is captured in a CUDA graph reads its own host memory at replay."""
-        host = torch.tensor(addresses, dtype=torch.int64)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
-                self._captured.append(host)
-        self.addresses.copy_(host, non_blocking=True)
+        """Write the table, where it can hold anything else."""
+        if is_capturing(self.device):
+            if self._rows_used == len(self._host):
+                raise RuntimeError(
+                    f"{self.label}: a TensorList can be captured {CAPTURES} times between two uses "
+                    "outside of a capture. Call the operation once outside, then capture again."
+                )
+            host = self._host[self._rows_used]
+            self._rows_used += 1
+            self._captured.append(host)
+        elif self.is_captured or addresses != self._sent:
+            if self._rows_used > 1:
+                self._host, self._rows_used = self._pinned(1 + CAPTURES), 1
+            host = self._pinned(1)[0]
+        else:
+            return
+        self._write(host.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
         self._sent = addresses
+
+    def _write(self, host: Tensor) -> None:
+        self.addresses.copy_(host, non_blocking=True)
+
+    def _pinned(self, rows: int) -> Tensor:
+        """Return int64 [rows, L] of host memory that the device can read by itself."""
+        pinned = self.device.type == "cuda"
+        shape = (rows, len(self))
+        return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self.device:
             raise ValueError(
                 f"{name}: expected all tensors on {self.device}, got one on {tensor.device}."
             )
-        if not is_dense(tensor):
-            raise ValueError(
-                f"{name}: expected a tensor whose elements fill its memory without gaps, got shape "
-                f"{list(tensor.shape)} with strides {tensor.stride()}. Pass a copy, such as "
-                "tensor.contiguous()."
-            )
+        check_dense(name, tensor)
 
     def _check_order(self, other: TensorList) -> None:
-        for name, mine, others in zip(self.names, self._tensors, other._tensors, strict=True):
-            if (
-                mine is not None
-                and others is not None
-                and memory_order(mine) != memory_order(others)
-            ):
+        for i, (mine, others) in enumerate(
+            zip(self.layout.orders, other.layout.orders, strict=True)
+        ):
+            if mine is not None and others is not None and mine != others:
                 raise ValueError(
-                    f"{name}: expected strides {mine.stride()} in every list, got "
-                    f"{others.stride()}. Bring both into one memory format, for instance by "
-                    "model.to(memory_format=torch.channels_last) before the lists are built."
+                    f"{other.name_of(i)}: expected strides {self._strides[i]}, those of "
+                    f"{self.name_of(i)}, got {other._strides[i]}. Bring both into one memory "
+                    "format, for instance by model.to(memory_format=torch.channels_last) before "
+                    "the lists are built."
                 )
 
-    def _build(self, kinds: tuple[tuple[Kind, ...], ...], chunk: int) -> Plan:
-        sizes = [0 if tensor is None else tensor.numel() for tensor in self._tensors]
+    def _build(self, others: Sequence[TensorList | None], chunk: int) -> Plan:
+        absent = (None,) * len(self)
+        kinds = [self.layout.kinds]
+        kinds += [absent if other is None else other.layout.kinds for other in others]
         groups: dict[tuple[tuple[torch.dtype | None, ...], bool], list[int]] = {}
-        for i, size in enumerate(sizes):
+        for i, size in enumerate(self.layout.sizes):
             if not size:
                 continue
-            dtypes = tuple(kind[i] and kind[i][0] for kind in kinds)  # pyright: ignore[reportOptionalSubscript]
-            aligned = all(kind[i][1] for kind in kinds if kind[i])  # pyright: ignore[reportOptionalSubscript]
+            own = [kind[i] for kind in kinds]
+            dtypes = tuple(None if kind is None else kind[0] for kind in own)
+            aligned = all(kind is None or kind[1] for kind in own)
             groups.setdefault((dtypes, aligned), []).append(i)
+        sizes = self.layout.sizes
         return Plan(
             sizes=upload(sizes, torch.int32, self.device),
             groups=tuple(
@@ -229,39 +311,54 @@ class TensorList(Sequence[Tensor]):
         )
 
 
-def _place(tensor: Tensor | None) -> object:
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.device)
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _kind(tensor: Tensor | None) -> Kind:
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0)
+def _chunks(segments: Sequence[int], sizes: Sequence[int], chunk: int) -> Tensor:
+    """Return int64 [P, 2]: tensor, and number of the chunk in it."""
+    counts = torch.tensor([-(-sizes[i] // chunk) for i in segments], device="cpu")
+    tensors = torch.tensor(segments, device="cpu").repeat_interleave(counts)
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    numbers = torch.arange(len(tensors), device="cpu") - firsts
+    return torch.stack([tensors, numbers], dim=1)
 
 
-def _chunks(segments: Sequence[int], sizes: Sequence[int], chunk: int) -> np.ndarray:
-    """Return int32 [P, 2]: tensor, and number of the chunk in it."""
-    counts = np.array([-(-sizes[i] // chunk) for i in segments])
-    firsts = np.repeat(np.cumsum(counts) - counts, counts)
-    numbers = np.arange(counts.sum()) - firsts
-    return np.stack([np.repeat(segments, counts), numbers], axis=1).astype(np.int32)
+def as_tensor_list(tensors: Sequence[Tensor | None], label: str = "tensors") -> TensorList:
+    """Return ``tensors`` itself if it is a TensorList, else a new one; errors say ``label``.
+
+    Raises:
+        ValueError: for a TensorList of which a tensor has moved, or tensors that make no list.
+    """
+    if not isinstance(tensors, TensorList):
+        return TensorList(tensors, label=label)
+    tensors.label = label
+    tensors.check_unmoved()
+    return tensors
 
 
-def as_tensor_list(tensors: Sequence[Tensor | None]) -> TensorList:
-    """Return ``tensors`` itself if it is a TensorList, else a new one."""
-    return tensors if isinstance(tensors, TensorList) else TensorList(tensors)
-
-
-def laid_out_like(tensors: Sequence[Tensor], likes: Sequence[Tensor]) -> Sequence[Tensor]:
+def laid_out_like(tensors: Sequence[T], likes: Sequence[Tensor | None]) -> Sequence[T]:
     """Return tensors, for reading, that lie in memory as ``likes`` do: copies where they do not.
 
     A TensorList is returned as it is: its addresses are fixed.
     """
     if isinstance(tensors, TensorList):
-        return tensors
+        return tensors  # pyright: ignore[reportReturnType]
     return [
-        tensor
-        if memory_order(tensor) == memory_order(like)
-        else torch.empty_strided(
-            like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device
-        ).copy_(tensor)
+        _copy_like(tensor, like)  # pyright: ignore[reportReturnType]
+        if tensor is not None and like is not None and memory_order(tensor) != memory_order(like)
+        else tensor
         for tensor, like in zip(tensors, likes, strict=True)
     ]
+
+
+def _copy_like(tensor: Tensor, like: Tensor) -> Tensor:
+    place = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+    return place.copy_(tensor)
+
+
+def without_gaps(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return tensors, for reading, that fill their memory: copies where they do not."""
+    if isinstance(tensors, TensorList):
+        return tensors
+    return [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]

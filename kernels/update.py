@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .checking import check_choice, check_lists, check_scalar, check_tensor, per_tensor
-from .ema import average_ref, check_averages
-from .rgp import check_scores, is_below
+from .checking import (
+    check_choice,
+    check_flag,
+    check_lists,
+    check_number,
+    check_scalar,
+    check_scores,
+    check_tensor,
+    per_tensor,
+)
+from .ema import average_ref, plain_number
+from .in_place import check_in_place
+from .layout import memory_order
+from .rgp import is_below
+from .tables import TensorList
 
 Conserve = Literal["gradient", "weight"]
 
@@ -44,11 +56,13 @@ def masked_sgd_(
     Args:
         params: L weight tensors, float32, changed in place.
         grads: L gradients of the same shapes, floating; they are read, not masked in place.
-        momentum_buffers: L tensors, float32, changed in place; None where ``momentum`` is 0.
+        momentum_buffers: L tensors, float32, changed in place; None where ``momentum`` is 0, which
+            leaves them as they are.
         lr: learning rate, at least 0; a number or a 0-d floating tensor on the device.
         momentum: factor of the momentum, at least 0.
         weight_decay: factor of the weights in the gradient, at least 0; a number, one per tensor,
-            or a float32 tensor [L] on the device.
+            or a float32 tensor [L] on the device. Numbers that differ are sent at each call, which
+            a CUDA graph cannot: give it a tensor.
         nesterov: look ahead by one step of momentum.
         scores: L score tensors of the same shapes, floating; None for a tensor that is not masked,
             or for all. See :func:`cure_fast.kernels.rgp_select`.
@@ -66,20 +80,18 @@ def masked_sgd_(
     Raises:
         TypeError: for arguments of another type or dtype.
         ValueError: for a number out of range, lists, shapes or devices that do not match, momentum
-            without buffers, scores without thresholds, or nesterov without momentum.
+            without buffers, scores without thresholds, nesterov without momentum, moved without
+            averages, and tensors changed in place that have gaps, lie in another memory order than
+            their weights, or share memory with another tensor.
     """
     device = _check_tensors(params, grads, momentum_buffers, averages, low_precision_copies)
-    _check_numbers(device, lr, momentum, nesterov, momentum_buffers)
+    momentum = _check_momentum(momentum, nesterov, momentum_buffers)
+    check_scalar("lr", lr, device, 0)
     weight_decay = _check_weight_decay(weight_decay, len(params), device)
-    _check_flag("moved", moved, device)
-    _check_flag("skip", skip, device)
+    check_flag("skip", skip, device)
     check_choice("conserve", conserve, ("gradient", "weight"))
-    if averages is not None:
-        check_averages(averages, params, decay)
-    if (scores is None) != (thresholds is None):
-        raise ValueError("scores and thresholds: expected both or neither.")
-    if scores is not None and thresholds is not None:
-        check_scores("params", params, scores, thresholds)
+    _check_moving(device, averages, decay, moved)
+    _check_mask(params, scores, thresholds)
     dispatch.run(
         "update",
         masked_sgd_ref,
@@ -87,7 +99,7 @@ def masked_sgd_(
         params,
         grads,
         momentum_buffers,
-        lr=lr,
+        lr=plain_number(lr),
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
@@ -95,7 +107,7 @@ def masked_sgd_(
         thresholds=thresholds,
         conserve=conserve,
         averages=averages,
-        decay=decay,
+        decay=plain_number(decay),
         moved=moved,
         low_precision_copies=low_precision_copies,
         skip=skip,
@@ -137,7 +149,7 @@ def masked_sgd_ref(
             g = g.addcmul(param, factor)
         else:
             g = g.add(param, alpha=factor)
-        if momentum_buffers is not None:
+        if momentum_buffers is not None and momentum:
             buffer = momentum_buffers[i]
             v = buffer.mul(momentum).add(g)
             buffer.copy_(v if going is None else torch.where(going, v, buffer))
@@ -146,9 +158,9 @@ def masked_sgd_ref(
         if conserve == "weight" and masked is not None:
             after = torch.where(masked, before, after)
         param.copy_(after if going is None else torch.where(going, after, before))
-    moving = torch.ones((), dtype=torch.bool) if moved is None else moved
     if params and averages is not None:
-        moving = moving.to(params[0].device)
+        always = torch.ones((), dtype=torch.bool, device=params[0].device)
+        moving = always if moved is None else moved
         average_ref(
             averages, params, decay=decay, moved=moving if going is None else moving & going
         )
@@ -181,43 +193,93 @@ def _check_tensors(
     }
     present = {name: tensors for name, tensors in lists.items() if tensors is not None}
     device = check_lists(present)
-    half = (torch.bfloat16, torch.float16)
+    full, half = {torch.float32}, {torch.bfloat16, torch.float16}
     for name, wanted, advice in (
-        ("params", (torch.float32,), "Keep master weights; low_precision_copies takes the others."),
-        ("momentum_buffers", (torch.float32,), "Allocate them with torch.zeros_like(param)."),
-        ("averages", (torch.float32,), "Average the master weights."),
+        ("params", full, "Keep master weights; low_precision_copies takes the others."),
+        ("momentum_buffers", full, "Allocate them with torch.zeros_like(param)."),
+        ("averages", full, "Average the master weights."),
         ("low_precision_copies", half, "Leave the argument out if there is none."),
     ):
-        for i, tensor in enumerate(present.get(name, ())):
+        tensors = present.get(name, ())
+        if wanted.issuperset(tensor.dtype for tensor in tensors):
+            continue
+        for i, tensor in enumerate(tensors):
             if tensor.dtype not in wanted:
-                names = " or ".join(str(dtype) for dtype in wanted)
+                names = " or ".join(sorted(map(str, wanted)))
                 raise TypeError(f"{name}[{i}]: expected {names}, got {tensor.dtype}. {advice}")
+    changed = {name: lists[name] for name in lists if name != "grads"}
+    check_in_place(changed, {"grads": grads})
+    _check_orders(params, changed)
     return device
 
 
-def _check_numbers(
-    device: torch.device,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    momentum_buffers: Sequence[Tensor] | None,
-) -> None:
-    check_scalar("lr", lr, device, 0)
-    per_tensor("momentum", momentum, 1, 0)
-    if momentum and momentum_buffers is None:
+def _check_orders(params: Sequence[Tensor], changed: Mapping[str, Sequence[Tensor] | None]) -> None:
+    """Check that what is changed lies in memory as the weights do: kernels walk through both."""
+    wanted = _orders(params)
+    for name, tensors in changed.items():
+        if tensors is None or (found := _orders(tensors)) == wanted:
+            continue
+        i = [a != b for a, b in zip(found, wanted, strict=True)].index(True)
+        raise ValueError(
+            f"{name}[{i}]: expected strides {params[i].stride()}, those of params[{i}], got "
+            f"{tensors[i].stride()}. Make it by torch.empty_like(params[{i}]), after any change of "
+            "the model's memory format."
+        )
+
+
+def _orders(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...] | None, ...]:
+    """Return the memory order of each tensor."""
+    if isinstance(tensors, TensorList):
+        return tensors.layout.orders
+    return tuple(map(memory_order, tensors))
+
+
+def _check_momentum(
+    momentum: float, nesterov: bool, momentum_buffers: Sequence[Tensor] | None
+) -> float:
+    number = check_number("momentum", momentum, 0)
+    if number and momentum_buffers is None:
         raise ValueError(
             "momentum_buffers: expected one per tensor with momentum above 0, got None."
         )
-    if nesterov and not momentum:
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"nesterov: expected True or False, got {type(nesterov).__name__}.")
+    if nesterov and not number:
         raise ValueError("nesterov: expected momentum above 0 with it, got 0.")
+    return number
+
+
+def _check_moving(
+    device: torch.device,
+    averages: Sequence[Tensor] | None,
+    decay: float | Tensor,
+    moved: Tensor | None,
+) -> None:
+    check_flag("moved", moved, device)
+    check_scalar("decay", decay, device, 0, 1)
+    if moved is not None and averages is None:
+        raise ValueError("averages: expected a list of tensors with moved, got None.")
+
+
+def _check_mask(
+    params: Sequence[Tensor],
+    scores: Sequence[Tensor | None] | None,
+    thresholds: Tensor | None,
+) -> None:
+    if (scores is None) != (thresholds is None):
+        raise ValueError("scores and thresholds: expected both or neither.")
+    if scores is None or thresholds is None:
+        return
+    check_scores("params", params, scores, thresholds)
 
 
 def _check_weight_decay(
     weight_decay: float | Sequence[float] | Tensor, count: int, device: torch.device
 ) -> float | Sequence[float] | Tensor:
+    if isinstance(weight_decay, Sequence):
+        return per_tensor("weight_decay", weight_decay, count, 0)
     if not isinstance(weight_decay, Tensor):
-        numbers = per_tensor("weight_decay", weight_decay, count, 0)
-        return numbers if isinstance(weight_decay, Sequence) else float(weight_decay)
+        return check_number("weight_decay", weight_decay, 0)
     check_tensor("weight_decay", weight_decay)
     if weight_decay.shape != (count,) or weight_decay.dtype != torch.float32:
         raise ValueError(
@@ -227,14 +289,3 @@ def _check_weight_decay(
     if weight_decay.device != device:
         raise ValueError(f"weight_decay: expected {device}, got {weight_decay.device}.")
     return weight_decay
-
-
-def _check_flag(name: str, flag: Tensor | None, device: torch.device) -> None:
-    if flag is None:
-        return
-    check_tensor(name, flag, floating=False)
-    if flag.dtype != torch.bool or flag.ndim or flag.device != device:
-        raise ValueError(
-            f"{name}: expected a 0-d bool tensor on {device}, got {flag.dtype} "
-            f"{list(flag.shape)} on {flag.device}."
-        )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tables import ALIGNMENT, TensorList, upload
+from .layout import ALIGNMENT, check_dense
+from .tables import TensorList, upload
 
 # Bins of the widest digit. The first digit has 8 bits, the other two 11 or 12.
 BINS = 4096
@@ -28,19 +29,26 @@ class Workspace:
     A tensor whose percentile is 0 keeps all its weights: it is exempt and has no scores.
 
     Args:
-        tensors: L tensors whose shapes and memory order the scores take.
+        tensors: L dense tensors whose shapes and memory order the scores take.
         percentiles: percent of weights below the threshold, one per tensor.
         alphas: weight of the natural gradient in the score, one per tensor.
         score: how the two gradients are combined; see :mod:`.rgp`.
         keep_exempt: score exempt tensors too, for whoever wants their smallest score.
 
+    Raises:
+        ValueError: for a tensor that is not dense, by its number.
+        RuntimeError: while a CUDA graph is being captured.
+
     Attributes:
+        device: where it lies, that of the tensors.
         scores: L score tensors, float32, or None for exempt ones.
         thresholds: float32 [L], the order statistic that a kept score reaches; -inf where exempt.
         kept: float32 [L], fraction of the weights kept; 1 where exempt.
         nonfinite: int32 [L], number of scores that are NaN or infinite; 0 where exempt.
     """
 
+    # In inference mode its memory would be tensors that nothing could change afterwards.
+    @torch.inference_mode(mode=False)
     def __init__(
         self,
         tensors: Sequence[Tensor],
@@ -51,10 +59,12 @@ class Workspace:
         keep_exempt: bool = False,
     ) -> None:
         count = len(tensors)
-        device = tensors[0].device if tensors else torch.device("cpu")
+        self.device = device = tensors[0].device if tensors else torch.device("cpu")
+        for i, tensor in enumerate(tensors):
+            check_dense(f"tensors[{i}]", tensor)
         self.percentiles, self.alphas, self.score = tuple(percentiles), tuple(alphas), score
         scored = [keep_exempt or percentile > 0 for percentile in percentiles]
-        self.scores = TensorList(_score_tensors(tensors, scored, device))
+        self.scores = TensorList(_score_tensors(tensors, scored, device), device=device)
         exact = [rank_of(p, t.numel()) for p, t in zip(percentiles, tensors, strict=True)]
         self.ranks = upload([math.ceil(rank) for rank in exact], torch.int32, device)
         # Of the way from the order statistic below to the one at the rank; 1 where they coincide.
@@ -67,8 +77,8 @@ class Workspace:
         # Of each tensor: the digits found so far, the rank that is left, non-finite scores so far,
         # and the key of the largest score below the threshold.
         self.state = torch.zeros(count, 4, dtype=torch.int32, device=device)
-        self.thresholds = torch.full((count,), EXEMPT, device=device)
-        self.kept = torch.ones(count, device=device)
+        self.thresholds = torch.full((count,), EXEMPT, dtype=torch.float32, device=device)
+        self.kept = torch.ones(count, dtype=torch.float32, device=device)
         self.nonfinite = torch.zeros(count, dtype=torch.int32, device=device)
 
     @property

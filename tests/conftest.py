@@ -20,10 +20,6 @@ UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
 # Read when ONNX Runtime is imported, which otherwise logs its use in the home folder.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so it is set before any test imports one.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 # The gate gives the same answer each time, also on a machine so busy that an example takes seconds.
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
@@ -34,11 +30,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests of more than a minute")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Read when a kernel is defined, so it is set before any test imports one.
+    if are_interpreted(config.option.markexpr, on_gpu=torch.cuda.is_available()):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def are_interpreted(markexpr: str, *, on_gpu: bool) -> bool:
+    """Return whether kernels run in Triton's interpreter: wherever GPU tests are not asked for.
+
+    A process has one choice for all kernels, and most tests run kernels on CPU tensors.
+    """
+    return not on_gpu or "gpu" not in markexpr or "not gpu" in markexpr
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
         pytest.skip("takes more than a minute; run with --slow")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU, and torch finds none")
+    if item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted here: run `make bench-kernels`, or pytest -m gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from cure_fast import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "traffic.py"
@@ -21,6 +24,9 @@ OPERATIONS = {operation.name: operation for operation in traffic.OPERATIONS}
 # digits of the selection, then by the mask or the update.
 EXPECTED = {
     "select": (4 + 4 + 4, 4 + 4 + 4 + 2 * 4),
+    "threshold": (4 + 4, 20 + 4),
+    "mask": (4 + 4 + 4, 12),
+    "update": (4 + 2 * (4 + 4), 20),
     "select + mask": (2 * 4 + 4 + 4, 20 + 4 + 4 + 4),
     "select + update": (3 * 4 + 2 * (4 + 4), 20 + 4 + 4 + 2 * (4 + 4)),
     "select + update + average": (28 + 4 + 4, 44 + 4 + 4),
@@ -29,11 +35,16 @@ EXPECTED = {
         2 + 2 + 4 + 2 * 4 + 4 + 2 + 16 + 2,
     ),
     "average": (4 + 4 + 4, 12),
+    "copy": (4 + 4, 8),
     "fold BatchNorm into bf16": (4 + 2, 6),
     "augment": (1 + 4, 5),
     "attack step, linf": (3 * 4 + 4, 16),
     "attack step, l2": (3 * 4 + 4, 4 + 3 * 4 + 4 * 4 + 4),
     "attack start, linf": (4 + 4, 8),
+    "attack start, normal": (4 + 4, 8),
+    "attack start, l2": (4 + 4, 8),
+    # Four logits and four gradients; of each row of ten also a label, and six losses.
+    "losses with a teacher": ((4 + 4) * 4 + (8 + 6 * 4) / 10, 35.2),
 }
 # Each chunk also reads its entries of tables and adds to counters, however few elements it has.
 PER_CHUNK = 0.1
@@ -48,10 +59,18 @@ def test_every_operation_has_an_expectation() -> None:
     assert set(OPERATIONS) == set(EXPECTED)
 
 
+def test_every_operation_of_the_package_is_counted() -> None:
+    """The coin is one number, and the score alone has no kernel."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    operations = {name for name in kernels.__all__ if name.islower()}
+    assert operations - used == {"flip_coin", "rgp_score"}
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_bytes_per_element_are_those_of_the_design(name: str) -> None:
     floor, moved = EXPECTED[name]
-    assert cost(name).floor == floor
+    assert cost(name).floor == pytest.approx(floor, rel=1e-12)
     assert moved <= cost(name).moved < moved + PER_CHUNK
 
 
@@ -97,7 +116,7 @@ def test_counting_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_table_scales_with_the_model_and_the_bandwidth() -> None:
     operation = OPERATIONS["average"]
     one = traffic.Cost(floor=12.0, moved=24.0, atomics=0.25, launches=2)
-    text = traffic.table({operation: one}, {"weight": 1_000_000, "pixel": 1}, 1e12)
+    text = traffic.table({operation: one}, {"weight": 1_000_000, "pixel": 1, "logit": 1}, 1e12)
     heading, row = text.splitlines()
     assert heading.split()[-4:] == ["floor", "us", "moved", "us"]
     assert row.split() == (

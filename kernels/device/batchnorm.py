@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..batchnorm import Optionals
-from ..tables import as_tensor_list, laid_out_like, upload
+from ..tables import TensorList, as_tensor_list, laid_out_like
 from .chunks import my_segment, my_start, pointer_to
 from .launching import Launch, launch_each, triton_dtype
+from .numbers import one_or_on_device
+from .versions import count_changes
 
 # Small, so that most chunks of wide layers lie within one output channel.
 CHUNK = 1024
@@ -141,16 +142,20 @@ def fold_batchnorm(
     out_biases: Sequence[Tensor],
 ) -> None:
     """Launch the kernel, once per dtype of the outputs."""
-    old = as_tensor_list(laid_out_like(weights, out_weights))
-    new, new_biases = as_tensor_list(out_weights), as_tensor_list(out_biases)
-    tables = (
-        old.addresses,
-        *(addresses_of(tensors) for tensors in (biases, bn_weights, bn_biases)),
-        *(addresses_of(tensors) for tensors in (running_means, running_vars)),
-        *(new.addresses, new_biases.addresses),
-    )
-    if isinstance(eps, Sequence):
-        eps = eps[0] if len(set(eps)) == 1 else upload(eps, torch.float32, old.device)
+    old = as_tensor_list(laid_out_like(weights, out_weights), "weights")
+    new = as_tensor_list(out_weights, "out_weights")
+    new_biases = as_tensor_list(out_biases, "out_biases")
+    read = {
+        "biases": biases,
+        "bn_weights": bn_weights,
+        "bn_biases": bn_biases,
+        "running_means": running_means,
+        "running_vars": running_vars,
+    }
+    # Held until the launch: a list can be the only owner of its tensors.
+    lists = (old, *(table_of(name, each) for name, each in read.items()), new, new_biases)
+    tables = [None if each is None else each.addresses for each in lists]
+    eps = one_or_on_device("eps", eps, old.device)
     plan = old.plan(new, chunk=CHUNK)
     channel_counts = new_biases.plan(chunk=CHUNK).sizes
     launch_each(
@@ -171,10 +176,16 @@ def fold_batchnorm(
             for group in plan.groups
         ]
     )
+    count_changes(out_weights, out_biases)
 
 
-def addresses_of(tensors: Optionals) -> Tensor | None:
-    """Return the table of addresses, or None where there is no tensor at all."""
+def table_of(name: str, tensors: Optionals) -> TensorList | None:
+    """Return the tensors with their table, or None where there is no tensor at all.
+
+    Tensors with gaps are copied, unless they are in a TensorList, whose addresses are fixed.
+    """
     if tensors is None or all(tensor is None for tensor in tensors):
         return None
-    return as_tensor_list(tensors).addresses
+    if not isinstance(tensors, TensorList):
+        tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    return as_tensor_list(tensors, name)

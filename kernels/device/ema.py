@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ema import device_of
 from ..philox import COIN, step_tensor
 from ..tables import as_tensor_list, laid_out_like
 from .chunks import my_segment, my_start, number, pointer_to
 from .launching import Launch, launch_each, triton_dtype
 from .philox import uniform
+from .versions import count_changes
 
 CHUNK = 4096
 BLOCK = 2048
@@ -97,10 +99,10 @@ def _average_kernel(
 
 
 def flip_coin(
-    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | None = None
+    rate: float | Tensor, *, seed: int, step: Tensor | int, device: torch.device | str | None = None
 ) -> Tensor:
     """Launch the coin."""
-    counter = step_tensor(step, device or torch.device("cpu"))
+    counter = step_tensor(step, device_of(step, device))
     landed = torch.empty((), dtype=torch.bool, device=counter.device)
     Launch(
         _coin_kernel,
@@ -120,15 +122,19 @@ def ema_update(
     decay: float | Tensor,
     rate: float | Tensor = 1.0,
     seed: int = 0,
-    step: Tensor | int = 0,
+    step: Tensor | int | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Launch the coin, then the move: once per pair of dtypes."""
-    old, new = as_tensor_list(averages), as_tensor_list(laid_out_like(params, averages))
+    old = as_tensor_list(averages, "averages")
+    new = as_tensor_list(laid_out_like(params, averages), "params")
     device = old.device
-    if isinstance(rate, Tensor) or rate < 1:
+    if step is not None and (isinstance(rate, Tensor) or rate < 1):
         moved = flip_coin(rate, seed=seed, step=step, device=device)
     else:
         moved = torch.ones((), dtype=torch.bool, device=device)
+    if skip is not None:
+        moved = moved & ~skip
     plan = old.plan(new, chunk=CHUNK)
     if not isinstance(decay, Tensor) and any(
         group.dtypes[0] == torch.float64 for group in plan.groups
@@ -157,7 +163,37 @@ def ema_update(
             for group in plan.groups
         ]
     )
+    count_changes(averages)
     return moved
+
+
+def copy_where(targets: Sequence[Tensor], sources: Sequence[Tensor], *, condition: Tensor) -> None:
+    """Launch the copy: once per dtype."""
+    old = as_tensor_list(targets, "targets")
+    new = as_tensor_list(laid_out_like(sources, targets), "sources")
+    plan = old.plan(new, chunk=CHUNK)
+    launch_each(
+        [
+            Launch(
+                _average_kernel,
+                len(group.chunks),
+                old.device,
+                (
+                    *(old.addresses, new.addresses, plan.sizes, group.chunks),
+                    *(condition.view(torch.uint8), 0.0),
+                ),
+                {
+                    "AVERAGE": triton_dtype(group.dtypes[0]),
+                    "PARAM": triton_dtype(group.dtypes[1]),
+                    "KIND": None,
+                    "DECAY_ON_DEVICE": False,
+                    **{"ALIGNED": group.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK},
+                },
+            )
+            for group in plan.groups
+        ]
+    )
+    count_changes(targets)
 
 
 def arithmetic_of(dtype: torch.dtype | None) -> tl.dtype | None:

@@ -94,6 +94,16 @@ def _is_compile_failure(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
+def launch_all(launches: Sequence[Launch]) -> None:
+    """Run launches that change no tensor of the caller, so that each may still be given up.
+
+    Raises:
+        KernelUnavailable: if one cannot run.
+    """
+    for launch in launches:
+        launch.run()
+
+
 def launch_each(launches: Sequence[Launch]) -> None:
     """Run launches that change tensors in place, of which the first may still be given up.
 

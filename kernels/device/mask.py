@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tables import as_tensor_list
+from ..tables import as_tensor_list, laid_out_like
 from .chunks import my_segment, my_start, pointer_to
 from .launching import Launch, launch_each, triton_dtype
+from .versions import count_changes
 
 CHUNK = 8192
 BLOCK = 2048
@@ -25,7 +26,7 @@ def is_below(score, threshold):
 @triton.jit
 def _mask_block(tensor_pointer, score_pointer, offsets, mask, threshold):
     """Zero the entries of one block whose scores are below ``threshold``."""
-    score = tl.load(score_pointer + offsets, mask=mask)
+    score = tl.load(score_pointer + offsets, mask=mask).to(tl.float32)
     value = tl.load(tensor_pointer + offsets, mask=mask)
     low = is_below(score, threshold)
     tl.store(tensor_pointer + offsets, tl.where(low, 0.0, value).to(value.dtype), mask=mask)
@@ -39,6 +40,7 @@ def _mask_kernel(
     chunks,  # int32 [P, 2]
     thresholds,  # float32 [R]
     DTYPE: tl.constexpr,
+    SCORE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +51,7 @@ def _mask_kernel(
     size = tl.load(sizes + segment)
     threshold = tl.load(thresholds + segment)
     tensor = pointer_to(tensor_addresses, segment, DTYPE, ALIGNED)
-    score = pointer_to(score_addresses, segment, tl.float32, ALIGNED)
+    score = pointer_to(score_addresses, segment, SCORE, ALIGNED)
     if size - start >= CHUNK:
         for block in range(0, CHUNK, BLOCK):
             offsets = start + block + tl.arange(0, BLOCK)
@@ -64,21 +66,25 @@ def _mask_kernel(
 def mask_below(
     tensors: Sequence[Tensor], scores: Sequence[Tensor | None], thresholds: Tensor
 ) -> None:
-    """Launch the mask, once per dtype."""
-    masked, by = as_tensor_list(tensors), as_tensor_list(scores)
+    """Launch the mask, once per pair of dtypes."""
+    masked = as_tensor_list(tensors, "tensors")
+    by = as_tensor_list(laid_out_like(scores, tensors), "scores")
     plan = by.plan(masked, chunk=CHUNK)
+    thresholds = thresholds.contiguous()
     launch_each(
         [
             Launch(
                 _mask_kernel,
                 len(group.chunks),
-                by.device,
+                masked.device,
                 (masked.addresses, by.addresses, plan.sizes, group.chunks, thresholds),
                 {
-                    **{"DTYPE": triton_dtype(group.dtypes[1]), "ALIGNED": group.aligned},
-                    **{"CHUNK": CHUNK, "BLOCK": BLOCK},
+                    "DTYPE": triton_dtype(group.dtypes[1]),
+                    "SCORE": triton_dtype(group.dtypes[0]),
+                    **{"ALIGNED": group.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK},
                 },
             )
             for group in plan.groups
         ]
     )
+    count_changes([t for t, own in zip(masked, by, strict=True) if own is not None])

@@ -12,6 +12,7 @@ from ..philox import RADIUS, START, step_tensor
 from ..tables import is_dense, laid_out_like
 from .launching import Launch
 from .philox import normal, uniform
+from .versions import count_changes
 
 # Elements per program with linf, and per turn of a program's loop with l2.
 CHUNK = 1024
@@ -187,7 +188,7 @@ def logical(offsets, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     return offsets % CHANNELS * (PIXELS // CHANNELS) + offsets // CHANNELS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def init_linf_kernel(
     out,
     x,
@@ -224,7 +225,7 @@ def init_linf_kernel(
         store_image(out, offsets, centre + delta, end, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def init_l2_kernel(
     out,
     x,
@@ -299,7 +300,10 @@ def pgd_step(
     else:
         constants |= {"PIXELS": pixels, "SMALLEST": SMALLEST_NORM}
         Launch(step_l2_kernel, len(images), x_adv.device, tensors, constants).run()
-    return x_adv if images is x_adv else x_adv.copy_(images)
+    if images is x_adv:
+        count_changes([x_adv])
+        return x_adv
+    return x_adv.copy_(images)
 
 
 def pgd_init(

@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rgp import Score, Selection
-from ..tables import as_tensor_list, laid_out_like
+from ..tables import as_tensor_list, laid_out_like, without_gaps
 from ..workspace import BINS, Workspace
 from .chunks import my_segment, my_start, pointer_to
 from .keys import key_of, score_of, score_with
-from .launching import Launch, launch_each, triton_dtype
+from .launching import Launch, launch_all, triton_dtype
 from .mask import mask_below
 
 # Elements per program, and per pass of its loop. More at a time costs registers, fewer leave the
@@ -276,6 +276,7 @@ def rgp_select(
     score: Score = "abs",
 ) -> Selection:
     """Launch the kernels of :func:`cure_fast.kernels.rgp.rgp_select` with tables of their own."""
+    nat_grads = without_gaps(nat_grads)
     workspace = Workspace(nat_grads, percentiles=percentile, alphas=alpha, score=score)
     return select_in(workspace, nat_grads, laid_out_like(adv_grads, nat_grads))
 
@@ -284,7 +285,7 @@ def select_in(
     workspace: Workspace, nat_grads: Sequence[Tensor], adv_grads: Sequence[Tensor]
 ) -> Selection:
     """Launch the selection with the tables and memory of ``workspace``."""
-    launch_each(selection_launches(workspace, nat_grads, adv_grads))
+    launch_all(selection_launches(workspace, nat_grads, adv_grads))
     return Selection(workspace.scores, *workspace.results)
 
 
@@ -292,8 +293,8 @@ def selection_launches(
     workspace: Workspace, nat_grads: Sequence[Tensor], adv_grads: Sequence[Tensor]
 ) -> list[Launch]:
     """Return the launches: one per pair of dtypes for the first digit, one for each other."""
-    nat, adv = as_tensor_list(nat_grads), as_tensor_list(adv_grads)
-    scores, device = workspace.scores, workspace.scores.device
+    nat, adv = as_tensor_list(nat_grads, "nat_grads"), as_tensor_list(adv_grads, "adv_grads")
+    scores, device = workspace.scores, workspace.device
     plan = scores.plan(nat, adv, chunk=CHUNK)
     signed = workspace.score == "signed"
     bits = 12 if signed else 11
@@ -351,17 +352,18 @@ def rgp_threshold(
     score: Score = "abs",
 ) -> Tensor:
     """Launch the selection and the interpolation."""
+    nat_grads = without_gaps(nat_grads)
     workspace = Workspace(
         nat_grads, percentiles=percentile, alphas=alpha, score=score, keep_exempt=True
     )
     select_in(workspace, nat_grads, laid_out_like(adv_grads, nat_grads))
     plan = workspace.scores.plan(chunk=CHUNK)
-    launch_each(
+    launch_all(
         [
             Launch(
                 _interpolate_kernel,
                 len(group.chunks),
-                workspace.scores.device,
+                workspace.device,
                 (
                     *(workspace.scores.addresses, plan.sizes, workspace.fractions, group.chunks),
                     *(workspace.tickets, workspace.state, workspace.thresholds),

@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tables import TensorList, as_tensor_list, laid_out_like, upload
+from ..tables import TensorList, as_tensor_list, laid_out_like
 from ..update import Conserve
 from .chunks import my_segment, my_start, number, pointer_to
 from .ema import lerp, weight_of
 from .launching import Launch, launch_each, triton_dtype
 from .mask import is_below
+from .numbers import one_or_on_device
+from .versions import count_changes
 
 # One pass per program keeps the six streams of the widest case within 64 registers a thread.
 CHUNK = 2048
@@ -210,15 +212,16 @@ def masked_sgd(
     skip: Tensor | None = None,
 ) -> None:
     """Launch the update: once for the masked tensors and once for the others, per dtype."""
-    master = as_tensor_list(params)
-    if isinstance(weight_decay, Sequence):
-        weight_decay = upload(weight_decay, torch.float32, master.device)
+    master = as_tensor_list(params, "params")
+    weight_decay = one_or_on_device("weight_decay", weight_decay, master.device)
+    thresholds = None if thresholds is None else thresholds.contiguous()
+    buffers = momentum_buffers if momentum else None
     lists = (
-        as_tensor_list(laid_out_like(grads, params)),
-        _table(momentum_buffers if momentum else None),
-        _table(scores),
-        _table(averages),
-        _table(low_precision_copies),
+        as_tensor_list(laid_out_like(grads, params), "grads"),
+        _table(buffers, "momentum_buffers"),
+        _table(None if scores is None else laid_out_like(scores, params), "scores"),
+        _table(averages, "averages"),
+        _table(low_precision_copies, "low_precision_copies"),
     )
     plan = master.plan(*lists, chunk=CHUNK)
     addresses = [None if each is None else each.addresses for each in lists]
@@ -251,10 +254,11 @@ def masked_sgd(
         for group in plan.groups
     ]
     launch_each(launches)
+    count_changes(params, buffers, averages, low_precision_copies)
 
 
-def _table(tensors: Sequence[Tensor | None] | None) -> TensorList | None:
-    return None if tensors is None else as_tensor_list(tensors)
+def _table(tensors: Sequence[Tensor | None] | None, name: str) -> TensorList | None:
+    return None if tensors is None else as_tensor_list(tensors, name)
 
 
 def _byte(flag: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,14 @@ def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return tensor.fill_(value)
 
     return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request: pytest.FixtureRequest) -> None:
+    """Skip tests of kernels on CPU tensors where kernels are compiled."""
+    compiled = os.environ.get("TRITON_INTERPRET") != "1"
+    if compiled and not request.node.get_closest_marker("gpu"):
+        pytest.skip("needs Triton's interpreter: run pytest without -m gpu")
 
 
 @pytest.fixture(autouse=True)

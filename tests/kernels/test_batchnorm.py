@@ -265,12 +265,57 @@ def test_a_second_call_with_tensor_lists_builds_no_tables(monkeypatch, triton_ke
         raise AssertionError("a table was built, which a CUDA graph does not allow")
 
     monkeypatch.setattr("cure_fast.kernels.tables.upload", refuse)
-    monkeypatch.setattr("cure_fast.kernels.device.batchnorm.upload", refuse)
+    monkeypatch.setattr("cure_fast.kernels.device.numbers.upload", refuse)
     for eps in (1e-5, [1e-5, 1e-5], torch.full((2,), 1e-5)):
         for tensor in outputs(layers):
             tensor.zero_()
         fold_batchnorm(**layers, eps=eps)
         assert same_bits(outputs(layers), folded(layers))
+
+
+def test_numbers_that_differ_cannot_be_sent_in_a_capture(monkeypatch, triton_kernels):
+    layers = {name: TensorList(tensors) for name, tensors in draw([(3, 4), (2, 5)]).items()}
+    fold_batchnorm(**layers, eps=1e-5)
+    monkeypatch.setattr("cure_fast.kernels.device.numbers.is_capturing", lambda device: True)
+    fold_batchnorm(**layers, eps=[1e-5, 1e-5])
+    with pytest.raises(RuntimeError, match=r"eps: .*Pass a float32 tensor \[2\] on cpu"):
+        fold_batchnorm(**layers, eps=[1e-5, 1e-3])
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+def test_eps_on_the_device_may_lie_in_any_way(monkeypatch, kernels):
+    """A column of a matrix, and one number expanded."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", kernels)
+    layers = draw([(3, 4), (2, 5)])
+    column = torch.tensor([[0.0, 99.0], [3.0, 99.0]])[:, 0]
+    for eps, alike in ((column, [0.0, 3.0]), (torch.tensor(0.5).expand(2), 0.5)):
+        fold_batchnorm(**layers, eps=eps)
+        assert same_bits(outputs(layers), folded(layers, alike))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.int64])
+def test_eps_may_be_an_integer_or_numpys(monkeypatch, kernels, kind):
+    """An integer is compiled into the kernel, and NumPy's numbers have no type there."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", kernels)
+    layers = draw([(3, 4), (2, 5)])
+    for eps in (kind(1), [kind(1), kind(2)]):
+        fold_batchnorm(**layers, eps=eps)
+        wanted = [float(e) for e in eps] if isinstance(eps, list) else 1.0
+        assert same_bits(outputs(layers), folded(layers, wanted))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize(
+    "name", ["biases", "bn_weights", "bn_biases", "running_means", "running_vars"]
+)
+def test_numbers_per_channel_may_have_gaps(monkeypatch, kernels, name):
+    monkeypatch.setenv("CURE_FAST_KERNELS", kernels)
+    layers = draw([(3, 4), (2, 5)])
+    wanted = folded(layers)
+    layers[name] = [torch.stack((t, t + 1), dim=1)[:, 0] for t in layers[name]]
+    fold_batchnorm(**layers, eps=1e-5)
+    assert same_bits(outputs(layers), wanted)
 
 
 def test_layers_of_one_dtype_take_one_launch(monkeypatch, triton_kernels):

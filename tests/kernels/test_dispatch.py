@@ -150,6 +150,29 @@ def test_a_later_launch_that_fails_is_an_error_as_tensors_have_changed(monkeypat
     assert averages[0].tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("failing", [2, 3, 4])
+def test_a_later_launch_of_the_selection_gives_way_as_nothing_has_changed(failing, monkeypatch):
+    """Launch 4 is the first that changes a gradient."""
+    start, launches = launching.Launch._start, []
+
+    def fail(self, kernel):
+        launches.append(self)
+        if len(launches) == failing:
+            raise CompilationError("", None, "no registers")
+        start(self, kernel)
+
+    monkeypatch.setenv("CURE_FAST_KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "uses_triton", lambda device: True)
+    monkeypatch.setattr(launching.Launch, "_start", fail)
+    monkeypatch.setattr(dispatch, "_failed", set())
+    nat, adv, grad = torch.rand(3, 50).unbind()
+    wanted = grad.clone()
+    rgp_mask_ref([wanted], [nat], [adv], percentile=30, alpha=0.1)
+    with pytest.warns(RuntimeWarning, match="kernel of rgp_mask cannot run here"):
+        rgp_mask_([grad], [nat], [adv], percentile=30, alpha=0.1)
+    assert torch.equal(grad, wanted) and len(launches) == failing
+
+
 def test_importing_needs_no_triton_and_starts_nothing():
     program = (
         "import sys; from cure_fast.kernels import RGP, rgp_mask_, ema_update_, pgd_step_\n"
@@ -168,6 +191,25 @@ def test_importing_needs_no_triton_and_starts_nothing():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("markexpr", "on_gpu", "interpreted"),
+    [
+        ("", False, True),
+        ("gpu", False, True),
+        ("", True, True),
+        ("not gpu", True, True),
+        ("slow", True, True),
+        ("gpu", True, False),
+        ("gpu and not slow", True, False),
+    ],
+)
+def test_tests_interpret_kernels_unless_gpu_tests_are_asked_for(
+    markexpr, on_gpu, interpreted, pytestconfig
+):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert conftest.are_interpreted(markexpr, on_gpu=on_gpu) == interpreted
 
 
 def test_kernels_are_launched_in_one_place():

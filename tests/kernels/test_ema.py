@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cure_fast.kernels import TensorList, ema_update_, flip_coin
+from cure_fast.kernels import TensorList, ema, ema_update_, flip_coin
 from cure_fast.kernels.ema import ema_update_ref, flip_coin_ref
 
 
@@ -25,7 +25,7 @@ def test_rate_zero_moves_nothing(choice, monkeypatch):
     monkeypatch.setenv("CURE_FAST_KERNELS", choice)
     average = [torch.ones(3), torch.tensor(4)]
     nan = [torch.full((3,), float("nan")), torch.tensor(9)]
-    moved = ema_update_(average, nan, decay=0.5, rate=0)
+    moved = ema_update_(average, nan, decay=0.5, rate=0, step=0)
     assert not bool(moved) and torch.equal(average[0], torch.ones(3)) and average[1] == 4
 
 
@@ -50,6 +50,55 @@ def test_one_coin_moves_all_or_nothing_at_the_given_rate():
         moves += bool(moved)
     # Binomial(2000, 0.2): mean 400, deviation 17.9.
     assert 400 - 5 * 17.9 < moves < 400 + 5 * 17.9
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("rate", [0.5, 0, torch.tensor(1.0)], ids=str)
+def test_a_rate_below_one_needs_the_number_of_the_step(choice, rate, monkeypatch):
+    """Without it the same coin would be tossed at every step."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    with pytest.raises(ValueError, match=r"step: expected the number of the step .* got None"):
+        ema_update_([torch.ones(1)], [torch.zeros(1)], decay=0.5, rate=rate)
+    for always in (1, 1.0, np.float32(1)):
+        assert bool(ema_update_([torch.ones(1)], [torch.zeros(1)], decay=0.5, rate=always))
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("step", range(4))
+def test_a_step_that_is_skipped_moves_nothing(choice, skip, step, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    average, nan = (
+        [torch.ones(3), torch.tensor(4)],
+        [torch.full((3,), float("nan")), torch.tensor(9)],
+    )
+    coin = {"rate": 0.5, "seed": 1, "step": step}
+    moved = ema_update_(average, nan, decay=0.5, **coin, skip=torch.tensor(skip))
+    landed = bool(flip_coin(coin["rate"], seed=1, step=step))
+    assert bool(moved) == (landed and not skip)
+    assert average[1] == (9 if moved else 4)
+    assert torch.equal(average[0].isnan(), torch.full((3,), bool(moved)))
+
+
+def test_the_tosses_of_the_skipped_steps_land_and_do_not():
+    """Or the test above would not tell a skip from a coin."""
+    assert {bool(flip_coin(0.5, seed=1, step=step)) for step in range(4)} == {False, True}
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_the_devices_name_will_do(choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    for device in ("cpu", torch.device("cpu"), None):
+        assert bool(flip_coin(1, seed=1, step=0, device=device))
+        assert bool(flip_coin(torch.tensor(1.0), seed=1, step=torch.tensor(0), device=device))
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """Tensors there have a number, and would otherwise be on another device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in ("cuda", torch.device("cuda")):
+        assert ema.device_of(0, device) == torch.device("cuda", 3)
+    assert ema.device_of(0, "cuda:1") == torch.device("cuda", 1)
 
 
 @given(
@@ -78,7 +127,18 @@ def test_a_step_on_the_device_is_read_and_not_advanced(triton_kernels):
     assert first == [drawn[0]] * 2 and len(set(drawn)) == 2
 
 
-DECAYS = (0.0, 0.3, 0.5, 0.999, 1.0, torch.tensor(0.9), torch.tensor(0.9, dtype=torch.float64))
+DECAYS = (
+    0,
+    0.0,
+    0.3,
+    0.5,
+    0.999,
+    np.float32(0.9),
+    1,
+    1.0,
+    torch.tensor(0.9),
+    torch.tensor(0.9, dtype=torch.float64),
+)
 
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
@@ -122,7 +182,7 @@ def test_memory_orders_may_differ_and_views_may_be_unaligned(triton_kernels):
 def test_prepared_lists_of_different_memory_order_are_refused_by_name(triton_kernels):
     average = TensorList([torch.zeros(2, 3, 4, 5)], names=["conv.weight"])
     param = TensorList([torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)])
-    with pytest.raises(ValueError, match=r"conv.weight: expected strides .* in every list"):
+    with pytest.raises(ValueError, match=r"params\[0\]: expected strides .*of conv.weight"):
         ema_update_(average, param, decay=0.5)
 
 
@@ -150,6 +210,18 @@ ONE = torch.ones(1)
         ({"decay": 0.5, "params": []}, ValueError, "params: expected 1 tensors"),
         ({"decay": 0.5, "params": torch.ones(1)}, TypeError, "params: expected a list"),
         ({"decay": 0.5, "params": [torch.ones(1).int()]}, TypeError, r"params\[0\]: .*int32"),
+        (
+            {"decay": 0.5, "averages": [torch.ones(1).char()], "params": [torch.ones(1).int()]},
+            TypeError,
+            r"params\[0\]: expected torch.int8, that of averages\[0\], got torch.int32",
+        ),
+        (
+            {"decay": 0.5, "averages": [ONE.cfloat()], "params": [ONE.cfloat()]},
+            TypeError,
+            r"averages\[0\]: expected one of .*got torch.complex64",
+        ),
+        ({"decay": 0.5, "params": [ONE.cfloat()]}, TypeError, r"params\[0\]: .*complex64"),
+        ({"decay": 0.5, "skip": torch.tensor(0.0)}, ValueError, "skip: expected a 0-d bool"),
         ({"decay": 0.5, "params": [torch.ones(1, device="meta")]}, ValueError, "meta"),
     ],
 )

@@ -102,6 +102,28 @@ def test_views_and_other_layouts_give_the_same_mask():
     assert storage[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_mask_by_scores_of_any_dtype_and_thresholds_of_any_stride(dtype):
+    tensors, scores = gradients(), gradients(dtype, seed=1)
+    thresholds = torch.randn(len(scores), 2).mul(0.1)[:, 0]
+    masked = on_gpu(tensors)
+    # A copy on the GPU would have lost the stride.
+    strided = torch.stack([thresholds.to(GPU)] * 2, dim=1)[:, 0]
+    kernels.mask_below_(masked, on_gpu(scores), strided)
+    rgp.mask_below_ref(tensors, scores, thresholds)
+    assert all(same_bits(a, b) for a, b in zip(masked, tensors, strict=True))
+
+
+def test_gradients_with_gaps_and_expanded_ones_are_read_right():
+    generator = torch.Generator().manual_seed(7)
+    wide = torch.randn(64, 48, generator=generator)
+    nat, adv = wide[:, :20], torch.randn(64, 1, generator=generator).expand(64, 20)
+    wanted = rgp.rgp_select_ref([nat], [adv], **SETTINGS)
+    mine = wide.to(GPU)[:, :20], adv[:, :1].to(GPU).expand(64, 20)
+    found = kernels.rgp_select([mine[0]], [mine[1]], **SETTINGS)
+    assert same_bits(found.thresholds, wanted.thresholds) and same_bits(found.kept, wanted.kept)
+
+
 # The update.
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from cure_fast.kernels.augment import augment_crop_flip
 from cure_fast.kernels.batchnorm import fold_batchnorm
 from cure_fast.kernels.ema import flip_coin_ref
 from cure_fast.kernels.pgd import pgd_init
-from cure_fast.kernels.rgp import rgp_select_ref
+from cure_fast.kernels.rgp import rgp_mask_ref, rgp_select_ref
 from cure_fast.kernels.softmax import softmax_losses
 from gpu_cases import (
     GPU,
@@ -169,6 +171,59 @@ def test_replays_read_the_gradients_of_the_moment(whole: Whole):
     nat, adv = ([t.cpu() for t in tensors] for tensors in (whole.nat, whole.adv))
     wanted = rgp_select_ref(nat, adv, **SETTINGS).thresholds
     assert same_bits(found[: len(nat)], wanted)
+
+
+@pytest.mark.parametrize("warmed_up_on", ["captured", "other"])
+def test_plain_lists_captured_through_rgp_and_other_calls_read_their_own(warmed_up_on: str):
+    shapes = [(33, 16, 3, 3), (1000,), (64, 10)]
+    rgp = kernels.RGP(
+        [(str(s), torch.zeros(s, device=GPU)) for s in shapes], percentile=30, alpha=0.1
+    )
+    generator = torch.Generator().manual_seed(3)
+    cases, wanted = {}, {}
+    for name in ("captured", "other"):
+        nat, adv, grads = (
+            [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)
+        )
+        cases[name] = on_gpu([nat, adv, grads])
+        rgp_mask_ref(grads, nat, adv, **SETTINGS)
+        wanted[name] = grads
+    fresh = {name: on_gpu(case[2]) for name, case in cases.items()}
+
+    def check(name: str, call: Callable[[], object]) -> None:
+        for grad, old in zip(cases[name][2], fresh[name], strict=True):
+            grad.copy_(old)
+        call()
+        assert all(same_bits(a, b) for a, b in zip(cases[name][2], wanted[name], strict=True))
+
+    check(warmed_up_on, lambda: rgp.mask_(*cases[warmed_up_on]))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = rgp.mask_(*cases["captured"])
+    for name in ("captured", "replay", "other", "replay", "other", "other", "replay", "captured"):
+        if name == "replay":
+            kept.zero_()
+            check("captured", graph.replay)
+            assert bool((kept > 0.6).all() and (kept < 0.8).all())
+        else:
+            check(name, lambda name=name: rgp.mask_(*cases[name]))
+
+
+def test_one_list_serves_many_graphs(whole: Whole):
+    grads = [list(t) for t in (whole.nat, whole.adv)]
+    thresholds = whole.rgp.select(*grads).thresholds  # of every call, the graphs' too
+    wanted = thresholds.clone()
+    graphs = []
+    for _ in range(5):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            whole.rgp.select(*grads)
+    for graph in graphs:
+        whole.rgp.select(grads[1], grads[1])
+        assert not same_bits(thresholds, wanted)
+        graph.replay()
+        assert same_bits(thresholds, wanted) and not whole.rgp.nonfinite.any()
 
 
 def test_replays_draw_fresh_coins(whole: Whole):

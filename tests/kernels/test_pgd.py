@@ -267,6 +267,49 @@ def test_no_images_no_pixels_and_one_pixel(kernels, norm, shape):
     torch.testing.assert_close(moved, x + 0.1, rtol=0, atol=L2_ERROR)
 
 
+@NORMS
+def test_images_that_require_gradients_are_refused_where_gradients_are_recorded(kernels, norm):
+    """As torch refuses it; the kernel would change a value that the backward pass needs."""
+    x_adv, x, grad = images()
+    options = {"step_size": 0.1, "eps": 0.2, "norm": norm}
+    leaf = x_adv.clone().requires_grad_()
+    for recorded in (leaf, leaf * 1):
+        with pytest.raises(ValueError, match=r"x_adv: .*no gradient.*x_adv.detach\(\)"):
+            pgd_step_(recorded, x, grad, **options)
+    assert torch.equal(leaf, x_adv)
+    with torch.no_grad():
+        moved = pgd_step_(leaf, x, grad, **options)
+    assert torch.equal(moved, pgd_step_(x_adv, x, grad, **options))
+
+
+@NORMS
+def test_nothing_is_recorded_for_autograd(kernels, norm):
+    x_adv, x, grad = images()
+    x.requires_grad_(), grad.requires_grad_()
+    assert not pgd_step_(x_adv, x, grad, step_size=0.1, eps=0.2, norm=norm).requires_grad
+
+
+@NORMS
+def test_a_backward_pass_through_moved_images_is_an_error(kernels, norm):
+    x_adv, x, grad = images()
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * x_adv).sum()
+    pgd_step_(x_adv, x, grad, step_size=0.1, eps=0.2, norm=norm)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@NORMS
+def test_images_that_are_the_natural_ones_are_refused(kernels, norm):
+    """They would become adversarial themselves, and the ball would move with them."""
+    _, x, grad = images()
+    kept = x.clone()
+    for x_adv in (x, x.detach(), x.view(x.shape)):
+        with pytest.raises(ValueError, match=r"x: expected other memory than .*x_adv = x.clone"):
+            pgd_step_(x_adv, x, grad, step_size=0.1, eps=0.2, norm=norm)
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

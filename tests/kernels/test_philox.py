@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +136,27 @@ def test_the_step_is_read_and_not_advanced():
     again = philox_uniform(3, torch.arange(4), step, stream=1)
     assert step == 5
     assert torch.equal(again, philox_uniform(3, torch.arange(4), 5, stream=1))
+
+
+def kernels_with_a_seed():
+    """Return the kernels that are launched with a seed, by name."""
+    found = {}
+    for path in sorted(Path(philox.__file__).with_name("device").glob("*.py")):
+        module = importlib.import_module(f"cure_fast.kernels.device.{path.stem}")
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and "seed" in value.arg_names:
+                found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("name", ["_coin_kernel", "init_l2_kernel", "init_linf_kernel"])
+def test_a_seed_is_not_compiled_into_a_kernel(name):
+    """Triton compiles anew for an integer that is 1 or a multiple of 16 unless it is told."""
+    found = kernels_with_a_seed()
+    assert set(found) == {"_coin_kernel", "init_l2_kernel", "init_linf_kernel"}
+    kernel = found[name]
+    options = getattr(kernel, "kwargs", vars(kernel))  # as Triton's interpreter keeps them, or not
+    assert "seed" in (options["do_not_specialize"] or ())
 
 
 @pytest.mark.parametrize(

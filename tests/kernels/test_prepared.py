@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cure_fast.kernels import RGP, TensorList, rgp_mask_
+from cure_fast.kernels import RGP, TensorList, masked_sgd_, rgp_mask_
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,14 +63,14 @@ def test_masks_are_those_of_the_operation_step_after_step(choice, monkeypatch):
 def test_a_call_builds_nothing_where_addresses_stay_and_follows_where_they_change(triton_kernels):
     rgp = RGP(model().named_parameters(), percentile=40, alpha=0.2)
     nat, adv, grads = (gradients(rgp.parameters, seed) for seed in (1, 2, 3))
-    first = rgp.mask_(nat, adv, grads).clone()
-    tables = dict(rgp._tables)
+    first = rgp.mask_(nat, adv, grads)
+    tables = {name: list(several) for name, several in rgp._tables.items()}
     for tensor in nat:
         tensor.mul_(-3)
     rgp.mask_(nat, adv, grads)
     moved = [tensor.clone() for tensor in gradients(rgp.parameters, 1)]
     again = rgp.mask_(moved, adv, grads)
-    assert all(rgp._tables[name] is table for name, table in tables.items())
+    assert tables.keys() == {"nat_grads", "adv_grads", "grads"} and rgp._tables == tables
     assert torch.equal(again, first)
 
 
@@ -107,7 +107,8 @@ def test_gradients_in_another_memory_order_are_refused_by_name():
     [
         ({"percentile": 101}, "percentile: "),
         ({"alpha": -0.1}, "alpha: "),
-        ({"scope": "none"}, "scope: expected one of all, conv"),
+        ({"scope": "fc.*"}, r"scope: expected one of all, conv.*pass \['fc\.\*'\]"),
+        ({"scope": ["0.*", "("]}, r"scope\[1\]: expected a regular expression, got '\('"),
         ({"scope": ["nothing"]}, "scope: expected one that matches"),
         ({"score": "sum"}, "score: expected one of"),
     ],
@@ -115,6 +116,92 @@ def test_gradients_in_another_memory_order_are_refused_by_name():
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RGP(model().named_parameters(), **({"percentile": 30, "alpha": 0.1} | arguments))
+
+
+@pytest.mark.parametrize("scope", [None, 5, ["0.*", 3]])
+def test_a_scope_of_another_type_is_refused(scope):
+    with pytest.raises(TypeError, match=r"^scope(\[1\])?: expected"):
+        RGP(model().named_parameters(), percentile=30, alpha=0.1, scope=scope)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        (lambda net: net.parameters(), TypeError, "got an item of type Parameter. Pass model.nam"),
+        (lambda net: net, TypeError, r"got Sequential\. Pass model\.named_parameters\(\)"),
+        (lambda net: None, TypeError, "got NoneType"),
+        (lambda net: ["ab"], TypeError, "got an item of type str"),
+        (lambda net: [("a", 3)], TypeError, "got an item of type tuple"),
+        (lambda net: [], ValueError, r"got none\. Pass model\.named_parameters\(\)"),
+        (lambda net: [("a", torch.ones(3))] * 2, ValueError, "each name once, got 'a' twice"),
+        (lambda net: [("a", torch.ones(4, 4)[:, :2])], ValueError, "^a: expected a tensor whose"),
+    ],
+)
+def test_what_are_no_named_parameters_is_refused_with_advice(named, error, message):
+    with pytest.raises(error, match=message):
+        RGP(named(model()), percentile=30, alpha=0.1)
+
+
+def test_a_dictionary_of_parameters_is_taken():
+    assert RGP(dict(model().named_parameters()), percentile=30, alpha=0.1).names[0] == "0.weight"
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_fractions_of_one_call_outlive_the_next(choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    rgp = RGP([("w", torch.zeros(40))], percentile=30, alpha=0.1)
+    first = rgp.mask_([torch.rand(40)], [torch.rand(40)], [torch.ones(40)])
+    before = first.clone()
+    ties = rgp.mask_([torch.ones(40)], [torch.ones(40)], [torch.ones(40)])
+    assert torch.equal(first, before) and ties.item() == 1 != first.item()
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_the_count_of_the_last_call_lets_a_trainer_skip(choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    rgp = RGP([("w", torch.zeros(5)), ("v", torch.zeros(2))], percentile=30, alpha=0.1)
+    bad, good = torch.tensor([1.0, float("nan"), 2.0, float("inf"), 0.0]), torch.ones(5)
+    for grad, counts in ((bad, [2, 0]), (good, [0, 0])):
+        rgp.mask_([grad, torch.ones(2)], [good, torch.ones(2)], [torch.ones(5), torch.ones(2)])
+        assert rgp.nonfinite.tolist() == counts and rgp.nonfinite.dtype == torch.int32
+        weight = torch.ones(5)
+        masked_sgd_([weight], [torch.ones(5)], None, lr=0.5, skip=rgp.nonfinite.any())
+        assert weight.tolist() == [1.0 if any(counts) else 0.5] * 5
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_percentile_0_keeps_everything(choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    rgp = RGP([("w", torch.zeros(5))], percentile=0, alpha=0.1)
+    grad = torch.rand(5)
+    wanted = grad.clone()
+    assert rgp.mask_([torch.rand(5)], [torch.rand(5)], [grad]).tolist() == [1]
+    assert torch.equal(grad, wanted)
+
+
+def test_a_matrix_in_another_memory_order_comes_with_advice_that_helps():
+    weight = torch.zeros(4, 3)
+    rgp = RGP([("fc.weight", weight)], percentile=30, alpha=0.1)
+    grads = [torch.rand(3, 4).t()]
+    advice = r"adv_grads of fc.weight: expected strides .*empty_like\(parameter\).copy_\(gradient"
+    with pytest.raises(ValueError, match=advice):
+        rgp.select([torch.rand(4, 3)], grads)
+    grads = [torch.empty_like(weight).copy_(grads[0])]
+    assert rgp.select(grads, grads).kept.item() < 1
+
+
+def test_gradients_that_are_no_list_are_refused(triton_kernels):
+    rgp = RGP([("w", torch.zeros(5))], percentile=30, alpha=0.1)
+    good = [torch.rand(5)]
+    rgp.select(good, good)
+    for bad, message in (
+        (iter(good), r"nat_grads: .*list\("),
+        (good[0], r"nat_grads: .*\[tensor\]"),
+        ([None], r"nat_grads\[0\]: expected a tensor, got NoneType"),
+        (TensorList([None]), r"nat_grads\[0\]: expected a tensor, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            rgp.select(bad, good)
 
 
 def test_a_missing_gradient_is_named():

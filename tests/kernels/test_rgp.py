@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cure_fast.kernels import rgp_mask_, rgp_score, rgp_threshold
+from cure_fast.kernels import (
+    TensorList,
+    mask_below_,
+    rgp_mask_,
+    rgp_score,
+    rgp_select,
+    rgp_threshold,
+)
 
 PERCENTILES = (0, 0.5, 20, 30, 50, 99.9, 100)
 SCORES = ("abs", "signed", "abs_of_sum")
@@ -165,3 +172,160 @@ def test_tensors_that_do_not_match_are_refused():
         rgp_mask_([torch.ones(4)], [torch.ones(3)], [torch.ones(3)], percentile=30, alpha=0.5)
     with pytest.raises(ValueError, match=r"nat_grads\[0\]: expected 1 to"):
         rgp_threshold([torch.ones(0)], [torch.ones(0)], percentile=30, alpha=0.5)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def either(request, monkeypatch):
+    """Run the test with kernels in the interpreter, and with the reference."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", request.param)
+
+
+def with_gaps(tensor):
+    return torch.stack([tensor, torch.full_like(tensor, 9.0)], dim=-1)[..., 0]
+
+
+LAYOUTS = {
+    "gaps": with_gaps,
+    "columns": lambda t: torch.cat([t, t + 1], dim=1)[:, : t.shape[1]],
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "reversed dimensions": lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "expanded": lambda t: t[:, :1, :1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("nat_layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("adv_layout", ["gaps", "channels last", "expanded"])
+def test_gradients_that_are_only_read_may_lie_anyhow(either, nat_layout, adv_layout):
+    nat, adv, grad = tensors((6, 4, 3, 3), (6, 4, 3, 3), (6, 4, 3, 3))
+    nat, adv = LAYOUTS[nat_layout](nat), LAYOUTS[adv_layout](adv)
+    assert not nat.is_contiguous() and not adv.is_contiguous()
+    keep = numpy_keep(numpy_score(nat.numpy(), adv.numpy(), 0.4, "abs"), 30)
+    masked = grad.contiguous(memory_format=torch.channels_last).clone()
+    rgp_mask_([masked], [nat], [adv], percentile=30, alpha=0.4)
+    assert np.array_equal(masked.numpy(), np.where(keep, grad.numpy(), 0))
+    found = rgp_select([nat], [adv], percentile=30, alpha=0.4)
+    assert found.kept.item() == np.float32(keep.mean())
+    threshold = rgp_threshold([nat], [adv], percentile=100, alpha=0.4).item()
+    assert threshold == numpy_score(nat.numpy(), adv.numpy(), 0.4, "abs").max()
+    by_scores = grad.clone()
+    mask_below_([by_scores], [with_gaps(found.scores[0])], found.thresholds)
+    assert torch.equal(by_scores, masked)
+
+
+def test_what_is_changed_in_place_must_fill_its_memory(either):
+    grads = [torch.ones(4), torch.ones(8)[::2]]
+    others = [torch.ones(4), torch.ones(4)]
+    with pytest.raises(ValueError, match=r"^grads\[1\]: expected a tensor whose elements fill"):
+        rgp_mask_(grads, others, others, percentile=30, alpha=0.5)
+    with pytest.raises(ValueError, match=r"^tensors\[1\]: expected a tensor whose elements fill"):
+        mask_below_(grads, others, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_reads_scores_of_every_dtype(either, dtype):
+    # 2.001 rounds to 2 in half precision: thresholds keep their bits.
+    scores = torch.tensor([0, 1, 2, 3, float("nan"), float("inf"), -1, 2.5]).to(dtype)
+    ones = [torch.ones(8), torch.ones(8).half()]
+    mask_below_(ones, [scores, scores], torch.tensor([2.001, 0.5]))
+    assert ones[0].tolist() == [0, 0, 0, 1, 1, 1, 0, 1]
+    assert ones[1].tolist() == [0, 1, 1, 1, 1, 1, 0, 1]
+
+
+def test_thresholds_may_be_a_column_of_a_matrix(either):
+    thresholds = torch.tensor([[2.0, 9.0], [3.0, 9.0], [0.0, 9.0]])[:, 0]
+    ones = [torch.ones(4) for _ in range(3)]
+    mask_below_(ones, [torch.arange(4.0)] * 3, thresholds)
+    assert [t.tolist() for t in ones] == [[0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
+
+
+def test_a_mask_counts_as_a_change_for_autograd(either):
+    changed, left = torch.ones(4), torch.ones(4)
+    before = changed._version, left._version
+    mask_below_([changed, left], [torch.arange(4.0), None], torch.tensor([2.0, 2.0]))
+    assert changed._version > before[0] and left._version == before[1]
+
+
+def test_gradients_with_a_graph_of_their_own_leave_none_behind(either):
+    nat = torch.rand(20, requires_grad=True) * 2
+    found = rgp_select([nat], [nat], percentile=30, alpha=0.5)
+    threshold = rgp_threshold([nat], [nat], percentile=30, alpha=0.5)
+    assert not any(t.requires_grad for t in (*found.scores, *found[1:], threshold))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: rgp_score(t, t, alpha=1.5), ValueError, r"alpha: expected a number in \[0, 1\]"),
+        (lambda t: rgp_score(t, t[:1], alpha=0.5), ValueError, r"adv_grad: expected shape \[3\]"),
+        (lambda t: rgp_score(t.int(), t, alpha=0.5), TypeError, "nat_grad: expected a floating"),
+        (lambda t: rgp_score([t], t, alpha=0.5), TypeError, "nat_grad: expected a tensor, got lis"),
+        (lambda t: rgp_score(t, t, alpha="1"), TypeError, "alpha: expected a number"),
+        (
+            lambda t: rgp_select([t], [t], percentile="30", alpha=0.5),
+            TypeError,
+            r"percentile: expected a number in \[0, 100\], got str",
+        ),
+        (
+            lambda t: rgp_select([t], [t], percentile=np.array([1.0, 2.0]), alpha=0.5),
+            TypeError,
+            "percentile: expected a number in .* got ndarray",
+        ),
+        (
+            lambda t: rgp_mask_([t] * 3, [t] * 2, [t] * 3, percentile=30, alpha=0.5),
+            ValueError,
+            "^nat_grads: expected 3 tensors, as many as grads, got 2",
+        ),
+        (
+            lambda t: rgp_mask_([t] * 3, [t] * 3, [t] * 4, percentile=30, alpha=0.5),
+            ValueError,
+            "^adv_grads: expected 3 tensors, as many as grads, got 4",
+        ),
+        (
+            lambda t: rgp_select((x for x in [t]), [t], percentile=30, alpha=0.5),
+            TypeError,
+            r"nat_grads: .*got generator\. Pass list\(\.\.\.\) of it",
+        ),
+        (
+            lambda t: rgp_select([t], {"w": t}.values(), percentile=30, alpha=0.5),
+            TypeError,
+            r"adv_grads: .*got dict_values\. Pass list\(",
+        ),
+        (
+            lambda t: rgp_select([t], t, percentile=30, alpha=0.5),
+            TypeError,
+            r"adv_grads: .*Pass \[tensor\]",
+        ),
+        (
+            lambda t: rgp_select([t.to_sparse()], [t], percentile=30, alpha=0.5),
+            TypeError,
+            r"nat_grads\[0\]: expected a tensor that is not sparse.*to_dense",
+        ),
+        (
+            lambda t: mask_below_([t], [t], torch.ones(1, dtype=torch.float64)),
+            TypeError,
+            "thresholds: expected torch.float32, got torch.float64",
+        ),
+        (lambda t: mask_below_([t], [t.int()], torch.ones(1)), TypeError, r"scores\[0\]: expected"),
+        (lambda t: mask_below_([t], t, torch.ones(1)), TypeError, "scores: expected a list"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(either, call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("nat", "message"),
+    [
+        ([torch.ones(2), None], r"nat_grads\[1\]: expected a tensor, got NoneType"),
+        ([torch.ones(2), torch.ones(4)], r"nat_grads\[1\]: expected shape \[3\]"),
+        ([torch.ones(2).int(), torch.ones(3).int()], r"nat_grads\[0\]: expected a floating dtype"),
+    ],
+)
+def test_prepared_lists_are_checked_too(either, nat, message):
+    ones = TensorList([torch.ones(2), torch.ones(3)])
+    with pytest.raises((TypeError, ValueError), match=message):
+        rgp_mask_(ones, TensorList(nat), ones, percentile=30, alpha=0.5)
+    with pytest.raises(ValueError, match=r"nat_grads\[0\]: expected 1 to"):
+        empty = TensorList([torch.ones(0)])
+        rgp_threshold(empty, empty, percentile=30, alpha=0.5)

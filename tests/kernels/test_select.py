@@ -162,10 +162,13 @@ def test_memory_orders_that_differ_are_matched_element_by_element():
 
 
 def test_prepared_lists_of_different_memory_order_are_refused_by_name():
-    nat = TensorList([randn(4, 3, 3, 3)], names=["layer1.conv.weight"])
-    adv = TensorList([randn(4, 3, 3, 3).to(memory_format=torch.channels_last)])
-    with pytest.raises(ValueError, match="strides"):
-        rgp_select(nat, adv, percentile=30, alpha=0.1)
+    nat = TensorList([randn(4, 3, 3, 3)])
+    last = [randn(4, 3, 3, 3).to(memory_format=torch.channels_last)]
+    with pytest.raises(ValueError, match=r"^adv_grads\[0\]: expected strides"):
+        rgp_select(nat, TensorList(last), percentile=30, alpha=0.1)
+    with pytest.raises(ValueError, match=r"^conv\.weight: expected strides"):
+        rgp_select(nat, TensorList(last, names=["conv.weight"]), percentile=30, alpha=0.1)
+    assert rgp_select(nat, last, percentile=30, alpha=0.1).scores[0].is_contiguous()
 
 
 def test_unaligned_views_are_not_read_from_their_neighbours():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,3 +57,14 @@ Y = torch.zeros(2, dtype=torch.int64)
 def test_wrong_arguments_are_named(args, keywords, error, gist):
     with pytest.raises(error, match=gist):
         softmax_losses(*args, **keywords)
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.int64])
+def test_weights_may_be_integers_and_numpys(kind, choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    logits = [torch.randn(2, 3) for _ in range(4)]
+    teacher = {"teacher_logits": logits[2], "teacher_adv_logits": logits[3]}
+    found = softmax_losses(*logits[:2], Y, **teacher, beta=kind(3), gamma=kind(2))
+    wanted = softmax_losses(*logits[:2], Y, **teacher, beta=3.0, gamma=2.0)
+    assert torch.equal(found.total, wanted.total) and found.total.dtype == torch.float32

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cure_fast.kernels import TensorList, masked_sgd_
+from cure_fast.kernels import TensorList, masked_sgd_, update
+from cure_fast.kernels.device import numbers
 from cure_fast.kernels.ema import ema_update_ref
 from cure_fast.kernels.update import masked_sgd_ref
 
@@ -204,7 +206,121 @@ def test_gradients_in_another_memory_order_are_matched(triton_kernels):
     assert torch.equal(param, -grad)
 
 
+BOTH = pytest.mark.parametrize("choice", ["triton", "reference"])
+
+
+@BOTH
+def test_numbers_on_the_device_may_lie_in_any_way(choice, monkeypatch):
+    """A column of a matrix, and one number expanded."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    columns = torch.tensor([[0.0, 2.0, 9.0], [0.5, 3.0, 9.0]])
+    for decay, expected in ((columns[:, 0], [0.0, 0.5]), (torch.tensor(0.5).expand(2), [0.5] * 2)):
+        params = [torch.ones(4), torch.ones(4)]
+        masked_sgd_(
+            params,
+            [torch.full((4,), -1.0), torch.full((4,), -1.0)],
+            None,
+            lr=1.0,
+            weight_decay=decay,
+            scores=[torch.arange(4.0), torch.arange(4.0)],
+            thresholds=columns[:, 1],
+        )
+        for param, factor, masked in zip(params, expected, (2, 3), strict=True):
+            assert param.tolist() == [1 - factor] * masked + [2 - factor] * (4 - masked)
+
+
+@BOTH
+def test_without_momentum_buffers_stay_as_they_are(choice, monkeypatch):
+    """As torch.optim.SGD leaves them."""
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    param, buffer = torch.ones(2), torch.tensor([7.0, float("nan")])
+    masked_sgd_([param], [torch.full((2,), 0.5)], [buffer], lr=1.0, momentum=0.0)
+    assert param.tolist() == [0.5, 0.5] and buffer[0] == 7 and buffer[1].isnan()
+
+
+KINDS = (int, np.float32, np.float64, np.float16, np.int64)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_may_be_integers_and_numpys(kind, choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    options = {"lr": 2, "momentum": 1, "weight_decay": 3, "decay": 0}
+    found, expected = case(0, averages=True, momentum=1), case(0, averages=True, momentum=1)
+    masked_sgd_(**(found | {name: kind(value) for name, value in options.items()}))
+    masked_sgd_(**(expected | {name: float(value) for name, value in options.items()}))
+    for name in ("params", "momentum_buffers", "averages"):
+        assert all(map(torch.equal, found[name], expected[name])), name
+
+
+def test_kernels_get_floats(monkeypatch):
+    """An integer is compiled into the kernel, and NumPy's numbers have no type there."""
+    got = {}
+    monkeypatch.setattr(update.dispatch, "run", lambda *args, **options: got.update(options))
+    for kind in KINDS:
+        masked_sgd_([], [], [], lr=kind(1), momentum=kind(1), weight_decay=kind(1), decay=kind(1))
+        names = ("lr", "momentum", "weight_decay", "decay")
+        assert [type(got[name]) for name in names] == [float] * 4
+        masked_sgd_([torch.ones(1)], [torch.ones(1)], None, lr=1, weight_decay=[kind(1)])
+        assert [type(number) for number in got["weight_decay"]] == [float]
+
+
+ANOTHER = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+
+@BOTH
+@pytest.mark.parametrize("prepare", [list, TensorList])
+@pytest.mark.parametrize("name", ["momentum_buffers", "averages", "low_precision_copies"])
+def test_what_lies_in_another_order_than_the_weights_is_refused(name, prepare, choice, monkeypatch):
+    monkeypatch.setenv("CURE_FAST_KERNELS", choice)
+    params = prepare([torch.zeros(3), torch.zeros(2, 3, 4, 5)])
+    other = ANOTHER.clone().half() if name == "low_precision_copies" else ANOTHER.clone()
+    first = torch.zeros(3, dtype=other.dtype)
+    lists = {"momentum_buffers": None, name: prepare([first, other])}
+    with pytest.raises(ValueError, match=rf"{name}\[1\]: expected strides .*of params\[1\]"):
+        masked_sgd_(params, [torch.zeros(3), torch.zeros(2, 3, 4, 5)], **lists, lr=0.1)
+
+
+def test_decays_per_tensor_cannot_be_sent_in_a_capture(triton_kernels, monkeypatch):
+    params = [torch.ones(1), torch.ones(1)]
+    lists = (TensorList(params), TensorList([torch.zeros(1), torch.zeros(1)]), None)
+    masked_sgd_(*lists, lr=1.0)
+    monkeypatch.setattr(numbers, "is_capturing", lambda device: True)
+    masked_sgd_(*lists, lr=1.0, weight_decay=[0.5, 0.5])
+    masked_sgd_(*lists, lr=1.0, weight_decay=torch.tensor([0.5, 0.5]))
+    assert [float(param) for param in params] == [0.25, 0.25]
+    with pytest.raises(RuntimeError, match=r"weight_decay: .*Pass a float32 tensor \[2\] on cpu"):
+        masked_sgd_(*lists, lr=1.0, weight_decay=[0.1, 0.5])
+
+
+def test_averages_without_a_coin_make_nothing_on_another_device(monkeypatch):
+    """A copy from the host cannot be captured in a CUDA graph."""
+    places, ones = [], torch.ones
+
+    def noted(*args, **options):
+        places.append(options.get("device"))
+        return ones(*args, **options)
+
+    monkeypatch.setattr(torch, "ones", noted)
+    params, grads, averages = ([torch.zeros(2, device="meta")] for _ in range(3))
+    masked_sgd_ref(params, grads, None, lr=0.1, averages=averages)
+    assert places == [torch.device("meta")]
+
+
 WRONG = {
+    "words": ({"nesterov": "no"}, TypeError, "nesterov: expected True or False"),
+    "a list of momentum": ({"momentum": [0.9]}, TypeError, "momentum: expected a number"),
+    "a coin alone": (
+        {"moved": torch.tensor(True)},
+        ValueError,
+        "averages: .* with moved, got None",
+    ),
+    "decay alone": ({"decay": 2}, ValueError, r"decay: expected a number in \[0, 1\], got 2"),
+    "wide thresholds": (
+        {"scores": [torch.ones(2)], "thresholds": torch.ones(1).double()},
+        TypeError,
+        "thresholds: expected torch.float32, got torch.float64",
+    ),
     "half weights": ({"params": [torch.ones(2).half()]}, TypeError, r"params\[0\]: .*master"),
     "integer gradients": ({"grads": [torch.ones(2).long()]}, TypeError, r"grads\[0\]: expected a"),
     "no buffers": ({"momentum": 0.9}, ValueError, "momentum_buffers: expected one per tensor"),

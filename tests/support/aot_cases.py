@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cure_fast.kernels import rgp
 from cure_fast.kernels.augment import augment_crop_flip
 from cure_fast.kernels.batchnorm import fold_batchnorm
-from cure_fast.kernels.ema import ema_update_
+from cure_fast.kernels.ema import copy_where_, ema_update_, flip_coin
 from cure_fast.kernels.pgd import Norm, pgd_init, pgd_step_
 from cure_fast.kernels.rgp import Score
 from cure_fast.kernels.softmax import softmax_losses
@@ -37,7 +38,7 @@ def unaligned(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     ]
 
 
-half = partial(tensors, torch.bfloat16)
+half, double = partial(tensors, torch.bfloat16), partial(tensors, torch.float64)
 
 
 def select(
@@ -67,7 +68,13 @@ def update(
 
 
 def average(make: Callable[[], list[Tensor]] = tensors, **options: Any) -> None:
-    ema_update_(make(), tensors(), **({"decay": 0.999, "rate": 0.2} | options))
+    options = {"decay": 0.999, "rate": 0.2, "step": torch.tensor(0)} | options
+    averages = make()
+    ema_update_(averages, tensors() if averages[0].is_floating_point() else make(), **options)
+
+
+def copy(dtype: torch.dtype = torch.float32) -> None:
+    copy_where_(tensors(dtype), tensors(dtype), condition=torch.tensor(True))
 
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,14 +104,16 @@ def augment(dtype: torch.dtype = torch.float32, channels: int = 3, drawn: bool =
     augment_crop_flip(stored, indices, **where, out_dtype=dtype, channels=channels)
 
 
-def fold(dtype: torch.dtype = torch.float32, biases: bool = False) -> None:
+def fold(
+    dtype: torch.dtype = torch.float32, biases: bool = False, eps: float | Tensor = 1e-5
+) -> None:
     """Launch the folding of a first, a usual and a shortcut convolution."""
     shapes = ((64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1))
     each = [torch.zeros(shape[0]) for shape in shapes]
     fold_batchnorm(
         *([torch.zeros(shape) for shape in shapes], each if biases else None),
         *(each, each, each, each),
-        eps=1e-5,
+        eps=eps,
         out_weights=[torch.zeros(shape, dtype=dtype) for shape in shapes],
         out_biases=[torch.zeros(shape[0], dtype=dtype) for shape in shapes],
     )
@@ -150,10 +159,51 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "update unaligned": partial(update, unaligned, unaligned),
     "average always": partial(average, rate=1.0, decay=torch.tensor(0.999)),
     "average bf16": partial(average, half),
-    "average fp64": partial(average, partial(tensors, torch.float64)),
-    "average counts": lambda: ema_update_(
-        tensors(torch.int64), tensors(torch.int64), decay=0.999, rate=0.2
+    "average fp64": partial(average, double),
+    "average counts": partial(average, partial(tensors, torch.int64)),
+    "average bool": partial(average, partial(tensors, torch.bool)),
+    "copy": copy,
+    "copy bf16": partial(copy, torch.bfloat16),
+    "copy fp64": partial(copy, torch.float64),
+    "copy counts": partial(copy, torch.int64),
+    # Integers would be compiled into a kernel, and NumPy's numbers have no type there.
+    **{
+        f"{name} of {kind}": partial(call, number)
+        for kind, number in (("0", 0), ("1", 1), ("numpy", np.float32(0.5)))
+        for name, call in (
+            ("update numbers", lambda n: update(lr=n, momentum=n, weight_decay=n, decay=n)),
+            ("average decay", lambda n: average(decay=n)),
+            ("average decay fp64", lambda n: average(double, decay=n)),
+            ("fold eps", lambda n: fold(eps=n)),
+            ("coin", lambda n: flip_coin(n, seed=1, step=0)),
+            ("step numbers", lambda n: step(step_size=n, eps=n)),
+            ("start numbers", lambda n: pgd_init(images(), eps=n, seed=1)),
+            ("losses numbers", lambda n: losses(beta=n, gamma=n)),
+        )
+    },
+    "update lr fp64, decay bf16": lambda: update(
+        lr=torch.tensor(0.1).double(), decay=torch.tensor(0.9).bfloat16()
     ),
+    "update fp64 gradients": partial(update, grads=double),
+    "update of everything": lambda: update(
+        grads=half,
+        low_precision_copies=half(),
+        nesterov=True,
+        conserve="weight",
+        skip=torch.tensor(False),
+        weight_decay=torch.zeros(len(SHAPES)),
+        decay=torch.tensor(0.9),
+    ),
+    **{
+        f"{name} of seed {seed}": partial(call, seed=seed)
+        for seed in (1, 2**63, 2**64 - 1)
+        for name, call in (
+            ("coin", partial(flip_coin, 0.5, step=0)),
+            ("start", partial(pgd_init, images(), eps=0.1)),
+            ("start l2", partial(pgd_init, images(), eps=0.1, norm="l2")),
+        )
+    },
+    "fold each eps": partial(fold, eps=torch.full((3,), 1e-5)),
     "step linf each": partial(step, step_size=each, eps=each),
     "step linf bf16": partial(step, dtype=torch.bfloat16),
     "step l2 each": partial(step, "l2", step_size=each, eps=each),
