@@ -19,6 +19,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cure_fast.kernels import augment_crop_flip
+
 from .seeds import AUGMENTATION, generator_of
 
 
@@ -59,49 +61,74 @@ def draw_crop_flip(
 
 
 def crop_flip(
-    images: Tensor, *, seed: int, epoch: int, batch: int, crop_padding: int, flip: bool
+    images: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    batch: int,
+    crop_padding: int,
+    flip: bool,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """Return randomly cropped and mirrored images as float32 [N, 3, H, W] in [0, 1], channels_last.
 
     Args:
-        images: uint8 [N, H, W, 3], on any device; not changed.
+        images: uint8 [M, H, W, 3], on any device; not changed.
         seed: see :func:`draw_crop_flip`, like the others.
         epoch: see there.
         batch: see there.
         crop_padding: see there.
         flip: see there.
+        indices: which of the images, int64 [N] on their device; None takes all.
 
     Raises:
         ValueError: for another dtype or shape.
     """
     if not crop_padding and not flip:
-        return to_float(images)
+        return to_float(images, indices)
+    count = len(images) if indices is None else len(indices)
     draw = draw_crop_flip(
-        len(images), seed=seed, epoch=epoch, batch=batch, crop_padding=crop_padding, flip=flip
+        count, seed=seed, epoch=epoch, batch=batch, crop_padding=crop_padding, flip=flip
     )
-    return apply_crop_flip(images, draw)
+    return apply_crop_flip(images, draw, indices)
 
 
-def apply_crop_flip(images: Tensor, draw: CropFlip) -> Tensor:
-    """Return ``images`` (uint8 [N, H, W, 3]) cropped, mirrored and scaled as ``draw`` says.
+def apply_crop_flip(images: Tensor, draw: CropFlip, indices: Tensor | None = None) -> Tensor:
+    """Return ``images`` (uint8 [M, H, W, 3]) cropped, mirrored and scaled as ``draw`` says.
 
-    Raises:
-        ValueError: for another dtype or shape.
-    """
-    _check(images)
-    if images.device.type == "cpu":
-        return _scale_numpy(_crop_flip_numpy(images.numpy(), draw))
-    return _scale_torch(_crop_flip_torch(images, draw))
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Return uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [0, 1], channels_last; no augmentation.
+    Args:
+        images: on any device.
+        draw: parameters of N images.
+        indices: which images, int64 [N] on their device; None takes all.
 
     Raises:
         ValueError: for another dtype or shape.
     """
     _check(images)
-    return _scale_numpy(images.numpy()) if images.device.type == "cpu" else _scale_torch(images)
+    if images.device.type != "cpu":
+        return _on_gpu(images, indices, draw)
+    return _scale_numpy(_crop_flip_numpy(_chosen(images, indices), draw))
+
+
+def to_float(images: Tensor, indices: Tensor | None = None) -> Tensor:
+    """Return uint8 [M, H, W, 3] as float32 [N, 3, H, W] in [0, 1], channels_last; no augmentation.
+
+    Args:
+        images: on any device.
+        indices: which images, int64 [N] on their device; None takes all.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    _check(images)
+    if images.device.type != "cpu":
+        return _on_gpu(images, indices, None)
+    return _scale_numpy(_chosen(images, indices))
+
+
+def _chosen(images: Tensor, indices: Tensor | None) -> NDArray[np.uint8]:
+    pixels = images.numpy()
+    return pixels if indices is None else pixels.take(indices.numpy(), axis=0)
 
 
 def _check(images: Tensor) -> None:
@@ -127,31 +154,22 @@ def _crop_flip_numpy(images: NDArray[np.uint8], draw: CropFlip) -> NDArray[np.ui
     return out
 
 
-def _crop_flip_torch(images: Tensor, draw: CropFlip) -> Tensor:
-    count, height, width, _ = images.shape
-    p = draw.padding
-    padded = images.new_zeros(count, height + 2 * p, width + 2 * p, 3)
-    padded[:, p : p + height, p : p + width] = images
-    image, row, column, byte = padded.stride()
-    crops = padded.as_strided(
-        (count, 2 * p + 1, 2 * p + 1, height, width * 3), (image, row, column, row, byte)
-    )
-    # One transfer for the three; from pageable memory it is staged at once and stalls nothing.
-    drawn = torch.stack((draw.top, draw.left, draw.mirror.long()))
-    top, left, mirror = drawn.to(images.device, non_blocking=True)
-    each = torch.arange(count, device=images.device)
-    out = crops[each, top, left].view(images.shape)
-    return torch.where(mirror.bool()[:, None, None, None], out.flip(2), out)
-
-
 def _scale_numpy(images: NDArray[np.uint8]) -> Tensor:
     out = images.astype(np.float32)
     np.divide(out, np.float32(255), out=out)
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
-def _scale_torch(images: Tensor) -> Tensor:
-    # By a tensor: on a GPU torch turns a division by a number into a product with its reciprocal.
-    divisor = torch.full((), 255.0, device=images.device)
-    nchw = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return nchw.float().div_(divisor)
+def _on_gpu(images: Tensor, indices: Tensor | None, draw: CropFlip | None) -> Tensor:
+    """Do all of it in one kernel, from wherever on the device the images lie."""
+    device = images.device
+    if indices is None:
+        indices = torch.arange(len(images), device=device)
+    if draw is None:
+        return augment_crop_flip(images, indices, top=None, left=None, mirror=None)
+    # One transfer for the three; from pageable memory it is staged at once and stalls nothing.
+    drawn = torch.stack((draw.top, draw.left, draw.mirror.long()))
+    top, left, mirror = drawn.to(device, non_blocking=True)
+    return augment_crop_flip(
+        images, indices, top=top, left=left, mirror=mirror.bool(), padding=draw.padding
+    )

@@ -17,6 +17,9 @@ from .augment import crop_flip, to_float
 from .image_set import ImageSet, check_images
 from .seeds import epoch_order
 
+# Images, labels, and which of the images, where they are not those of one batch.
+Pixels = tuple[Tensor, Tensor, Tensor | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
@@ -116,12 +119,13 @@ class Loader(ABC):
                 augmented.close()
 
     def _augment(
-        self, pixels: Iterable[tuple[Tensor, Tensor]], epoch: int, start_batch: int
+        self, pixels: Iterable[Pixels], epoch: int, start_batch: int
     ) -> Generator[tuple[Tensor, Tensor]]:
         settings = self.settings
-        for batch, (images, labels) in enumerate(pixels, start_batch):
+        for batch, (images, labels, indices) in enumerate(pixels, start_batch):
             x = crop_flip(
                 images,
+                indices=indices,
                 seed=settings.seed,
                 epoch=epoch,
                 batch=batch,
@@ -131,14 +135,13 @@ class Loader(ABC):
             yield x, labels
 
     @abstractmethod
-    def _read(
-        self, batches: Sequence[Tensor]
-    ) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
+    def _read(self, batches: Sequence[Tensor]) -> AbstractContextManager[Iterable[Pixels]]:
         """Open the batches whose image indices are given (each int64 [n] on the CPU).
 
         Yields:
-            (images uint8 [n, H, W, 3], labels int64 [n]) per batch, on the device. The images need
-            to stay as they are until the next batch is asked for, the labels for good.
+            (images, labels int64 [n], indices) per batch, on the device: images uint8 [n, H, W, 3]
+            and None, or [M, H, W, 3] and which of them, int64 [n]. The images need to stay as they
+            are until the next batch is asked for, the labels for good.
         """
 
 

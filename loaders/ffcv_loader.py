@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import BatchSettings, Loader
+from .base import BatchSettings, Loader, Pixels
 from .beton import ensure_beton
 from .ffcv_reader import ffcv_version, open_epoch, open_reader
 from .image_set import ImageSet
@@ -38,7 +38,7 @@ class FfcvLoader(Loader):
         )
 
     @contextmanager
-    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[Pixels]]:
         with open_epoch(self._reader, torch.cat(list(batches)).numpy()) as arrays:
             on_gpu = self.settings.device.type == "cuda"
             yield _to_gpu(arrays, self.settings.device) if on_gpu else _to_tensors(arrays)
@@ -47,13 +47,13 @@ class FfcvLoader(Loader):
 Batches = Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]
 
 
-def _to_tensors(arrays: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def _to_tensors(arrays: Batches) -> Iterator[Pixels]:
     """Yield CPU tensors: the images in FFCV's slot (the augmentation copies), the labels copied."""
     for images, labels in arrays:
-        yield torch.from_numpy(images), torch.from_numpy(labels.copy())
+        yield torch.from_numpy(images), torch.from_numpy(labels.copy()), None
 
 
-def _to_gpu(arrays: Batches, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _to_gpu(arrays: Batches, device: torch.device) -> Iterator[Pixels]:
     """Yield copies on the GPU, made on a stream of their own.
 
     The training stream waits for the copy on the GPU; the host waits for it only before it asks
@@ -69,6 +69,6 @@ def _to_gpu(arrays: Batches, device: torch.device) -> Iterator[tuple[Tensor, Ten
         for tensor in tensors:
             tensor.record_stream(training)
         try:
-            yield tensors[0], tensors[1]
+            yield tensors[0], tensors[1], None
         finally:
             copied.synchronize()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .base import BatchSettings, Loader, shared_tensors
+from .base import BatchSettings, Loader, Pixels, shared_tensors
 from .image_set import ImageSet
 
 
@@ -24,15 +24,12 @@ class ResidentLoader(Loader):
         self._labels = labels.to(settings.device)
 
     @contextmanager
-    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[Pixels]]:
         order = torch.cat(list(batches)).to(self.settings.device)
-        yield (self._gather(indices) for indices in order.split([len(b) for b in batches]))
-
-    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        if self._images.device.type == "cpu":  # NumPy for the reason that augment.py gives
-            images = self._images.numpy().take(indices.numpy(), axis=0)
-            return torch.from_numpy(images), self._labels[indices]
-        return self._images.index_select(0, indices), self._labels.index_select(0, indices)
+        yield (
+            (self._images, self._labels.index_select(0, indices), indices)
+            for indices in order.split([len(batch) for batch in batches])
+        )
 
 
 def fits_device(image_set: ImageSet, device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .base import BatchSettings, Loader, shared_tensors
+from .base import BatchSettings, Loader, Pixels, shared_tensors
 from .image_set import ImageSet
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class TorchLoader(Loader):
         self._batches = _Batches(*shared_tensors(image_set))
 
     @contextmanager
-    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[Iterable[Pixels]]:
         loader = DataLoader(
             self._batches,
             batch_sampler=[batch.tolist() for batch in batches],
@@ -46,7 +46,7 @@ class TorchLoader(Loader):
         device = self.settings.device
         try:
             yield (
-                (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                (images.to(device, non_blocking=True), labels.to(device, non_blocking=True), None)
                 for images, labels in pairs
             )
         finally:

@@ -33,7 +33,11 @@ def reference(images: np.ndarray, draw: CropFlip) -> np.ndarray:
 
 def through_torch(images: torch.Tensor, draw: CropFlip) -> torch.Tensor:
     """The path that GPUs take, on the CPU."""
-    return augment._scale_torch(augment._crop_flip_torch(images, draw))
+    return augment._on_gpu(images, None, draw)
+
+
+def scaled_through_torch(images: torch.Tensor) -> torch.Tensor:
+    return augment._on_gpu(images, None, None)
 
 
 @given(
@@ -71,7 +75,7 @@ def test_every_position_and_mirror() -> None:
     ).all()
 
 
-@pytest.mark.parametrize("scale", [to_float, augment._scale_torch])
+@pytest.mark.parametrize("scale", [to_float, scaled_through_torch])
 def test_all_values_are_rounded_correctly(scale) -> None:
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
     expected = (np.arange(256, dtype=np.float64) / 255).astype(np.float32)
@@ -79,6 +83,18 @@ def test_all_values_are_rounded_correctly(scale) -> None:
     assert x.shape == (1, 3, 16, 16) and x.is_contiguous(memory_format=torch.channels_last)
     assert (x[0, 1].flatten().numpy() == expected).all()
     assert x.max() == 1
+
+
+def test_images_chosen_from_a_set_are_those_of_a_batch_of_them() -> None:
+    images = torch.randint(0, 256, (9, 5, 4, 3), dtype=torch.uint8)
+    indices = torch.tensor([8, 0, 3, 3])
+    draw = draw_crop_flip(4, seed=1, epoch=0, batch=0, crop_padding=2, flip=True)
+    expected = apply_crop_flip(images[indices], draw)
+    assert torch.equal(apply_crop_flip(images, draw, indices), expected)
+    assert torch.equal(augment._on_gpu(images, indices, draw), expected)
+    assert torch.equal(to_float(images, indices), to_float(images[indices]))
+    options = {"seed": 1, "epoch": 0, "batch": 0, "crop_padding": 2, "flip": True}
+    assert torch.equal(crop_flip(images, indices=indices, **options), expected)
 
 
 def test_no_augmentation_is_to_float() -> None:
