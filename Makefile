@@ -9,7 +9,7 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench bench-kernels clean
+.PHONY: help setup train test lint bench bench-gpu bench-kernels clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ lint: setup  ## Check style, formatting and types
 
 bench: setup  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+bench-gpu: setup  ## Measure steps on a CUDA GPU, engine against engine; figures go to bench/results/
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench-kernels: setup  ## Test the kernels on a CUDA GPU, then measure them; figures go to bench/results/
 	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)

@@ -1,0 +1,178 @@
+"""Command line of the GPU benchmark; ``python -m bench.gpu --help``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.gpu.ablation import measure_ablation
+from bench.gpu.ceilings import measure_ceilings
+from bench.gpu.feeds import measure_feeds
+from bench.gpu.gate import RedTestsError, require_green_tests
+from bench.gpu.kernel_part import measure_kernels
+from bench.gpu.plan import MODELS, Plan
+from bench.gpu.record import Record, Row, describe, reason
+from bench.gpu.steps import measure_steps
+from bench.gpu.summary import write_summary
+from cure_fast.environment import choose_device
+from cure_fast.errors import InputError
+
+PARTS: dict[str, Callable[[Plan, Record], None]] = {
+    "ceilings": measure_ceilings,
+    **dict.fromkeys(MODELS, measure_steps),
+    "ablation": measure_ablation,
+    "feeds": measure_feeds,
+    "kernels": measure_kernels,
+}
+RESULTS = Path(__file__).parents[1] / "results"
+REHEARSALS = Path("runs") / "bench-gpu-rehearsal"
+# Seconds that a part may take beyond its time before it is ended: one compilation, at most.
+GRACE = 90
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description="Measure what this GPU can do, and what of it each training engine gets.",
+    )
+    made.add_argument(
+        "--part",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="what to measure; all parts without it",
+        metavar="NAME",
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results; bench/results/gpu-<gpu name>-<date> without it, and "
+        f"{REHEARSALS} for tiny shapes",
+    )
+    made.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (with --tiny alone)")
+    made.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes")
+    made.add_argument(
+        "--seconds-per-part", type=float, default=480, help="time of a part, 480 without it"
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark; return the exit code: 0, 1 for a failure, 2 for wrong options."""
+    options = parser().parse_args(arguments)
+    try:
+        plan = plan_of(options, arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        require_green_tests(plan)
+        # The tests' time is not the part's.
+        plan = plan_of(options, arguments)
+        if len(options.part) == 1:
+            return run_part(options.part[0], plan)
+        return run_parts(options.part, plan)
+    except RedTestsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def plan_of(options: argparse.Namespace, arguments: Sequence[str]) -> Plan:
+    """Return what the options ask for.
+
+    Raises:
+        InputError: for a device that is not there, a CPU without tiny shapes, or no time.
+    """
+    device = choose_device(options.device)
+    if device.type == "cpu" and not options.tiny:
+        raise InputError(
+            "--device cpu: expected --tiny with it, as the full shapes take a CPU days; a CPU can "
+            "only rehearse."
+        )
+    if not options.seconds_per_part > 0:
+        raise InputError(
+            f"--seconds-per-part: expected more than 0, got {options.seconds_per_part:g}."
+        )
+    return Plan(
+        device=device,
+        tiny=options.tiny,
+        seconds=options.seconds_per_part,
+        out=(options.out or default_folder(device, options.tiny)).resolve(),
+        command=("python", "-m", "bench.gpu", *arguments),
+    )
+
+
+def default_folder(device: torch.device, tiny: bool) -> Path:
+    """Return where results go; what a rehearsal finds is no result."""
+    if tiny:
+        return REHEARSALS
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return RESULTS / f"gpu-{name}-{time.strftime('%Y-%m-%d')}"
+
+
+def run_part(part: str, plan: Plan) -> int:
+    """Measure one part in this process; return the exit code."""
+    record = Record(part, describe(plan))
+    try:
+        PARTS[part](plan, record)
+        record.finished = True
+    except Exception as error:
+        record.add(Row({"part": part}, "failed", reason(error)))
+    finally:
+        # Also after Ctrl-C: what was measured is worth keeping.
+        record.write(plan.out)
+        print(f"{part}: see {write_summary(plan.out)}", flush=True)
+    return 1 if record.failed else 0
+
+
+def run_parts(parts: Sequence[str], plan: Plan) -> int:
+    """Measure each part in a process of its own, so that none suffers from one before it."""
+    failed = []
+    for part in parts:
+        command = [
+            *(sys.executable, "-m", "bench.gpu", "--part", part, "--out", str(plan.out)),
+            *("--device", str(plan.device), "--seconds-per-part", f"{plan.seconds:g}"),
+            *(("--tiny",) if plan.tiny else ()),
+        ]
+        if run_process(command, plan.seconds + GRACE):
+            failed.append(part)
+    if failed:
+        print(f"error: see the failures in {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_process(command: Sequence[str], seconds: float) -> int:
+    """Run a command to its end, or stop it when its time is over; return its exit code."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            print(f"error: not done in {seconds:.0f} s, stopped", file=sys.stderr)
+            process.send_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            # The terminal has sent it to the process too, which writes what it has.
+            process.wait(GRACE)
+            raise
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return process.wait() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""One step of each engine, on a batch that stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.authors import AuthorsSettings, build_authors
+from bench.gpu.plan import LEARNING_RATE, Plan
+from cure_fast.config import AttackConfig, Config, OptimConfig
+from cure_fast.engine.fast import FastEngine
+from cure_fast.environment import choose_dtype
+from cure_fast.loaders import ImageSet, Loader, make_loader
+from cure_fast.methods import select_method
+from cure_fast.models import build_model
+from cure_fast.trainer import Run, build_run, next_step
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step to measure.
+
+    Attributes:
+        model: a key of ``cure_fast.models.MODELS``.
+        method: a training method.
+        engine: one of ``plan.ENGINES``.
+        batch: images per step.
+        without: features of the fast engine that are off.
+    """
+
+    model: str
+    method: str
+    engine: str
+    batch: int
+    without: tuple[str, ...] = ()
+
+
+class BatchCutError(Exception):
+    """Memory is short, and an engine went around that: its steps are others than asked for."""
+
+
+class WrongEngineError(Exception):
+    """A run has another engine than the one that was asked for, or not all of its features."""
+
+
+@dataclass
+class Work:
+    """What is timed.
+
+    Attributes:
+        step: takes one training step; takes images and labels where there is a choice of them.
+        check: raises an error if the steps so far were not what was asked for.
+    """
+
+    step: Callable[..., Any]
+    check: Callable[[], None] = lambda: None
+
+
+def image_set(plan: Plan) -> ImageSet:
+    """Return random images and labels: what they show makes no difference to the time."""
+    sizes = plan.sizes
+    shape = (sizes.images, sizes.image, sizes.image, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(sizes.images) % 10
+    return ImageSet("random", pixels, labels, tuple("0123456789"), "a generator")
+
+
+def open_loader(plan: Plan, batch: int, *, kind: str = "resident", cache: Path) -> Loader:
+    """Return a loader of :func:`image_set` with the augmentation of CIFAR-10."""
+    return make_loader(
+        kind,
+        image_set(plan),
+        batch_size=batch,
+        device=plan.device,
+        seed=0,
+        crop_padding=4,
+        flip=True,
+        workers=None,
+        cache=cache,
+    )
+
+
+def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
+    """Return the first batch of an epoch."""
+    with loader.epoch(0) as batches:
+        return next(iter(batches))
+
+
+def build(case: Case, plan: Plan, loader: Loader) -> Work:
+    """Return the step of a case, on the first batch of ``loader``.
+
+    Raises:
+        WrongEngineError: if the fast engine does not take the case.
+    """
+    torch.manual_seed(0)
+    x, y = first_batch(loader)
+    if case.engine == "authors":
+        return _authors(case, plan, x, y)
+    run = open_run(case, plan, loader)
+    if case.engine == "eager+compile":
+        compile_networks(run, plan)
+
+    def step() -> None:
+        with compiler_settings() if case.engine == "eager+compile" else nullcontext():
+            next_step(run, x, y)
+
+    return Work(step, lambda: check_run(run, case))
+
+
+def _authors(case: Case, plan: Plan, x: Tensor, y: Tensor) -> Work:
+    settings = AuthorsSettings(attack_steps=plan.sizes.attack_steps)
+    run = build_authors(
+        case.method,
+        case.model,
+        plan.device,
+        width=plan.sizes.widths.get(case.model),
+        settings=settings,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    nchw = x.contiguous(memory_format=torch.contiguous_format)
+    return Work(lambda: run.step(nchw, y))
+
+
+def open_run(case: Case, plan: Plan, loader: Loader) -> Run:
+    """Return a run of this project's trainer at its first step."""
+    sizes = plan.sizes
+    config = Config(
+        attack=AttackConfig(attack_steps=sizes.attack_steps),
+        # So many epochs that the run does not end, and a rate that lets no weight overflow.
+        optim=OptimConfig(
+            batch_size=case.batch, epochs=100_000, lr=LEARNING_RATE, schedule="constant"
+        ),
+    )
+    engine = "fast" if case.engine == "fast" else "eager"
+    without: Any = case.without
+    config = replace(config, run=replace(config.run, engine=engine, engine_without=without))
+    config = select_method(config, case.method)
+    width = sizes.widths.get(case.model)
+    model = build_model(case.model, num_classes=10, width=width).to(plan.device)
+    model.compute_dtype = choose_dtype("auto", plan.device)
+    return build_run(config, model, loader, plan.device)
+
+
+def compile_networks(run: Run, plan: Plan) -> None:
+    """Have torch compile the run's networks when they are first called."""
+    # Inductor has no use for tiny shapes on a CPU, where it takes a minute to compile.
+    backend = "inductor" if plan.on_gpu else "aot_eager"
+    for network in run.all_networks.values():
+        network.compile(dynamic=False, backend=backend)
+
+
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """Have the compiler take what steps ask of it.
+
+    CURE takes several gradients of one graph, so no backward pass may give away its buffers. Each
+    shape, mode and set of gradients is a compilation of its own, and more than torch's limit of
+    eight; beyond a limit it would silently go on without.
+    """
+    # The compiler takes seconds to import.
+    from torch._dynamo import config as dynamo_config
+    from torch._functorch import config as functorch_config
+
+    with (
+        dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
+        functorch_config.patch(donated_buffer=False),
+    ):
+        yield
+
+
+def check_run(run: Run, case: Case) -> None:
+    """Raise an error if the run's steps are not those of the case.
+
+    Raises:
+        BatchCutError: if memory was short, so that a batch went in several passes or the fast
+            engine gave way.
+        WrongEngineError: if another engine computes them, or the fast one without all of its
+            features.
+    """
+    if run.micro_batch_size is not None:
+        raise BatchCutError(f"out of memory: passes of {run.micro_batch_size} images at a time")
+    engine, wanted = run.engine, "fast" if case.engine == "fast" else "eager"
+    if engine.name != wanted:
+        problem = f"{engine.name} instead of {wanted}: {engine.reason}"
+        # The fast engine gives way where memory runs out, and says so in these words.
+        raise (BatchCutError if "memory" in str(engine.reason) else WrongEngineError)(problem)
+    if isinstance(engine, FastEngine) and (lost := set(engine.without) - set(case.without)):
+        raise WrongEngineError(f"the fast engine went on without {', '.join(sorted(lost))}")

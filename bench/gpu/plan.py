@@ -1,0 +1,138 @@
+"""What a run of the benchmark measures, and on which shapes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+METHODS = ("cure", "trades", "pgd_at", "natural")
+ENGINES = ("fast", "eager+compile", "authors", "eager")
+MODELS = {"steps-resnet18": "resnet18", "steps-preactresnet18": "preactresnet18"}
+MODELS["steps-wrn34-10"] = "wrn34-10"
+EPOCH_IMAGES = 50_000
+LEARNING_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and counts of a run.
+
+    Attributes:
+        batches: images per step, in the order of their turn: what targets name comes first.
+        batch: images per step where one size is measured.
+        shares: of a part's time, by place in ``batches``; what one leaves goes to the next.
+        image: height and width of an image.
+        networks: what stands for a model; a model that is not named stands for itself.
+        widths: by network; one that is not named has its published width.
+        attack_steps: steps of PGD.
+        images: in the data set that feeds the steps.
+        warmups: steps before anything is timed; the first capture graphs and compile.
+        rounds: least and most rounds.
+        steps: least and most timed steps of a turn.
+        settling: steps of a turn before the timed ones.
+        fed_steps: timed steps of a turn that is fed by a loader, more than it has batches ready.
+        fed_settling: steps before these.
+        methods: by model, in the order of their turn; a model that is not named has all.
+        matrices: sides of the square matrices whose product is timed.
+        convolution_batches: images per timed convolution.
+    """
+
+    batches: tuple[int, ...] = (128, 512, 256)
+    batch: int = 128
+    shares: tuple[float, ...] = (0.5, 0.3, 0.2)
+    image: int = 32
+    networks: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    attack_steps: int = 10
+    images: int = EPOCH_IMAGES
+    warmups: int = 8
+    rounds: tuple[int, int] = (5, 30)
+    steps: tuple[int, int] = (2, 10)
+    settling: int = 1
+    fed_steps: tuple[int, int] = (40, 40)
+    fed_settling: int = 10
+    methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    matrices: tuple[int, ...] = (4096, 8192, 16384)
+    convolution_batches: tuple[int, ...] = (128, 512)
+
+    def network(self, model: str) -> str:
+        """Return the network that is built for a model, a key of ``cure_fast.models.MODELS``."""
+        return self.networks.get(model, model)
+
+
+PUBLISHED = Sizes()
+TINY = Sizes(
+    batches=(4,),
+    batch=4,
+    shares=(1.0,),
+    image=8,
+    networks={"resnet18": "resnet-small"},
+    widths={"resnet-small": 4, "preactresnet18": 4, "wrn34-10": 1},
+    attack_steps=1,
+    images=120,
+    warmups=2,
+    rounds=(5, 5),
+    steps=(1, 1),
+    settling=0,
+    fed_steps=(2, 2),
+    fed_settling=0,
+    methods={"preactresnet18": ("natural",), "wrn34-10": ("natural",)},
+    matrices=(64,),
+    convolution_batches=(4,),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One invocation.
+
+    Attributes:
+        device: what is measured.
+        tiny: whether shapes are tiny, so that figures say nothing about speed.
+        seconds: that a part may take.
+        out: folder of the results.
+        command: as it was typed.
+        started: reading of ``time.monotonic`` at the start.
+    """
+
+    device: torch.device
+    tiny: bool
+    seconds: float
+    out: Path
+    command: tuple[str, ...] = ()
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Shapes and counts."""
+        return TINY if self.tiny else PUBLISHED
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device.type == "cuda"
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of :attr:`seconds`."""
+        return self.started + self.seconds - time.monotonic()
+
+
+def passes(method: str, attack_steps: int) -> int:
+    """Return how many passes over an image a step of the method has to make at least.
+
+    Each is one of: forward, backward to the inputs, backward to the weights. They cost the same.
+
+    TRADES takes its natural logits once: 1 + 2 K for the attack, 2 forwards, 2 backwards of 2. CURE
+    adds 2 forwards of the revision model and 2 backwards: three sets of gradients take 4 sweeps.
+    """
+    attack = 2 * attack_steps
+    return {
+        "natural": 3,
+        "pgd_at": attack + 3,
+        "trades": 1 + attack + 2 + 4,
+        "cure": 1 + attack + 2 + 2 + 8,
+    }[method]

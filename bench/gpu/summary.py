@@ -1,0 +1,91 @@
+"""One page for all parts: targets, what each part has, charts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.chart import Bar, bar_chart
+from bench.gpu.plan import ENGINES, METHODS
+from bench.gpu.record import FORMAT, REHEARSAL, write_text
+from bench.gpu.targets import verdicts
+
+TITLES = {"cure": "CURE", "trades": "TRADES", "pgd_at": "PGD-AT", "natural": "natural"}
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a folder by part."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("format") == FORMAT:
+            found[record["part"]] = record
+    return found
+
+
+def write_summary(folder: Path) -> Path:
+    """Write ``summary.md`` and a chart per model and batch size; return the former."""
+    results = read_results(folder)
+    about = next((result["about"] for result in results.values()), {})
+    charts = write_charts(folder, results)
+    lines = [f"# GPU benchmark: {about.get('gpu') or about.get('cpu') or 'nothing measured'}", ""]
+    if about.get("tiny"):
+        lines += [REHEARSAL, ""]
+    lines += ["## Targets", ""]
+    if about.get("gpu") and "H200" not in about["gpu"]:
+        lines += [f"They are of an H200; this is another GPU ({about['gpu']}).", ""]
+    lines += [f"- {line}" for line in verdicts(results)]
+    lines += ["", "## Parts", ""]
+    lines += [
+        "| part | measured | left out | failed | date | commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_part_line(part, result) for part, result in results.items()]
+    if charts:
+        lines += ["", "## Charts", ""]
+        lines += [f"![Seconds per epoch]({chart.name})" for chart in charts]
+    path = folder / "summary.md"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _part_line(part: str, result: dict[str, Any]) -> str:
+    counts = [
+        sum(row["status"] == status for row in result["rows"])
+        for status in ("measured", "left out", "failed")
+    ]
+    about = result["about"]
+    commit = str(about["commit"])[:10] + (" with changes" if about["dirty"] else "")
+    name = f"[{part}]({part}.md)" + ("" if result["finished"] else ", unfinished")
+    return f"| {name} | {' | '.join(map(str, counts))} | {about['date']} | {commit} |"
+
+
+def write_charts(folder: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
+    """Write a bar chart per model and batch size that was measured; return the files."""
+    written = []
+    for part, result in results.items():
+        if not part.startswith("steps-"):
+            continue
+        rows = [row for row in result["rows"] if row["seconds"]]
+        for batch in sorted({row["key"]["batch"] for row in rows}):
+            chosen = [row for row in rows if row["key"]["batch"] == batch]
+            path = folder / f"{part}-b{batch}.svg"
+            write_text(path, _chart(chosen, result["about"], batch))
+            written.append(path)
+    return written
+
+
+def _chart(rows: list[dict[str, Any]], about: dict[str, Any], batch: int) -> str:
+    groups: dict[str, list[Bar]] = {}
+    for method in METHODS:
+        for engine in ENGINES:
+            for row in rows:
+                if (row["key"]["method"], row["key"]["engine"]) == (method, engine):
+                    scale = row["figures"]["epoch_seconds"] / row["seconds"][1]
+                    low, median, high = (scale * seconds for seconds in row["seconds"])
+                    groups.setdefault(TITLES[method], []).append(Bar(engine, low, median, high))
+    title = f"Seconds per CIFAR-10 epoch, {rows[0]['key']['model']}, batch {batch}"
+    where = about["gpu"] or f"{about['cpu']}, tiny shapes"
+    note = f"{where}, torch {about['torch']}, {about['date'][:10]}"
+    return bar_chart(title, note, groups)

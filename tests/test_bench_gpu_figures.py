@@ -1,0 +1,240 @@
+"""The GPU benchmark's figures: operations, targets, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import compare
+from bench.gpu import ceilings, kernel_part, plan, steps
+from bench.gpu import chart as charts
+from bench.gpu.ablation import add_gains
+from bench.gpu.plan import Plan, passes
+from bench.gpu.record import Record, Row
+from bench.gpu.summary import write_summary
+from bench.gpu.targets import TARGETS, verdicts
+
+CPU = torch.device("cpu")
+ABOUT = {"gpu": None, "cpu": "x", "torch": "2", "tiny": True, "date": "2026-11-21", "commit": "a"}
+ABOUT["dirty"] = False
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Plan:
+    return Plan(CPU, True, 60.0, tmp_path)
+
+
+def new_record(part: str = "steps-resnet18", **about: object) -> Record:
+    return Record(part, {**ABOUT, **about})
+
+
+# Operations.
+
+
+def test_passes_are_those_of_the_performance_notes() -> None:
+    wanted = {"natural": 3, "pgd_at": 23, "trades": 27, "cure": 33}
+    assert {method: passes(method, 10) for method in plan.METHODS} == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "giga"), [("resnet18", 1.1108), ("preactresnet18", 1.1108), ("wrn34-10", 13.3178)]
+)
+def test_forward_operations_are_those_of_the_performance_notes(tmp_path, model, giga) -> None:
+    assert round(steps.forward_flops(model, Plan(CPU, False, 1, tmp_path)) / 1e9, 4) == giga
+
+
+def test_share_of_the_ceiling_of_a_step(tmp_path) -> None:
+    figures = steps.step_figures(Plan(CPU, False, 1, tmp_path), 790e12, "resnet18")
+    # The notes give a floor of 5.94 ms for CURE at batch 128 and 790 TFLOP/s.
+    found = figures(Row({"method": "cure", "batch": 128}, rounds=(0.01, 0.01188, 0.02)))
+    assert found["share"] == pytest.approx(0.5, abs=5e-4)
+    assert found["epoch_seconds"] == pytest.approx(50_000 / 128 * 0.01188)
+    assert found["images_per_second"] == pytest.approx(128 / 0.01188)
+
+
+def test_convolutions_are_the_networks_distinct_ones(tmp_path) -> None:
+    full = Plan(CPU, False, 1, tmp_path)
+    shapes = [shape.name for shape in ceilings.convolutions("resnet18", full)]
+    assert len(shapes) == len(set(shapes)) == 11
+    assert shapes[:3] == ["3>64 3x3 at 32", "64>64 3x3 at 32", "64>128 3x3/2 at 32"]
+    assert shapes[-1] == "256>512 1x1/2 at 8"
+
+
+@pytest.mark.parametrize("part", ["forward", "to inputs", "to weights"])
+def test_a_timed_convolution_is_that_pass_and_has_its_operations(tiny, part) -> None:
+    shape = ceilings.Convolution(inputs=3, outputs=5, filter=3, stride=2, padding=1, side=8)
+    call = ceilings.convolution(tiny, shape, 2, part)
+    with FlopCounterMode(display=False) as counter:
+        made = call()
+    assert counter.get_total_flops() == shape.flops(2)
+    if part == "forward":
+        assert made.shape == (2, 5, 4, 4) and made.dtype == torch.bfloat16
+    else:
+        sizes = [None if grad is None else tuple(grad.shape) for grad in made]
+        assert sizes == [(2, 3, 8, 8) if part == "to inputs" else None,
+                         (5, 3, 3, 3) if part == "to weights" else None, None]  # fmt: skip
+
+
+# What is written.
+
+
+def step_row(method: str, engine: str, batch: int, ms: float, **changes: object) -> Row:
+    seconds = ms / 1e3
+    figures = {"epoch_seconds": 50_000 / batch * seconds, "share": 6 / ms}
+    key = {"model": "resnet18", "method": method, "engine": engine, "batch": batch}
+    row = Row(key, rounds=(seconds,) * 5, figures=figures, together=1)
+    return replace(row, **changes)
+
+
+def results(*rows: Row, tiny: bool = False, **others: Record) -> dict:
+    whole = new_record(tiny=tiny)
+    whole.rows = list(rows)
+    records = {"steps-resnet18": whole, **others}
+    return {
+        part: {"about": r.about, "rows": [{**vars(row), "seconds": row.seconds} for row in r.rows]}
+        for part, r in records.items()
+    }
+
+
+def test_targets_are_the_ones_asked_for() -> None:
+    assert [target.wanted for target in TARGETS] == [1.2, 5, 2.5, 16, 6.3, 37, 150, 1.5, 14, 4.5]
+
+
+def test_targets_reached_missed_and_not_measured() -> None:
+    rows = [
+        step_row("cure", "fast", 128, 15.0),
+        step_row("trades", "fast", 128, 12.0),
+        step_row("cure", "authors", 128, 60.0),
+        step_row("cure", "eager+compile", 128, 45.0, together=2),
+    ]
+    lines = verdicts(results(*rows))
+    assert lines[0].startswith("missed by 4.2 %: CURE's step over TRADES'")
+    assert lines[1].startswith("missed by 20.0 %") and lines[1].endswith("measured 4x")
+    assert lines[2].startswith("reached") and "3x (not taken in turns)" in lines[2]
+    assert lines[3] == ("reached: CURE's step, ResNet-18, batch 128, at most 16 ms; measured 15 ms")
+    assert lines[4].startswith("reached") and lines[5].endswith("measured 40 %")
+    assert all(lines[i].startswith("not measured") for i in (6, 7, 9))
+    assert lines[8].startswith("missed by 7.1 %: beyond")
+
+
+def test_the_update_is_compared_with_the_step() -> None:
+    kernels = new_record("kernels", tiny=False)
+    key = {"operation": "update+ema", "shapes": "resnet18", "provider": "triton-prepared"}
+    kernels.rows = [Row(key, rounds=(0.0003,) * 3)]
+    lines = verdicts(results(step_row("cure", "fast", 128, 15.0), kernels=kernels))
+    assert lines[7].startswith("missed by 33.3 %") and "measured 2 %" in lines[7]
+
+
+def test_a_rehearsal_and_rows_without_figures_reach_nothing() -> None:
+    row = step_row("cure", "fast", 128, 1.0)
+    assert all(line.startswith("not measured") for line in verdicts(results(row, tiny=True)))
+    failed = replace(row, rounds=(), status="failed")
+    assert all(line.startswith("not measured") for line in verdicts(results(failed)))
+
+
+def test_gain_is_the_time_without_over_the_time_with_all() -> None:
+    record = new_record("ablation")
+    for name, ms, together in (("all features", 10, 1), ("without fold", 13, 1), ("x", 9, 2)):
+        record.rows.append(step_row("cure", name, 128, ms, together=together))
+    add_gains(record)
+    assert [row.figures.get("gain") for row in record.rows] == [1, pytest.approx(1.3), None]
+
+
+def test_record_has_every_row_with_its_reason(tmp_path) -> None:
+    record = new_record()
+    record.columns = (("epoch_seconds", "s/epoch", 1.0), ("peak_bytes", "peak GB", 1e-9))
+    record.rows = [
+        step_row("cure", "fast", 128, 16.0),
+        step_row("cure", "eager", 128, 1, rounds=(), status="left out", note="no memory"),
+        step_row("cure", "authors", 128, 1, rounds=(), status="failed", note="ValueError: x"),
+    ]
+    record.write(tmp_path)
+    page = (tmp_path / "steps-resnet18.md").read_text()
+    assert "| resnet18 | cure | fast | 128 | 16.000 | 16.000 to 16.000 | 5 | 6.25 | 1 |  |" in page
+    assert "## Left out\n\n- resnet18 cure eager 128: no memory" in page
+    assert "## Failed\n\n- resnet18 cure authors 128: ValueError: x" in page
+    assert "peak GB" not in page and "did not come to its end" in page and "rehearsal" in page
+    kept = json.loads((tmp_path / "steps-resnet18.json").read_text())["rows"]
+    assert kept[0]["rounds"] == [0.016] * 5 and kept[0]["seconds"] == [0.016] * 3
+    assert [row["status"] for row in kept] == ["measured", "left out", "failed"]
+    assert compare.read(tmp_path).rows["steps-resnet18 resnet18 cure fast 128"] == (0.016,) * 3
+
+
+def test_summary_names_another_gpu_and_draws_what_was_measured(tmp_path) -> None:
+    record = new_record(gpu="NVIDIA H100", tiny=False)
+    record.rows = [step_row("cure", "fast", b, 16.0) for b in (128, 512)]
+    record.finished = True
+    record.write(tmp_path)
+    page = write_summary(tmp_path).read_text()
+    assert "They are of an H200; this is another GPU (NVIDIA H100)." in page
+    assert "- reached: CURE's step, ResNet-18, batch 128" in page
+    assert "| [steps-resnet18](steps-resnet18.md) | 2 | 0 | 0 | 2026-11-21 | a |" in page
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {"steps-resnet18-b128.svg", "steps-resnet18-b512.svg"}
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.floats(1, 1.5),
+)
+def test_chart_is_readable_whatever_the_values(values, groups, slack) -> None:
+    bars = [charts.Bar(f"a<{i}>", v / slack, v, v * slack) for i, v in enumerate(values)]
+    drawing = ET.fromstring(
+        charts.bar_chart("T & t", "note", {f"g{i}": bars for i in range(groups)})
+    )
+    space = "{http://www.w3.org/2000/svg}"
+    width, height = int(drawing.get("width")), float(drawing.get("height"))
+    texts = drawing.findall(f"{space}text")
+    assert width == 900 and min(int(t.get("font-size")) for t in texts) >= 13
+    assert all(0 <= float(t.get("y")) <= height for t in texts)
+    # A digit is at most 0.65 em wide, so that the value of the longest bar stays inside.
+    ends = [float(t.get("x")) + 9.1 * len(t.text) for t in texts if (t.text or "").endswith(" s")]
+    assert len(ends) == groups * len(bars) and max(ends) <= width
+    rects = drawing.findall(f"{space}rect")[1:]
+    lengths = [float(rect.get("width")) for rect in rects[: len(bars)]]
+    scale = max(lengths) / max(values)
+    for length, value in zip(lengths, values, strict=True):
+        # Rounded to a tenth, and never thinner than a pixel.
+        assert abs(length - max(1.0, scale * value)) <= 0.11 + 0.06 * value / max(values)
+
+
+def test_ticks_are_round_and_reach_the_largest() -> None:
+    assert charts.nice_ticks(33.0) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert charts.nice_ticks(0.6) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_kernel_rows_are_those_of_the_kernel_benchmark(tmp_path) -> None:
+    report, figures = tmp_path / "r.xml", tmp_path / "f.json"
+    name = "bench_kernel[update+ema-resnet18-triton-prepared]"
+    report.write_text(
+        f'<testsuites><testsuite><testcase name="{name}"/><testcase name="bench_kernel[b]">'
+        '<failure message="AssertionError: 3 wrong&#10;more"/></testcase>'
+        '<testcase name="bench_kernel[c]"><skipped message="too large"/></testcase>'
+        '<testcase name="bench_kernel[d]"/></testsuite></testsuites>'
+    )
+    extra = {"note": "", "times_floor": 1.5, "gigabytes_per_s": 2000.0}
+    found = {"name": name, "group": "update+ema, resnet18", "extra_info": extra}
+    found["stats"] = {"data": [1e-4, 2e-4, 3e-4]}
+    figures.write_text(json.dumps({"benchmarks": [found]}))
+    record = new_record("kernels")
+    kernel_part.add_rows(record, report, figures)
+    first, failed, skipped, silent = record.rows
+    assert list(first.key.values()) == ["update+ema", "resnet18", "triton-prepared"]
+    assert first.median == 2e-4 and first.figures["bytes_per_second"] == 2e12
+    assert (failed.status, failed.note) == ("failed", "AssertionError: 3 wrong")
+    assert (skipped.status, skipped.note) == ("left out", "too large")
+    assert silent.status == "failed" and "no figures" in silent.note
+
+
+def test_a_kernel_benchmark_without_report_is_a_failure(tmp_path) -> None:
+    record = new_record("kernels")
+    kernel_part.add_rows(record, tmp_path / "r.xml", tmp_path / "f.json")
+    assert [row.note for row in record.failed] == ["pytest wrote no report"]
