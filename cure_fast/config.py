@@ -112,12 +112,16 @@ class AttackConfig:
     """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
     attack_mode: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics (eval) or the batch's own (train)."""
+    attack_ramp: float = 0.0
+    """Share of the run, 0 to 1, over which the attack grows from one step to attack_steps; 0 takes
+    all steps from the start. Above 0 early training is faster, against a weaker attack."""
 
     def __post_init__(self) -> None:
         check_literals(self)
         check_range(self, "eps", 0, 1)
         check_range(self, "step_size", 0, 1)
         check_range(self, "attack_steps", 0, 1000)
+        check_range(self, "attack_ramp", 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +221,10 @@ class EvalConfig:
         check_range(self, "val_attack_steps", 1, 1000)
 
 
+# Parts of the fast engine that can be left out; see cure_fast/engine/fast.py.
+EngineFeature = Literal["graph", "fold", "stack", "copies", "fuse", "compile"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where and how the run executes."""
@@ -232,6 +240,16 @@ class RunConfig:
     float32 on the CPU. Evaluation is always float32."""
     deterministic: bool = False
     """Use deterministic GPU algorithms (slower)."""
+    engine: Literal["auto", "eager", "fast"] = "auto"
+    """How steps are computed: eager is plain PyTorch, fast captures a whole step in a CUDA graph of
+    fused kernels; auto is fast on a GPU and eager on the CPU."""
+    engine_without: tuple[EngineFeature, ...] = ()
+    """Parts of the fast engine to leave out, to find what each one gains: graph, fold, stack,
+    copies, fuse, compile."""
+    joint_forward: bool = False
+    """Take natural and adversarial images through the network in one pass, each with its own
+    BatchNorm statistics: fewer, larger operations. Sums have another order then, so that last bits
+    differ. The fast engine alone does so, with its parts stack and (in half precision) copies."""
     log_every: int = 20
     """Steps between rows of step metrics, 1 or more."""
     checkpoint_every: int = 1

@@ -153,8 +153,10 @@ def expected(hint: Any) -> str:
             words = ", ".join(get_args(kind))
             parts.append(f"one of {words}" if ", " in words else f"the word {words}")
         elif get_origin(kind) is tuple:
-            item = "numbers" if get_args(kind)[0] is float else "names"
-            parts.append(f"{item} with commas between")
+            item = get_args(kind)[0]
+            words = {float: "numbers", str: "names"}.get(item)
+            words = words or f"any of {', '.join(get_args(item))},"
+            parts.append(f"{words} with commas between")
         elif kind is not type(None):
             parts.append(
                 {int: "a whole number", float: "a number such as 0.03 or 8/255"}.get(

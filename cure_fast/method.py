@@ -7,7 +7,7 @@ order of application. Neither knows about devices, precision or loaders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,32 @@ Terms = dict[str, Tensor]
 
 
 class Policy:
-    """Touches weights or gradients across steps; every hook does nothing by default."""
+    """Touches weights or gradients across steps; every hook does nothing by default.
+
+    The fast engine decides on the device whether a step is finite. It calls every hook all the
+    same and holds the answer in ``run.engine.skip``, a 0-d bool tensor, None in the eager engine.
+    Gradients of a skipped step move nothing; what a hook moves itself it must leave as it is.
+
+    Attributes:
+        moves_weights: whether :meth:`around` or :meth:`on_step` changes weights of the trained
+            network, of which the fast engine then makes its copies anew.
+    """
+
+    moves_weights: bool = True
 
     def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[None]:
         """Return a context that spans the loss, the backward pass and the optimiser's step."""
         return nullcontext()
 
+    def moved_before_loss(self) -> Sequence[Tensor]:
+        """Return the tensors that :meth:`around` moves before the loss, other than by setting them
+        to what they are set to if it is entered again: so that a failed step can be taken back.
+        """
+        return ()
+
     def on_grads(self, run: Run) -> None:
-        """Change the gradients, which are complete, finite and unscaled.
+        """Change the gradients, which are complete and unscaled, and finite unless
+        ``run.engine.skip`` says otherwise.
 
         Sets in ``run.gradients`` still have the loss scale of fp16.
         """
@@ -75,7 +93,12 @@ def no_networks(run: Run) -> dict[str, nn.Module]:
 
 def backward_total(run: Run, terms: Terms) -> None:
     """Accumulate the gradient of ``terms["total"]`` into every parameter's ``.grad``."""
-    run.scale(terms["total"]).backward()
+    run.backward(terms["total"])
+
+
+def one_phase(run: Run) -> Hashable:
+    """Return the same for every step."""
+    return None
 
 
 def accept(config: Config) -> None:
@@ -107,6 +130,9 @@ class Method:
         policies: builds the policies of a run.
         check: raises ``InputError`` for a configuration the method cannot run.
         preset: changes other parts of the configuration when the method is chosen by name.
+        phase: from the run to what its functions and policies branch on besides the settings, such
+            as the epoch. Steps of equal phase must do the same operations: the fast engine replays
+            them. Numbers that change are asked of ``run.engine.number`` instead.
         uses_attack: False for a method that trains on natural images alone.
     """
 
@@ -122,6 +148,7 @@ class Method:
     policies: Callable[[Run], tuple[Policy, ...]] = no_policies
     check: Callable[[Config], None] = accept
     preset: Callable[[Config], Config] = keep_config
+    phase: Callable[[Run], Hashable] = one_phase
     uses_attack: bool = True
 
 

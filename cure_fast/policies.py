@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cure_fast.kernels import ema_update_
+from cure_fast.kernels import TensorList, ema_update_
 from cure_fast.method import Policy
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Revision(Policy):
         order: move ``after`` the optimiser's step, or ``before`` the loss.
     """
 
+    moves_weights = False
+
     def __init__(
         self,
         network: nn.Module,
@@ -46,7 +48,9 @@ class Revision(Policy):
         self.warmup = warmup
         self.buffers = buffers
         self.order = order
-        self.moves: Tensor | None = None
+        device = next(network.parameters()).device
+        self.moves = torch.zeros((), dtype=torch.int64, device=device)
+        self.lists: tuple[TensorList, TensorList] | None = None
 
     @contextmanager
     def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
@@ -55,6 +59,13 @@ class Revision(Policy):
             self.move(run)
         yield
 
+    def moved_before_loss(self) -> Sequence[Tensor]:
+        """Return the network's parameters and the count of moves, where it moves before the loss.
+
+        Its buffers are looked after as every network's are.
+        """
+        return [*self.network.parameters(), self.moves] if self.order == "before" else []
+
     def on_step(self, run: Run) -> None:
         """Move the network after the optimiser's step, where that is the order."""
         if self.order == "after":
@@ -62,22 +73,28 @@ class Revision(Policy):
 
     def move(self, run: Run) -> None:
         """Toss the coin of this step and, where it lands, move every tensor."""
-        rate = self.rate(run)
-        if rate == 0:
+        rate = run.engine.number("revision rate", self.rate)
+        if isinstance(rate, float) and rate == 0:
             return
+        if self.lists is None:
+            self.lists = self.tables(run)
+        moved = ema_update_(
+            *self.lists,
+            decay=run.engine.number("revision decay", lambda run: self.decay_at(run.step)),
+            rate=rate,
+            seed=run.config.run.seed,
+            step=run.engine.step_number,
+            skip=run.engine.skip,
+        )
+        self.moves += moved
+
+    def tables(self, run: Run) -> tuple[TensorList, TensorList]:
+        """Return what moves, and what it moves towards."""
         averages, params = list(self.network.parameters()), list(run.model.parameters())
         if self.buffers == "average":
             averages += list(self.network.buffers())
             params += list(run.model.buffers())
-        moved = ema_update_(
-            averages,
-            params,
-            decay=self.decay_at(run.step),
-            rate=rate,
-            seed=run.config.run.seed,
-            step=run.step,
-        )
-        self.moves = moved.long() if self.moves is None else self.moves + moved
+        return TensorList(averages), TensorList(params)
 
     def decay_at(self, step: int) -> float:
         """Return the decay at 0-based ``step``; the public code's bound counts steps from 1."""
@@ -89,16 +106,15 @@ class Revision(Policy):
 
     def metrics(self, run: Run) -> dict[str, Any]:
         """Return the rate and the number of moves so far (reads one number from the device)."""
-        return {"rate": self.rate(run), "moves": 0 if self.moves is None else int(self.moves)}
+        return {"rate": self.rate(run), "moves": int(self.moves)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of moves; the network itself is stored with the run's networks."""
-        return {"moves": 0 if self.moves is None else int(self.moves)}
+        return {"moves": int(self.moves)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the number of moves."""
-        device = next(self.network.parameters()).device
-        self.moves = torch.tensor(state["moves"], device=device)
+        self.moves.fill_(state["moves"])
 
 
 def revision_rate(

@@ -17,6 +17,7 @@ from cure_fast.config import Config, MethodSettings, PretrainConfig
 from cure_fast.config_json import digest, to_dict
 from cure_fast.console import say
 from cure_fast.data import Data, open_loader
+from cure_fast.engine import engine_asked
 from cure_fast.environment import choose_dtype
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluate import evaluate
@@ -142,6 +143,7 @@ def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
             "deterministic": staged.run.deterministic,
             "val_every": staged.eval.val_every,
             "dtype": str(choose_dtype(staged.run.amp, device)),
+            "engine": engine_asked(staged, device),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "images": data.train.checksum() + data.val.checksum(),
             "crop_padding": staged.data.crop_padding,
@@ -179,6 +181,10 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
     model.compute_dtype = choose_dtype(config.run.amp, device)
     model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = build_run(config, model, loader, device)
+    if run.engine.reason is not None:
+        say(f"engine: eager, as the fast one cannot take this run: {run.engine.reason}")
+    elif run.engine.name == "fast":
+        say("engine: fast")
     checkpoints = stage.folder / "checkpoints"
     # A folder without a single finished checkpoint is of a run that was killed before its first.
     if has_checkpoints(checkpoints):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cure_fast.attacks import pgd
 from cure_fast.config import Config, OptimConfig
+from cure_fast.engine import Engine, open_engine
 from cure_fast.errors import DivergedError, StoppedError
 from cure_fast.loaders import Loader
 from cure_fast.log import RunLog
@@ -21,7 +22,7 @@ from cure_fast.models import ImageClassifier
 from cure_fast.progress import track
 from cure_fast.random_state import random_state, restore_random_state
 from cure_fast.schedules import lr_at
-from cure_fast.step import Undo, advice, train_step
+from cure_fast.step import Undo, advice
 
 P = TypeVar("P", bound=Policy)
 
@@ -53,6 +54,7 @@ class Run:
         pending: row of an epoch that is trained but not yet validated.
         best: validation accuracy in percent of the best epoch so far: (selected, natural), and
             its 1-based number.
+        engine: computes the steps.
     """
 
     config: Config
@@ -77,6 +79,7 @@ class Run:
     undo: Undo | None = None
     pending: dict[str, Any] | None = None
     best: tuple[float, float, int] | None = None
+    engine: Engine = field(init=False)
 
     @property
     def settings(self) -> Any:
@@ -107,9 +110,27 @@ class Run:
         """
         return self.position / self.total_steps
 
+    @property
+    def attack_steps(self) -> int:
+        """Number of steps of the attack in this training step."""
+        attack = self.config.attack
+        if self.progress >= attack.attack_ramp:
+            return attack.attack_steps
+        grown = attack.attack_steps * self.progress / attack.attack_ramp
+        return min(attack.attack_steps, 1 + int(grown))
+
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss times fp16's scale (itself in other precisions)."""
         return self.scaler.scale(loss)
+
+    def backward(
+        self,
+        total: Tensor,
+        further: Mapping[str, Tensor] | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> None:
+        """Add the gradients of a pass; see :meth:`cure_fast.engine.Engine.backward`."""
+        self.engine.backward(total, further or {}, parameters)
 
     def add_gradients(self, name: str, grads: list[Tensor]) -> None:
         """Add a pass's part to the set of gradients ``name``."""
@@ -131,13 +152,14 @@ class Run:
             objective,
             eps=attack.eps,
             step_size=attack.step_size,
-            steps=attack.attack_steps,
+            steps=self.attack_steps,
             start=attack.start,
             generator=self.generators["attack"],
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that :meth:`load_state_dict` needs to continue: tensors and plain values."""
+        self.engine.flush()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -162,6 +184,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         groups = self.optimizer.param_groups
+        self.engine.forget()
         self.model.load_state_dict(state["model"])
         # The configuration decides, which --override may have changed; the rate is set each step.
         own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
@@ -201,6 +224,7 @@ def build_run(config: Config, model: ImageClassifier, loader: Loader, device: to
         generators={"attack": torch.Generator(device).manual_seed(config.run.seed * 2)},
     )
     run.networks = {name: net.to(device) for name, net in run.method.networks(run).items()}
+    run.engine = open_engine(run)
     run.policies = run.method.policies(run)
     return run
 
@@ -226,6 +250,15 @@ def set_lr(run: Run) -> float:
     return lr
 
 
+def next_step(run: Run, x: Tensor, y: Tensor) -> tuple[float, Terms | None]:
+    """Train on one batch and advance; return the learning rate and what the engine returns."""
+    lr = set_lr(run)
+    terms = run.engine.step(x, y)
+    run.batch += 1
+    run.step += 1
+    return lr, terms
+
+
 def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, Any]:
     """Train to the end of the epoch under way; return its row of metrics.
 
@@ -243,24 +276,16 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
     ):
         advance(run.batch * config.optim.batch_size)
         for x, y in batches:
-            lr = set_lr(run)
-            terms = train_step(run, x, y)
-            if terms is not None:
-                add_terms(run, terms)
-                if run.step % config.run.log_every == 0:
-                    log.step(
-                        run.step,
-                        run.position / run.loader.batches_per_epoch,
-                        lr,
-                        terms,
-                        skipped=run.skipped,
-                    )
-            run.batch += 1
-            run.step += 1
+            lr, terms = next_step(run, x, y)
+            done = run.step - 1
+            if terms is not None and done % config.run.log_every == 0:
+                epoch = (run.position - 1) / run.loader.batches_per_epoch
+                log.step(done, epoch, lr, terms, skipped=run.skipped)
             images += len(y)
             advance(len(y))
             if stop():
                 raise StoppedError("stopped by a signal")
+    run.engine.flush()
     if not run.counted:
         raise DivergedError(f"no step of epoch {run.epoch + 1} had a finite loss. {advice(run)}")
     means = {name: float(value / run.counted) for name, value in run.sums.items()}
@@ -280,13 +305,6 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
     }
     run.epoch, run.batch, run.sums, run.counted, run.skipped = run.epoch + 1, 0, {}, 0, 0
     return row
-
-
-def add_terms(run: Run, terms: Terms) -> None:
-    """Add a step's terms to the sums of the epoch, on the device."""
-    for name, term in terms.items():
-        run.sums[name] = run.sums[name] + term if name in run.sums else term
-    run.counted += 1
 
 
 def policy_metrics(run: Run) -> dict[str, Any]:

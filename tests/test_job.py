@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import tiny_step
-from cure_fast import stages, trainer
+from cure_fast import stages
 from cure_fast.checkpoint import save_checkpoint
+from cure_fast.engine import eager
 from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.files import locked
 from cure_fast.job import train
@@ -92,13 +93,13 @@ class StopAfter(StopSignals):
     def __init__(self, number, monkeypatch):
         super().__init__()
         self.came = False
-        real = trainer.train_step
+        real = eager.train_step
 
         def watched(run, x, y):
             self.came = run.step + 1 == number
             return real(run, x, y)
 
-        monkeypatch.setattr(trainer, "train_step", watched)
+        monkeypatch.setattr(eager, "train_step", watched)
 
     def __call__(self):
         return self.came
@@ -329,7 +330,7 @@ def test_two_runs_at_once_share_one_natural_start(tmp_path):
         "--no-tensorboard --device cpu"
     ).split()
     # The first to pre-train waits until the other has asked for the same.
-    prepare = partial(hold_at, "cure_fast.trainer:train_step", 1, tmp_path / "go")
+    prepare = partial(hold_at, "cure_fast.engine.eager:train_step", 1, tmp_path / "go")
     both = [start(words, tmp_path, prepare=prepare) for _ in range(2)]
     while not any("waiting for another run" in run.output() for run in both):
         assert not any(run.ended() for run in both), [run.output() for run in both]

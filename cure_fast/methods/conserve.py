@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.errors import InputError
-from cure_fast.kernels import rgp_mask_
+from cure_fast.kernels import Selection, rgp_mask_
 from cure_fast.kernels.rgp import Score
 from cure_fast.method import Policy, Terms
 from cure_fast.models import ImageClassifier, block_first_convs
@@ -69,36 +69,38 @@ class Conserve(Policy):
     ) -> None:
         self.settings = settings
         self.active = active
+        self.moves_weights = settings.freeze == "hard"
         chosen = maskable_parameters(model, settings.mask_layers, settings.mask_stem)
         self.names = list(chosen)
         self.parameters = list(chosen.values())
-        self.kept_sum = torch.zeros(len(self.names))
-        self.kept_steps = 0
+        device = self.parameters[0].device
+        self.kept_sum = torch.zeros(len(self.names), device=device)
+        self.kept_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.frozen: list[tuple[Tensor, Tensor]] = []
+        # The last selection, where steps keep it, and whether it comes from a checkpoint.
+        self.selection: Selection | None = None
+        self.stored = False
 
     def backward(self, run: Run, terms: Terms) -> None:
         """Add every gradient of the terms, those of the score among them."""
-        scaled = {name: run.scale(term) for name, term in terms.items()}
         if self.updates_by_score:
-            self._direction(scaled).backward()
+            run.backward(self._direction(terms))
             return
-        for name in ("natural_ce", self.adversarial_term):
-            run.add_gradients(name, self._gradients_of(scaled[name]))
-        scaled["total"].backward()
+        scored = ("natural_ce", self.adversarial_term) if self.selects(run) else ()
+        run.backward(
+            terms["total"],
+            further={name: terms[name] for name in scored},
+            parameters=self.parameters,
+        )
 
     def on_grads(self, run: Run) -> None:
         """Zero the masked entries of the maskable gradients in place."""
         if not self.active(run):
             return
-        grads = self._grads()
-        if self.updates_by_score:
-            natural = adversarial = [grad.clone() for grad in grads]
-        else:
-            natural = run.gradients["natural_ce"]
-            adversarial = run.gradients[self.adversarial_term]
-        kept = self._mask(grads, natural, adversarial)
-        self.kept_sum = self.kept_sum.to(kept.device) + kept
-        self.kept_steps += 1
+        kept = self._mask(run, self._grads())
+        skip = run.engine.skip
+        self.kept_sum += kept if skip is None else kept * ~skip
+        self.kept_steps += 1 if skip is None else ~skip
 
     @property
     def updates_by_score(self) -> bool:
@@ -123,12 +125,6 @@ class Conserve(Policy):
             mixture = mixture + settings.gamma * terms["consistency"]
         return mixture
 
-    def _gradients_of(self, term: Tensor) -> list[Tensor]:
-        grads = torch.autograd.grad(
-            term, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return list(grads)
-
     def _grads(self) -> list[Tensor]:
         grads = [parameter.grad for parameter in self.parameters]
         assert all(grad is not None for grad in grads), (
@@ -136,21 +132,32 @@ class Conserve(Policy):
         )
         return grads  # pyright: ignore[reportReturnType]
 
-    def _mask(
-        self, grads: list[Tensor], natural: list[Tensor], adversarial: list[Tensor]
-    ) -> Tensor:
-        """Zero the masked entries of ``grads``; return the fraction kept, float32 [L]."""
+    def _mask(self, run: Run, grads: list[Tensor]) -> Tensor:
+        """Mask the step's gradients; return the fraction kept, float32 [L]."""
         settings = self.settings
+        if not self.selects(run):
+            assert self.selection is not None
+            run.engine.mask(self.parameters, self.selection)
+            return self.selection.kept
+        if self.updates_by_score:
+            natural = adversarial = [grad.clone() for grad in grads]
+        else:
+            natural = run.gradients["natural_ce"]
+            adversarial = run.gradients[self.adversarial_term]
         score: Score = "abs" if settings.objective == "rgp" else settings.score
         if settings.mask_scope == "tensor" and settings.freeze == "grad":
-            return rgp_mask_(
-                grads,
+            selection = run.engine.select(
+                self.parameters,
                 natural,
                 adversarial,
                 percentile=settings.percentile,
                 alpha=settings.alpha,
                 score=score,
             )
+            run.engine.mask(self.parameters, selection)
+            if settings.mask_every > 1:
+                self.selection, self.stored = selection, False
+            return selection.kept
         keep = self._keep(natural, adversarial, score)
         for grad, kept in zip(grads, keep, strict=True):
             grad.mul_(kept)
@@ -160,6 +167,16 @@ class Conserve(Policy):
                 for kept, parameter in zip(keep, self.parameters, strict=True)
             ]
         return torch.stack([kept.mean() for kept in keep])
+
+    def selects(self, run: Run) -> bool:
+        """Return whether the step selects its mask, and does not keep that of the step before."""
+        return self.selection is None or run.batch % self.settings.mask_every == 0
+
+    def phase(self, run: Run) -> str:
+        """Return what the step does for its mask; a mask from a checkpoint lies elsewhere."""
+        if self.selects(run):
+            return "select"
+        return "stored" if self.stored else "keep"
 
     def _keep(self, natural: list[Tensor], adversarial: list[Tensor], score: Score) -> list[Tensor]:
         """Return 1 where a weight may move, 0 where masked, float32, shaped as the weights."""
@@ -197,14 +214,41 @@ class Conserve(Policy):
         if not self.kept_steps:
             return None
         fractions = (self.kept_sum / self.kept_steps).tolist()
-        self.kept_sum, self.kept_steps = torch.zeros_like(self.kept_sum), 0
+        self.kept_sum.zero_()
+        self.kept_steps.zero_()
         return dict(zip(self.names, fractions, strict=True))
 
     def state_dict(self) -> dict[str, object]:
         """Return the counts of the epoch that is under way."""
-        return {"kept_sum": self.kept_sum.cpu(), "kept_steps": self.kept_steps}
+        state = {"kept_sum": self.kept_sum.cpu(), "kept_steps": int(self.kept_steps)}
+        if self.selection is None:
+            return state
+        found = self.selection
+        masks = [
+            torch.zeros(p.shape, dtype=torch.bool) if values is None else (values < limit).cpu()
+            for p, values, limit in zip(
+                self.parameters, found.scores, found.thresholds, strict=True
+            )
+        ]
+        return {**state, "masks": masks, "kept": found.kept.cpu()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore the counts."""
         assert isinstance(state["kept_sum"], Tensor) and isinstance(state["kept_steps"], int)
-        self.kept_sum, self.kept_steps = state["kept_sum"], state["kept_steps"]
+        self.kept_sum.copy_(state["kept_sum"])
+        self.kept_steps.fill_(state["kept_steps"])
+        self.selection, self.stored = None, "masks" in state
+        if self.stored:
+            # Scores of 0 and 1 around a threshold of 1 mask the same weights.
+            device = self.kept_sum.device
+            scores = [
+                torch.empty_like(parameter).copy_(~mask)
+                for parameter, mask in zip(self.parameters, state["masks"], strict=True)  # pyright: ignore[reportArgumentType]
+            ]
+            count = len(scores)
+            self.selection = Selection(
+                scores,
+                torch.ones(count, device=device),
+                state["kept"].to(device),  # pyright: ignore[reportAttributeAccessIssue]
+                torch.zeros(count, dtype=torch.int32, device=device),
+            )

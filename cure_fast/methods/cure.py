@@ -67,6 +67,9 @@ class CureSettings(MethodSettings):
     """Mask the first convolution (and its BatchNorm) too (paper; the code leaves it out)."""
     mask_scope: Literal["tensor", "global"] = "tensor"
     """Percentile of each tensor (paper and code), or one over all masked tensors together."""
+    mask_every: int = 1
+    """Steps from one selection of the mask to the next, 1 or more. Above 1 the steps between keep
+    the mask they find and save the score's gradients: faster, and no longer the published CURE."""
     freeze: Literal["grad", "hard"] = "grad"
     """Masked weights: gradient zeroed, so that momentum and weight decay still move them (paper and
     code), or held fast in this step (hard)."""
@@ -110,6 +113,7 @@ class CureSettings(MethodSettings):
         for name in ("alpha", "revision_rate", "revision_decay", "revision_decay_start"):
             check_range(self, name, 0, 1)
         check_range(self, "natural_share", 0, 1)
+        check_range(self, "mask_every", 1, 1_000_000)
         for name in ("beta", "gamma", "inner_kl_weight"):
             check_range(self, name, 0)
         check(
@@ -117,6 +121,13 @@ class CureSettings(MethodSettings):
             "update",
             self.update,
             "total with --objective rgp, whose one gradient is also its score",
+        )
+        plain = (self.mask_scope, self.freeze, self.update, self.objective)
+        check(
+            self.mask_every == 1 or plain == ("tensor", "grad", "total", "cure"),
+            "mask_every",
+            self.mask_every,
+            "1 with --mask-scope global, --freeze hard, --update prominence and --objective rgp",
         )
 
 
@@ -195,6 +206,12 @@ def networks(run: Run) -> dict[str, nn.Module]:
     return {"revision": copy.deepcopy(run.model).requires_grad_(False)}
 
 
+def is_warm_start(run: Run) -> bool:
+    """Return whether the step is the first after CURE_Eff's natural warm-up."""
+    first = natural_epochs(run.config)
+    return first > 0 and run.batch == 0 and run.epoch == first
+
+
 class WarmStart(Policy):
     """Copies the trained network into the revision model when the natural warm-up ends (CURE_Eff).
 
@@ -205,7 +222,7 @@ class WarmStart(Policy):
     @contextmanager
     def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
         """Copy parameters and buffers before the loss of the first step after the warm-up."""
-        if run.batch == 0 and run.epoch == natural_epochs(run.config):
+        if is_warm_start(run):
             run.networks["revision"].load_state_dict(run.model.state_dict())
         yield
 
@@ -222,6 +239,12 @@ def rate_at(run: Run) -> float:
         progress=run.progress,
         steps_past_start=run.position - int(settings.revision_decay_start * run.total_steps) + 1,
     )
+
+
+def phase(run: Run) -> tuple[bool, bool, str]:
+    """Return whether the step is of the natural warm-up or the first after it, and its mask's."""
+    mask = run.policy(Conserve).phase(run) if run.settings.rgp else "none"
+    return naturally(run), is_warm_start(run), mask
 
 
 def check_config(config: Config) -> None:
@@ -285,6 +308,7 @@ CURE = Method(
     networks=networks,
     policies=policies,
     check=check_config,
+    phase=phase,
 )
 
 

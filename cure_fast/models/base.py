@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,8 @@ class ImageClassifier(nn.Module):
         unused_modules: top-level modules that published weights may carry for this architecture
             though no forward pass ever calls them; loading leaves them out.
         width: channels of the first stage, or the widening factor of a wide ResNet.
+        stand_in: what computes the logits in place of the layers, such as a copy of the network
+            that does so faster; ``None`` takes the layers.
         compute_dtype: ``None`` computes in the input's dtype; ``torch.bfloat16`` or
             ``torch.float16`` run :meth:`logits` under autocast. The logits are float32 or wider
             either way. Evaluation sets it to ``None``.
@@ -56,6 +58,7 @@ class ImageClassifier(nn.Module):
         self.width = width
         self.normalize: nn.Module = nn.Identity()
         self.compute_dtype: torch.dtype | None = None
+        self.stand_in: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [N, K] of normalised images [N, C, H, W]."""
@@ -63,6 +66,10 @@ class ImageClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, K], float32 or wider, of images [N, C, H, W] in [0, 1]."""
+        return self.own_logits(x) if self.stand_in is None else self.stand_in(x)
+
+    def own_logits(self, x: Tensor) -> Tensor:
+        """Return the logits as the layers compute them, in the chosen precision."""
         if self.compute_dtype is None:
             logits = self.logits(self.normalize(x))
         else:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import tiny_step
-from cure_fast import saving, trainer
+from cure_fast import saving
 from cure_fast.cli import main
+from cure_fast.engine import eager
 from cure_fast.errors import DivergedError
 from cure_fast.job import train
 from cure_fast.kernels import pgd_step_
@@ -201,14 +202,14 @@ def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
 
 
 def test_a_run_goes_on_after_a_bad_batch_and_says_so(tmp_path, monkeypatch, capsys):
-    real, calls = trainer.train_step, []
+    real, calls = eager.train_step, []
 
     def one_bad(run, x, y):
         calls.append(run.config.method)
         bad = calls.count("cure") == 2 and calls[-1] == "cure"
         return real(run, poisoned(x) if bad else x, y)
 
-    monkeypatch.setattr(trainer, "train_step", one_bad)
+    monkeypatch.setattr(eager, "train_step", one_bad)
     folder = train(tiny(tmp_path))
     rows = [r for r in read_rows(folder / "metrics.jsonl") if r["stage"] == "train"]
     assert [r["skipped"] for r in rows if r["event"] == "epoch"] == [1, 0]
@@ -221,13 +222,13 @@ def test_a_run_goes_on_after_a_bad_batch_and_says_so(tmp_path, monkeypatch, caps
 def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
-    real = trainer.train_step
+    real = eager.train_step
 
     def bad_from_the_second_epoch(run, x, y):
         late = run.config.method == "cure" and run.epoch > 0
         return real(run, poisoned(x) if late else x, y)
 
-    monkeypatch.setattr(trainer, "train_step", bad_from_the_second_epoch)
+    monkeypatch.setattr(eager, "train_step", bad_from_the_second_epoch)
     monkeypatch.chdir(tmp_path)
     words = (
         "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 1 "
@@ -247,8 +248,8 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
 
 
 def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch):
-    real = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda run, x, y: real(run, poisoned(x), y))
+    real = eager.train_step
+    monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
     with pytest.raises(DivergedError, match="no step of epoch 1 had a finite loss"):
         train(tiny(tmp_path, "trades", pretrain={"pretrain_epochs": 0}, run={"max_skipped": 9}))
     assert not (tmp_path / "run/model.safetensors").exists()

@@ -16,7 +16,7 @@ from cure_fast.method import attack_mode
 from cure_fast.methods import select_method
 from cure_fast.policies import Revision, revision_rate
 from cure_fast.recipes import find_recipe
-from cure_fast.trainer import train_step
+from cure_fast.step import train_step
 
 PRESETS = ("cure", "cure_paper", "cure_official", "cure_eff", "cure_eff_official")
 SETTINGS = (

@@ -15,7 +15,7 @@ from cure_fast.methods import METHODS
 from cure_fast.methods.cure import rate_at
 from cure_fast.models import build_model
 from cure_fast.policies import Revision
-from cure_fast.trainer import train_step
+from cure_fast.step import train_step
 
 DECAY = 0.9
 

@@ -12,7 +12,7 @@ from cure_fast.environment import choose_dtype
 from cure_fast.method import Policy
 from cure_fast.methods import METHODS
 from cure_fast.models import build_model
-from cure_fast.trainer import train_step
+from cure_fast.step import train_step
 
 CPU = torch.device("cpu")
 CURE = (

@@ -18,7 +18,8 @@ is read once at start (locale, PYTHON... and OMP_... variables) is the server's.
 ``prepare`` is called in the process before the command, to inject a fault there. It is sent by
 name: a function of a module in tests/support, or a ``functools.partial`` of one::
 
-    start(words, tmp_path, prepare=partial(signal_at, "cure_fast.trainer:train_step", 3, SIGTERM))
+    prepare = partial(signal_at, "cure_fast.engine.eager:train_step", 3, SIGTERM)
+    start(words, tmp_path, prepare=prepare)
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""Engines compute the steps of a run: eagerly, or fast. Methods and policies know neither."""
+
+from __future__ import annotations
+
+from .choose import engine_asked, open_engine
+from .eager import Engine
+
+__all__ = ["Engine", "engine_asked", "open_engine"]

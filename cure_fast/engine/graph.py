@@ -1,0 +1,67 @@
+"""A whole training step in one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from cure_fast.method import Terms
+
+
+class CapturedStep:
+    """A step recorded once and replayed for every batch of the same shape.
+
+    Recording computes nothing, so weights, statistics and random sources stay as they were. What
+    the step reads must stay at its address; what changes between replays is in tensors.
+
+    Args:
+        compute: the step, from images and labels to the terms of its loss; has run before.
+        x: images of a batch, for their shape.
+        y: labels of a batch.
+        generators: random sources that the step draws from; each replay draws anew.
+
+    Raises:
+        RuntimeError: for a step that waits for the device, or does what a graph cannot hold.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Tensor, Tensor], Terms],
+        x: Tensor,
+        y: Tensor,
+        generators: Iterable[torch.Generator],
+    ) -> None:
+        self.x = torch.empty_like(x, memory_format=torch.preserve_format)
+        self.y = torch.empty_like(y)
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        stream = torch.cuda.current_stream()
+        failure: Exception | None = None
+        try:
+            # A loader's thread may call CUDA meanwhile; only this thread's calls are recorded.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                try:
+                    self.terms = compute(self.x, self.y)
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception:
+            # Where the end of the capture fails too, torch leaves its own stream current, and
+            # random sources waiting for an end: they would refuse to draw.
+            torch.cuda.set_stream(stream)
+            own = torch.cuda.default_generators[x.device.index]
+            for generator in (own, *generators):
+                generator.graphsafe_set_state(generator.clone_state())
+            if failure is not None:
+                raise failure from None
+            raise
+
+    def replay(self, x: Tensor, y: Tensor) -> Terms:
+        """Compute the step for a batch; the terms returned are overwritten by the next replay."""
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+        self.graph.replay()
+        return self.terms

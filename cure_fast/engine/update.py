@@ -1,0 +1,209 @@
+"""The update of the fast engine: selection, mask, SGD and working copies, in a few launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cure_fast.config import OptimConfig
+from cure_fast.kernels import TensorList, masked_sgd_
+from cure_fast.kernels.rgp import Score, Selection, select_in, select_in_ref
+from cure_fast.kernels.tables import memory_order
+from cure_fast.kernels.update import masked_sgd_ref
+from cure_fast.kernels.workspace import Workspace
+
+
+class Table:
+    """The table of a list of tensors whose addresses may change from step to step."""
+
+    def __init__(self) -> None:
+        self.lists: list[TensorList] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> TensorList:
+        """Return the tensors with their table, a former one where it still fits."""
+        for known in self.lists:
+            if known.point_to(tensors):
+                return known
+        # A graph reads its table at each replay.
+        self.lists = [known for known in self.lists if known.is_captured]
+        self.lists.append(TensorList(tensors))
+        return self.lists[-1]
+
+
+class Selector:
+    """The selection over parameters that stay the same.
+
+    Args:
+        parameters: L weight tensors.
+        percentile: percent of each tensor's weights to mask, in [0, 100].
+        alpha: weight of the natural gradient in the score, in [0, 1].
+        score: how the two gradients are combined.
+        fused: whether kernels select, or their references.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        percentile: float,
+        alpha: float,
+        score: Score,
+        fused: bool,
+    ) -> None:
+        count = len(parameters)
+        self.workspace = Workspace(
+            [parameter.detach() for parameter in parameters],
+            percentiles=[percentile] * count,
+            alphas=[alpha] * count,
+            score=score,
+        )
+        self.fused = fused
+        self.natural, self.adversarial = Table(), Table()
+
+    def select(self, natural: Sequence[Tensor], adversarial: Sequence[Tensor]) -> Selection:
+        """Return scores, thresholds and fractions kept; the next call overwrites them."""
+        tables = self.natural.of(natural), self.adversarial.of(adversarial)
+        return (select_in if self.fused else select_in_ref)(self.workspace, *tables)
+
+
+@dataclass
+class Part:
+    """Parameters that one launch updates: all with a working copy or none, all masked or none."""
+
+    parameters: Sequence[Tensor]
+    weights: TensorList
+    buffers: TensorList | None
+    copies: TensorList | None
+    scores: TensorList | None
+    places: Tensor | None
+    grads: Table = field(default_factory=Table)
+
+
+class Update:
+    """Moves the trained weights as torch.optim.SGD does, whose state it shares.
+
+    Args:
+        optimizer: the run's; its momentum buffers are used, and made where there are none.
+        optim: the run's settings.
+        copies: working copies of parameters that take their new values, by id of the parameter.
+        fused: whether kernels compute, or their references.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimConfig,
+        copies: Mapping[int, Tensor],
+        *,
+        fused: bool,
+    ) -> None:
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.optim = optim
+        self.copies = copies
+        self.fused = fused
+        self.buffers = momentum_buffers(optimizer, self.parameters) if optim.momentum else None
+        self.selectors: dict[object, Selector] = {}
+        self.parts: dict[object, list[Part]] = {}
+        self.masked: tuple[Sequence[Tensor], Selection] | None = None
+
+    def select(
+        self,
+        parameters: Sequence[Tensor],
+        natural: Sequence[Tensor],
+        adversarial: Sequence[Tensor],
+        *,
+        percentile: float,
+        alpha: float,
+        score: Score,
+    ) -> Selection:
+        """Return which weights may move; see :meth:`cure_fast.engine.Engine.select`."""
+        key = (*map(id, parameters), percentile, alpha, score)
+        if key not in self.selectors:
+            self.selectors[key] = Selector(
+                parameters, percentile=percentile, alpha=alpha, score=score, fused=self.fused
+            )
+        return self.selectors[key].select(natural, adversarial)
+
+    def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
+        """Let the next :meth:`apply` mask these parameters by ``selection``."""
+        self.masked = parameters, selection
+
+    def apply(self, lr: Tensor, skip: Tensor) -> None:
+        """Update every weight, but for masked ones, unless ``skip`` holds.
+
+        Args:
+            lr: learning rate, 0-d floating.
+            skip: 0-d bool.
+        """
+        parameters, selection = self.masked or ((), None)
+        self.masked = None
+        scores = () if selection is None else selection.scores
+        key = (*map(id, parameters), *map(id, scores))
+        if key not in self.parts:
+            self.parts[key] = self._parts(parameters, scores)
+        for part in self.parts[key]:
+            grads: list[Tensor] = [parameter.grad for parameter in part.parameters]  # pyright: ignore[reportAssignmentType]
+            thresholds = None
+            if selection is not None and part.places is not None:
+                thresholds = selection.thresholds.index_select(0, part.places)
+            (masked_sgd_ if self.fused else masked_sgd_ref)(
+                part.weights,
+                part.grads.of(grads),
+                part.buffers,
+                lr=lr,
+                momentum=self.optim.momentum,
+                weight_decay=self.optim.weight_decay,
+                nesterov=self.optim.nesterov,
+                scores=part.scores,
+                thresholds=thresholds,
+                low_precision_copies=part.copies,
+                skip=skip,
+            )
+
+    def _parts(self, masked: Sequence[Tensor], scores: Sequence[Tensor | None]) -> list[Part]:
+        """Return the parts of an update that masks these parameters by their scores."""
+        place = {id(parameter): i for i, parameter in enumerate(masked)}
+        kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+        for parameter in self.parameters:
+            kind = (id(parameter) in place, id(parameter) in self.copies)
+            kinds.setdefault(kind, []).append(parameter)
+        parts = []
+        for (is_masked, is_copied), chosen in kinds.items():
+            places = [place[id(parameter)] for parameter in chosen] if is_masked else []
+            parts.append(
+                Part(
+                    chosen,
+                    TensorList([parameter.detach() for parameter in chosen]),
+                    None if self.buffers is None else self._list(self.buffers, chosen),
+                    self._list(self.copies, chosen) if is_copied else None,
+                    TensorList([scores[i] for i in places]) if is_masked else None,
+                    torch.tensor(places, device=chosen[0].device) if is_masked else None,
+                )
+            )
+        return parts
+
+    @staticmethod
+    def _list(tensors: Mapping[int, Tensor], chosen: Sequence[Tensor]) -> TensorList:
+        return TensorList([tensors[id(parameter)] for parameter in chosen])
+
+
+def momentum_buffers(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    """Return the optimiser's momentum buffers by id of the parameter, zeros where it has none.
+
+    With a buffer of zeros the first step is the one that torch.optim.SGD makes without a buffer.
+    """
+    found = {}
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        elif memory_order(buffer) != memory_order(parameter):
+            buffer = torch.empty_like(parameter).copy_(buffer)
+        state["momentum_buffer"] = found[id(parameter)] = buffer
+    return found

@@ -1,0 +1,380 @@
+"""What goes wrong in a fast step: nothing moves, or the eager engine takes over where it stood."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import engine_runs as runs
+import tiny_step
+from cure_fast import attacks
+from cure_fast.engine import update as engine_update
+from cure_fast.errors import DivergedError, MemoryExhaustedError
+from cure_fast.kernels import pgd_step_
+from cure_fast.methods import METHODS
+from cure_fast.models import ImageClassifier
+from cure_fast.trainer import next_step
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Waiting for a second thread costs more than these tiny layers themselves.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def poisoned(batch):
+    x, y = batch
+    x = x.clone(memory_format=torch.preserve_format)
+    x[1, 0] = float("nan")
+    return x, y
+
+
+def copies(run):
+    return {str(i): c.clone() for i, c in enumerate(run.engine.prepared.copies.values())}
+
+
+# Steps that are not finite.
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [*((method, None) for method in METHODS), ("trades", HALF), ("cure", HALF)]
+)
+def test_a_batch_with_nan_moves_nothing(method, dtype):
+    # Where the revision model moves first: see below.
+    still = {"revision_rate": 0.0} if method == "cure_paper" else {}
+    run = runs.make_run(method, data=runs.batches(2), dtype=dtype, **still)
+    runs.train(run, 1)
+    before, cast = runs.snapshot(run), copies(run)
+    assert bool(cast) == (dtype is HALF)
+    assert next_step(run, *poisoned(run.loader.batches[1]))[1] is None
+    assert runs.differing(before, runs.snapshot(run)) == []
+    assert runs.differing(cast, copies(run)) == []
+    assert (run.skipped, run.skipped_in_row, run.counted, run.step) == (1, 1, 1, 2)
+    assert all(p.grad is None for p in run.model.parameters()) and not run.gradients
+    assert next_step(run, *run.loader.batches[1])[1] is not None
+    assert runs.differing(before, runs.snapshot(run))
+    assert (run.skipped, run.skipped_in_row, run.counted) == (1, 0, 2)
+
+
+ORDERS = {
+    "the revision model moves first": {
+        "revision_order": "before",
+        "revision_buffers": "average",
+        "revision_mode": "eval",
+        "revision_rate": 1.0,
+    },
+    "its statistics are its own": {"revision_order": "before", "revision_rate": 1.0},
+    "the step behind a warm-up": {"natural_share": 0.5, "revision_rate": 0.0},
+    "hard freeze": {"freeze": "hard", "revision_rate": 1.0},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_policies_do_before_a_loss_that_is_not_finite_stands(order):
+    """As in the eager engine: see cure_fast/step.py."""
+    both = runs.pair("cure", data=runs.batches(2), **ORDERS[order])
+    for place in range(3):
+        for run in (both.fast, both.eager):
+            runs.reach(run, place)
+        both.align()
+        before = runs.snapshot(both.fast)
+        batch = both.fast.loader.batches[place % 2]
+        terms = both.step(poisoned(batch) if place == 2 else batch)
+    assert terms == (None, None)
+    runs.assert_equal_step(both, before)
+    runs.assert_equal_counters(both)
+    for run in (both.fast, both.eager):
+        values = [v for v in runs.tensors(run).values() if v.is_floating_point()]
+        assert all(value.isfinite().all() for value in values)
+
+
+def steep(run):
+    """Make the run's gradients infinite under a finite loss."""
+    backward = run.method.backward
+
+    def infinite(run, terms):
+        backward(run, terms)
+        for parameter in run.model.parameters():
+            parameter.grad = parameter.grad * float("inf")
+
+    run.method = replace(run.method, backward=infinite)
+
+
+def test_an_infinite_gradient_under_a_finite_loss_moves_nothing_but_has_terms():
+    both = runs.pair("trades", data=runs.batches(1))
+    both.step(both.fast.loader.batches[0])
+    both.align()
+    before = runs.snapshot(both.fast)
+    for run in (both.fast, both.eager):
+        steep(run)
+        runs.reach(run, 0)
+    runs.assert_equal_terms(*both.step(both.fast.loader.batches[0]))
+    assert runs.differing(before, runs.snapshot(both.fast)) == []
+    runs.assert_equal_counters(both)
+    assert (both.fast.counted, both.fast.skipped, both.fast.skipped_in_row) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["natural_ce", "adversarial_ce"])
+def test_a_score_that_is_not_finite_leaves_the_step_out(name):
+    """The gradient that updates is finite."""
+    run = runs.make_run("cure", data=runs.batches(1))
+    runs.train(run, 1)
+    add, before = run.add_gradients, runs.snapshot(run)
+    run.add_gradients = lambda key, grads: add(
+        key, [grad * float("nan") for grad in grads] if key == name else grads
+    )
+    assert runs.train(run, 1)[0] is not None
+    assert runs.differing(before, runs.snapshot(run)) == [] and run.skipped == 1
+
+
+def test_a_nan_in_an_attack_gradient_leaves_the_step_out(monkeypatch):
+    def broken(x_adv, x, grad, **settings):
+        grad[0] = float("nan")
+        return pgd_step_(x_adv, x, grad, **settings)
+
+    monkeypatch.setattr("cure_fast.attacks.pgd_step_", broken)
+    run = runs.make_run("pgd_at", data=runs.batches(1))
+    before = {name: value.clone() for name, value in runs.tensors(run).items()}
+    assert runs.train(run, 1) == [None] and run.skipped == 1
+    after = runs.tensors(run)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_only_logged_steps_are_looked_at():
+    """The others' terms may be NaN; sums and counts leave them out."""
+    run = runs.make_run("trades", data=runs.batches(4), run={"log_every": 3})
+    losses = []
+    for place in range(4):
+        runs.reach(run, place)
+        batch = run.loader.batches[place]
+        losses.append(next_step(run, *(poisoned(batch) if place in (1, 3) else batch))[1])
+    assert losses[1] is not None and losses[1]["total"].isnan()
+    assert losses[3] is None and (run.counted, run.skipped, run.skipped_in_row) == (2, 2, 1)
+    assert all(value.isfinite() for value in run.sums.values())
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_where_it_is_logged():
+    run = runs.make_run("trades", data=runs.batches(1), run={"log_every": 5, "max_skipped": 2})
+    batch = run.loader.batches[0]
+    # Two in a row, twice, are not three in a row.
+    for bad in (0, 1, 1, 0, 1, 1):
+        runs.reach(run, 0)
+        next_step(run, *(poisoned(batch) if bad else batch))
+    run.engine.flush()
+    assert (run.skipped, run.skipped_in_row, run.counted) == (4, 2, 2)
+    # The third in a row is found at the next step that is logged, though that one is finite.
+    for bad in (1, 0, 0, 0):
+        next_step(run, *(poisoned(batch) if bad else batch))
+    with pytest.raises(DivergedError, match=r"epoch 1, up to step 10, for 3 steps in a row.*--lr"):
+        next_step(run, *batch)
+
+
+def test_steps_in_a_row_are_counted_across_a_resumption():
+    options = {"data": runs.batches(1), "run": {"max_skipped": 2}}
+    run, resumed = (runs.make_run("trades", **options) for _ in range(2))
+    batch = poisoned(run.loader.batches[0])
+    for _ in range(2):
+        next_step(run, *batch)
+    resumed.load_state_dict(copy.deepcopy(run.state_dict()))
+    assert resumed.skipped_in_row == 2
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        next_step(resumed, *batch)
+
+
+# Memory.
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("method", ["pgd_at", "cure"])
+def test_a_step_that_does_not_fit_goes_on_in_the_eager_engine(method, monkeypatch, capsys):
+    """It ends where an eager run ends that met the same limit, random numbers included."""
+    made = [runs.make_run(method, engine, data=runs.batches(3)) for engine in ("fast", "eager")]
+    fast, eager = made
+    runs.train(fast, 2)
+    eager.load_state_dict(copy.deepcopy(fast.state_dict()))
+    real = attacks.pgd_step_
+
+    def limited(x_adv, *arguments, **settings):
+        if len(x_adv) > 3:
+            raise out_of_memory()
+        return real(x_adv, *arguments, **settings)
+
+    monkeypatch.setattr(attacks, "pgd_step_", limited)
+    capsys.readouterr()
+    for run in made:
+        runs.train(run, 2, start=2)
+    assert runs.differing(runs.snapshot(fast), runs.snapshot(eager)) == []
+    assert fast.engine.name == "eager" and "memory" in fast.engine.reason
+    assert (fast.counted, fast.micro_batch_size) == (eager.counted, 3)
+    assert fast.sums == eager.sums
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "gives way to the eager one" in line]) == 1
+    assert len([line for line in lines if "3 images per pass" in line]) == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"revision_order": "before", "revision_rate": 1.0}])
+@pytest.mark.parametrize("place", ["loss", "backward"])
+def test_memory_that_runs_out_behind_the_attack_is_no_different(place, settings):
+    """What a policy has done before the loss is not done twice."""
+    made = [
+        runs.make_run("cure", engine, data=runs.batches(2), **settings)
+        for engine in ("fast", "eager")
+    ]
+    fast, eager = made
+    runs.train(fast, 1)
+    eager.load_state_dict(copy.deepcopy(fast.state_dict()))
+    real, calls = getattr(fast.method, place), []
+
+    def limited(*arguments):
+        calls.append(place)
+        if len(calls) == 1:
+            real(*arguments)  # So that half of the work is done already.
+            raise out_of_memory()
+        return real(*arguments)
+
+    fast.method = replace(fast.method, **{place: limited})
+    for run in made:
+        runs.train(run, 1, start=1)
+    assert fast.engine.name == "eager" and len(calls) == 2
+    assert runs.differing(runs.snapshot(fast), runs.snapshot(eager)) == []
+
+
+@pytest.mark.parametrize("place", ["update", "policy"])
+def test_memory_that_runs_out_behind_the_first_moved_weight_ends_the_run(place, monkeypatch):
+    """The step cannot be done again: some weights have moved."""
+    run = runs.make_run("cure", data=runs.batches(2))
+    runs.train(run, 1)
+    real, calls = engine_update.masked_sgd_, []
+
+    def short(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == 2:
+            raise out_of_memory()
+        real(*arguments, **settings)
+
+    def fail(run):
+        raise out_of_memory()
+
+    if place == "update":
+        monkeypatch.setattr(engine_update, "masked_sgd_", short)
+    else:
+        run.policies[-1].on_step = fail
+    with pytest.raises(MemoryExhaustedError, match="no memory for the update"):
+        runs.train(run, 1, start=1)
+
+
+# What the fast engine cannot compute.
+
+
+def penalised(run, x, x_adv, y):
+    """Cross-entropy, and the squared gradient of the images."""
+    with torch.enable_grad():
+        leaf = x_adv.detach().requires_grad_()
+        logits = run.model(leaf)
+        ce = nn.functional.cross_entropy(logits, y)
+        (grad,) = torch.autograd.grad(ce, leaf, create_graph=True)
+    return {"total": ce + grad.square().sum()}
+
+
+@pytest.mark.parametrize("method", ["pgd_at", "cure_paper"])
+def test_a_loss_with_the_gradient_of_its_images_goes_to_the_eager_engine(method, capsys):
+    settings = {"revision_rate": 1.0, "rgp": False} if method == "cure_paper" else {}
+    made = [
+        runs.make_run(method, engine, data=runs.batches(2), **settings)
+        for engine in ("fast", "eager")
+    ]
+    for run in made:
+        run.method = replace(run.method, loss=penalised)
+        runs.train(run, 3)
+    fast, eager = made
+    assert runs.differing(runs.snapshot(fast), runs.snapshot(eager)) == []
+    assert fast.engine.name == "eager" and fast.counted == eager.counted
+    assert fast.engine.reason == "a loss with the gradient of its images"
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_error_that_both_engines_would_meet_is_raised():
+    run = runs.make_run("pgd_at", data=runs.batches(1))
+
+    def broken(run, x, x_adv, y):
+        raise ValueError("a loss with a fault")
+
+    run.method = replace(run.method, loss=broken)
+    with pytest.raises(ValueError, match="a loss with a fault"):
+        runs.train(run, 1)
+    assert run.engine.name == "fast"
+
+
+class Grouped(tiny_step.Tiny):
+    """A network with a layer that the fast engine does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, tiny_step.HIDDEN, 1)
+        self.norm = nn.GroupNorm(1, tiny_step.HIDDEN)
+        self.linear = nn.Linear(tiny_step.HIDDEN, runs.CLASSES)
+
+    def logits(self, x):
+        return self.linear(self.norm(self.conv1(x)).mean(dim=(2, 3)))
+
+
+CHOICES = {
+    "Adam": ({"optim": {"optimizer": "adam"}}, "update is SGD's, and --optimizer is adam"),
+    "parts of a batch": ({"optim": {"micro_batch_size": 3}}, "--micro-batch-size cuts them"),
+    "fp16": ({"dtype": torch.float16}, "no loss scaling, which fp16 needs; --amp bf16"),
+    "a layer": ({"model": Grouped()}, r"Grouped computes norm \(GroupNorm\)"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_eager_engine_takes_what_the_fast_one_cannot(case):
+    options, reason = CHOICES[case]
+    run = runs.make_run("pgd_at", data=runs.batches(1), **options)
+    assert run.engine.name == "eager"
+    assert reason.replace("\\", "") in run.engine.reason
+    if case != "fp16":
+        assert runs.train(run, 1)[0] is not None
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_on_a_cpu_the_eager_engine_is_the_default(engine):
+    run = runs.make_run("cure", engine, data=runs.batches(1))
+    assert (run.engine.name, run.engine.reason) == ("eager", None)
+
+
+class Idle(ImageClassifier):
+    """A network with a layer that no pass calls."""
+
+    stem_names = ("conv1",)
+    classifier_name = "linear"
+
+    def __init__(self):
+        super().__init__(4)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.unused = nn.Linear(2, 2)
+        self.linear = nn.Linear(4, runs.CLASSES)
+
+    def logits(self, x):
+        return self.linear(torch.relu(self.bn1(self.conv1(x))).mean(dim=(2, 3)))
+
+
+def test_a_network_with_weights_that_take_no_part_goes_to_the_eager_engine():
+    """torch's SGD leaves weights without a gradient alone, weight decay included."""
+    run = runs.make_run("pgd_at", model=Idle(), optim={"weight_decay": 0.1})
+    assert run.engine.name == "eager" and "unused.bias takes no part" in run.engine.reason
+    before = copy.deepcopy(run.model.unused.state_dict())
+    runs.train(run, 1)
+    assert runs.differing(before, run.model.unused.state_dict()) == []
