@@ -303,7 +303,8 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
         "images_per_s": images / seconds,
         **policy_metrics(run),
     }
-    run.epoch, run.batch, run.sums, run.counted, run.skipped = run.epoch + 1, 0, {}, 0, 0
+    run.epoch, run.batch = run.epoch + 1, 0
+    run.engine.reset_sums()
     return row
 
 

@@ -24,7 +24,9 @@ class Counters:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.sums: dict[str, Tensor] = {}
+        # They go on from the run's, so that a resumed run adds up in the same order.
+        self.sums = {name: value.clone() for name, value in run.sums.items()}
+        self.seen = set(self.sums)
         # Steps whose loss was finite, steps skipped, how many of the last steps were, and the
         # most in a row.
         self.counts = torch.zeros(4, dtype=torch.int64, device=run.device)
@@ -45,18 +47,24 @@ class Counters:
         in_row *= skip
         torch.maximum(worst, in_row, out=worst)
 
+    def reset_sums(self) -> None:
+        """Begin the sums of another epoch, where graphs expect them."""
+        self.seen.clear()
+        for value in self.sums.values():
+            value.zero_()
+
     def flush(self) -> None:
-        """Add everything to the run's own counters; reads the device once.
+        """Bring the run's own counters up to date; reads the device once.
 
         Raises:
             DivergedError: if there were more than ``--max-skipped`` skipped steps in a row.
         """
         run = self.run
         counted, skipped, in_row, worst = self.counts.tolist()
-        for name, value in self.sums.items():
-            run.sums[name] = run.sums[name] + value if name in run.sums else value.clone()
-            value.zero_()
         run.counted += counted
+        # As in the eager engine, a term has a sum once a step was counted that has it.
+        names = [name for name in self.sums if name in self.seen and run.counted]
+        run.sums = {name: self.sums[name].clone() for name in names}
         run.skipped += skipped
         run.skipped_in_row = in_row
         self.counts.zero_()

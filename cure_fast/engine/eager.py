@@ -62,6 +62,10 @@ class Engine:
             run.counted += 1
         return terms
 
+    def reset_sums(self) -> None:
+        """Begin the sums and counts of another epoch."""
+        self.run.sums, self.run.counted, self.run.skipped = {}, 0, 0
+
     def flush(self) -> None:
         """Bring the run's counters and sums up to date; they are already."""
 

@@ -30,6 +30,7 @@ from cure_fast.method import Terms
 
 from .eager import Engine
 from .graph import CapturedStep
+from .passes import UnsupportedLossError
 from .prepared import Prepared
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class FastEngine(Engine):
                     "Try a smaller model, or a device with more memory."
                 ) from error
         else:
+            prepared.counters.seen |= terms.keys()
             if self.run.step % self.run.config.run.log_every:
                 return terms
             self.flush()
@@ -142,6 +144,12 @@ class FastEngine(Engine):
         if self.prepared is not None:
             self.prepared.counters.flush()
 
+    def reset_sums(self) -> None:
+        """Begin the sums and counts of another epoch."""
+        super().reset_sums()
+        if self.prepared is not None:
+            self.prepared.counters.reset_sums()
+
     def forget(self) -> None:
         """Give up graphs, tables and copies, as the run's tensors are replaced."""
         self.prepared = None
@@ -186,7 +194,7 @@ class FastEngine(Engine):
 
 def obstacle_in(error: Exception) -> str | None:
     """Return why the eager engine has to take over, or None for an error that it would have too."""
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, UnsupportedLossError):
         return str(error)
     if is_out_of_memory(error):
         return "a step did not fit into memory, and it takes whole batches"

@@ -18,6 +18,10 @@ Wanted = Collection[str] | None
 Cotangents = Sequence[Tensor | None]
 
 
+class UnsupportedLossError(Exception):
+    """A loss needs what the fast engine does not compute; says what."""
+
+
 class Remembered(Protocol):
     """A forward pass: its logits [N, K], and the way back to the weights."""
 
@@ -127,14 +131,14 @@ class Passes:
         """Return logits [N, K] of images [N, C, H, W]; where gradients are on, remember the pass.
 
         Raises:
-            NotImplementedError: for images that need a gradient themselves.
+            UnsupportedLossError: for images that need a gradient themselves.
         """
         if self.watcher is not None:
             self.watcher(x)
         if not torch.is_grad_enabled():
             return self.network(x)
         if x.requires_grad:
-            raise NotImplementedError("a loss with the gradient of its images")
+            raise UnsupportedLossError("a loss with the gradient of its images")
         if self.waiting is None and any(x is images for images in self.joined):
             leaves = self._computed(self.joined)
             self.waiting = dict(zip(map(id, self.joined), leaves, strict=True))
