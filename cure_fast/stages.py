@@ -216,6 +216,8 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         ) from error
     finally:
         log.close()
+        # Engine and run hold one another, and graphs hold the memory of a step.
+        run.engine.forget()
 
 
 def continue_from(run: Run, checkpoints: Path) -> None:

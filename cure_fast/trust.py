@@ -186,7 +186,10 @@ def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     modules = [m for m in model.modules() if getattr(m, "compute_dtype", None) is not None]
     former: list[tuple[Any, str, Any]] = [(m, "compute_dtype", m.compute_dtype) for m in modules]
     new_values: list[Any] = [None] * len(former)
-    for owner, name, value in _rounding_switches():
+    # The last batch of an attack has another size each time: trying out algorithms for it would
+    # take longer than what the best of them saves.
+    benchmark = (torch.backends.cudnn, "benchmark", False)
+    for owner, name, value in [*_rounding_switches(), benchmark]:
         former.append((owner, name, getattr(owner, name)))
         new_values.append(value)
     try:

@@ -153,9 +153,8 @@ def matrix_rate(plan: Plan) -> float:
 def convolutions(network: str, plan: Plan) -> Iterator[Convolution]:
     """Yield the distinct shapes of a network's convolutions in their order."""
     sizes = plan.sizes
-    with torch.device("meta"):
-        model = build_model(network, num_classes=10, width=sizes.widths.get(network)).eval()
-        image = torch.empty(1, 3, sizes.image, sizes.image)
+    model = build_model(network, num_classes=10, width=sizes.widths.get(network)).eval()
+    image = torch.zeros(1, 3, sizes.image, sizes.image)
     found: list[Convolution] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cure_fast.console import warn
@@ -152,6 +153,9 @@ class FastEngine(Engine):
 
     def forget(self) -> None:
         """Give up graphs, tables and copies, as the run's tensors are replaced."""
+        if self.captured:
+            # Replays under way read tables in the host's memory, which would be given away.
+            torch.cuda.synchronize(self.run.device)
         self.prepared = None
         self.warmed.clear()
         self.captured.clear()

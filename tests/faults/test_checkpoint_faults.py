@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -243,12 +244,19 @@ def as_nobody(action):
     return in_child(dropped)
 
 
+def let_others_in(folder):
+    """Open pytest's folders, which are private to their user, on the way to this one."""
+    shared = Path(tempfile.gettempdir())
+    for parent in (folder, *folder.parents):
+        if parent in (shared, *shared.parents):
+            break
+        parent.chmod(0o755)
+
+
 def test_a_run_folder_without_permission_to_write(tmp_path):
     run = Path(shutil.copytree(RUN, tmp_path / "run"))
     save_checkpoint(run / "checkpoints", 9, state(9), {})
-    # pytest's folders are private to their user; give others the way in.
-    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
-        parent.chmod(0o755)
+    let_others_in(tmp_path)
     for path in (run, *run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     config = load_config(run)
@@ -271,8 +279,7 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path):
     folder = tmp_path / "checkpoints"
     save_checkpoint(folder, 1, state(1), {})
     folder.chmod(0o000)
-    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
-        parent.chmod(0o755)
+    let_others_in(tmp_path)
 
     def attempts():
         for call in (has_checkpoints, load_checkpoint):

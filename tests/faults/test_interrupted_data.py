@@ -176,6 +176,7 @@ def gone(pid: int, within_s: float = 10) -> bool:
 
 
 @needs_ffcv
+@pytest.mark.timeout(300)  # 180 processes one after the other, perhaps on a busy machine
 def test_an_interrupt_while_the_writer_runs_leaves_no_child(tmp_path, monkeypatch):
     pids = tmp_path / "pids"
     pids.mkdir()
