@@ -153,7 +153,7 @@ class FastEngine(Engine):
 
     def forget(self) -> None:
         """Give up graphs, tables and copies, as the run's tensors are replaced."""
-        if self.captured:
+        if self.captured and self.run.device.type == "cuda":
             # Replays under way read tables in the host's memory, which would be given away.
             torch.cuda.synchronize(self.run.device)
         self.prepared = None
