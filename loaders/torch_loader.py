@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cure_fast.signals import SIGNALS
+
 from .base import BatchSettings, Loader, Pixels, shared_tensors
 from .image_set import ImageSet
 
@@ -42,7 +44,8 @@ class TorchLoader(Loader):
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.settings.device.type == "cuda",
         )
-        pairs: Any = iter(loader)
+        with _signals_held():
+            pairs: Any = iter(loader)
         device = self.settings.device
         try:
             yield (
@@ -74,6 +77,19 @@ def _unchanged(batch: T) -> T:
     return batch
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep signals waiting, for this thread and the workers it starts.
+
+    A worker takes its signals when it is ready for them: until then one would end it.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Let a worker outlive the signals that ask the run to stop.
 
@@ -85,6 +101,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def usable_cores() -> int:

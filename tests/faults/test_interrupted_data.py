@@ -248,12 +248,19 @@ def test_an_interrupt_while_images_are_read_comes_through(photos):
 
 
 GROUP = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = {path!r}
 import numpy as np, torch
-from cure_fast.loaders import ImageSet, make_loader
+from cure_fast.loaders import ImageSet, make_loader, torch_loader
 from cure_fast.signals import SIGNALS
 
+take_signals = torch_loader._leave_signals_to_the_parent
+
+def take_signals_late(worker):
+    time.sleep({late} * worker)
+    take_signals(worker)
+
+torch_loader._leave_signals_to_the_parent = take_signals_late
 came = []
 for number in SIGNALS:
     signal.signal(number, lambda number, frame: came.append(number))
@@ -277,9 +284,10 @@ print(count, sorted(set(came)) == sorted(SIGNALS))
 """
 
 
-def test_signals_to_all_processes_of_a_run_leave_the_loaders_workers():
+@pytest.mark.parametrize("late", [0, 1])
+def test_signals_to_all_processes_of_a_run_leave_the_loaders_workers(late):
     """Terminals and schedulers signal all of them; the step under way still needs its images."""
-    script = GROUP.format(path=sys.path)
+    script = GROUP.format(path=sys.path, late=late)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
