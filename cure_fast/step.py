@@ -157,11 +157,16 @@ def update(run: Run) -> None:
         run.scaler.step(run.optimizer)
     except Exception as error:
         if is_out_of_memory(error):
-            raise MemoryExhaustedError(
-                f"no memory for the update of the weights in step {run.step}: {error}. Try a "
-                "smaller model, or a device with more memory."
-            ) from error
+            raise no_memory_for_update(run, error) from error
         raise
+
+
+def no_memory_for_update(run: Run, error: Exception) -> MemoryExhaustedError:
+    """Return the error of an update that ran out of memory."""
+    return MemoryExhaustedError(
+        f"no memory for the update of the weights in step {run.step}: {error}. Try a "
+        "smaller model, or a device with more memory."
+    )
 
 
 def count_skipped(run: Run, loss_is_finite: bool) -> None:

@@ -12,7 +12,7 @@ from cure_fast.console import warn
 
 from .eager import Engine
 from .fast import FastEngine
-from .trace import UnsupportedNetworkError, trace
+from .trace import UnsupportedNetworkError, reaching, trace
 
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
@@ -77,16 +77,9 @@ def obstacle_of(run: Run) -> str | None:
 
 def taking_part(graph: fx.Graph, model: nn.Module) -> set[str]:
     """Return the names of the parameters that the graph's output depends on."""
-    seen: set[fx.Node] = set()
-    open_nodes = [graph.output_node()]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            open_nodes += node.all_input_nodes
     return {
         f"{node.target}.{name}"
-        for node in seen
+        for node in reaching(graph.output_node())
         if node.op == "call_module"
         for name, _ in model.get_submodule(str(node.target)).named_parameters()
     }

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from cure_fast.console import warn
-from cure_fast.errors import MemoryExhaustedError
 from cure_fast.kernels import Selection
 from cure_fast.kernels.rgp import Score
 from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms
+from cure_fast.step import no_memory_for_update
 
 from .eager import Engine
 from .graph import CapturedStep
@@ -84,10 +84,7 @@ class FastEngine(Engine):
             if obstacle is None or (prepared.updating and not is_out_of_memory(error)):
                 raise
             if prepared.updating:
-                raise MemoryExhaustedError(
-                    f"no memory for the update of the weights in step {self.run.step}: {error}. "
-                    "Try a smaller model, or a device with more memory."
-                ) from error
+                raise no_memory_for_update(self.run, error) from error
         else:
             prepared.counters.seen |= terms.keys()
             if self.run.step % self.run.config.run.log_every:

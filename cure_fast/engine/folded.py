@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from cure_fast.engine.trace import UnsupportedNetworkError, trace
 from cure_fast.kernels import TensorList, fold_batchnorm
-from cure_fast.kernels.tables import memory_order
+from cure_fast.kernels.layout import memory_order
 from cure_fast.models import ImageClassifier, Normalize
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cure_fast.kernels.tables import is_capturing
+
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
 
@@ -48,7 +50,7 @@ class DeviceNumbers:
 
     def send(self) -> None:
         """Compute all numbers for the step that comes next, and send them."""
-        if self.values.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.values.device):
             raise RuntimeError("a number was asked for that no step before had needed.")
         host = torch.zeros(CAPACITY, dtype=torch.float64)
         host.view(torch.int64)[0] = self.run.step

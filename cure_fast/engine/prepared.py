@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cure_fast.kernels import TensorList, copy_where_
 from cure_fast.method import Terms, around, attack_mode
 from cure_fast.models import ImageClassifier
-from cure_fast.step import Statistics, Undo
+from cure_fast.step import Undo
 
 from .counters import Counters
 from .folded import FoldedNetwork
@@ -21,7 +21,7 @@ from .passes import Passes, wide
 from .tape import Tape
 from .tape_joint import Joint
 from .update import Update
-from .working import WorkingNetwork, working_copies
+from .working import WorkingCopies, WorkingNetwork
 
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
@@ -48,7 +48,8 @@ class Prepared:
         self.dtype = run.model.compute_dtype if engine.has("copies") else None
         # Without copies, half precision is autocast's, in the network's own forward pass.
         self.autocast = self.dtype is None and run.model.compute_dtype is not None
-        copies = working_copies(run.model, self.dtype)
+        self.working = WorkingCopies(run.model, self.dtype)
+        copies = self.working.by_name
         self.named = dict(run.model.named_parameters())
         self.weights = {name: copies.get(name, p) for name, p in self.named.items()}
         self.copies = {id(self.named[name]): copy for name, copy in copies.items()}
@@ -56,17 +57,12 @@ class Prepared:
         joint = run.config.run.joint_forward and run.method.uses_attack
         self.joint = Joint(run, self.passes) if joint and self.passes.tape is not None else None
         self.attacked = self._attacked()
-        self.further = {
-            name: Further(network, self.dtype)
-            for name, network in run.networks.items()
-            if isinstance(network, ImageClassifier)
-        }
+        further = [net for net in run.networks.values() if isinstance(net, ImageClassifier)]
+        self.further = [(net, WorkingCopies(net, self.dtype)) for net in further]
         self.update = Update(run.optimizer, run.config.optim, self.copies, fused=engine.has("fuse"))
-        self.statistics = Statistics([run.model])
-        self.further_statistics = Statistics(list(run.networks.values()))
         self.buffers = [
             (TensorList(buffers), TensorList(kept))
-            for statistics in (self.statistics, self.further_statistics)
+            for statistics in (self.undo.model, self.undo.networks)
             for buffers, kept in statistics.groups
         ]
         moved = [tensor for policy in run.policies for tensor in policy.moved_before_loss()]
@@ -103,8 +99,7 @@ class Prepared:
     def keep(self) -> None:
         """Keep what a step moves before its update: statistics, and states of random sources."""
         self.undo.keep_before_attack()
-        self.statistics.keep()
-        self.further_statistics.keep()
+        self.undo.networks.keep()
         for tensor, kept in self.moved_before_loss:
             kept.copy_(tensor)
 
@@ -112,8 +107,7 @@ class Prepared:
         """Go back to before a step that failed before its update."""
         self.clear()
         self.undo.restore_attack()
-        self.statistics.restore()
-        self.further_statistics.restore()
+        self.undo.networks.restore()
         with torch.no_grad():
             for tensor, kept in self.moved_before_loss:
                 tensor.copy_(kept)
@@ -122,13 +116,13 @@ class Prepared:
         """Compute a step on the device; return its detached terms."""
         run = self.run
         self.engine.skip = None
-        self.statistics.keep()
+        self.undo.model.keep()
         x_adv = self.attack(x, y)
         with around(run.policies, run, x, x_adv, y):
             if self.rewrites:
-                self.copy_weights()
+                self.working.refresh()
             # With what policies did before the loss, which stands in a skipped step too.
-            self.further_statistics.keep()
+            self.undo.networks.keep()
             with self.standing_in():
                 if self.joint is not None:
                     self.joint.offer(x, x_adv, y)
@@ -145,7 +139,7 @@ class Prepared:
         for policy in run.policies:
             policy.on_step(run)
         if self.rewrites:
-            self.copy_weights()
+            self.working.refresh()
         for buffers, kept in self.buffers:
             copy_where_(buffers, kept, condition=skip)
         self.counters.add(terms, loss_is_finite, skip)
@@ -177,10 +171,10 @@ class Prepared:
         """Let the run's networks compute by their working copies."""
         with ExitStack() as stack:
             stack.enter_context(standing_in(self.run.model, self.passes))
-            for further in self.further.values():
-                if self.dtype is not None:
-                    further.refresh()
-                    stack.enter_context(standing_in(further.network, further.working))
+            for network, copies in self.further if self.dtype is not None else ():
+                copies.refresh()
+                working = WorkingNetwork(network, copies.by_name, self.dtype)
+                stack.enter_context(standing_in(network, working))
             yield
 
     def backward(
@@ -207,15 +201,6 @@ class Prepared:
             going = going & torch.nn.utils.get_total_norm(group).isfinite()
         return loss_is_finite, ~going
 
-    def copy_weights(self) -> None:
-        """Write the working copies anew."""
-        if self.copies:
-            by_id = {id(parameter): parameter for parameter in self.named.values()}
-            with torch.no_grad():
-                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                    list(self.copies.values()), [by_id[key].detach() for key in self.copies]
-                )
-
     def clear(self) -> None:
         """Let go what belongs to one step."""
         self.passes.clear()
@@ -223,24 +208,6 @@ class Prepared:
         self.run.gradients.clear()
         self.engine.skip = None
         self.updating = False
-
-
-class Further:
-    """A further network without gradients, computed with working copies of its weights."""
-
-    def __init__(self, network: ImageClassifier, dtype: torch.dtype | None) -> None:
-        self.network = network
-        named = dict(network.named_parameters())
-        copies = working_copies(network, dtype)
-        self.copies = list(copies.values())
-        self.masters = [named[name].detach() for name in copies]
-        self.working = WorkingNetwork(network, {**named, **copies}, dtype)
-
-    def refresh(self) -> None:
-        """Take over the network's current weights."""
-        if self.copies:
-            with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.masters)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

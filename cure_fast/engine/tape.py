@@ -20,7 +20,7 @@ from cure_fast.models import ImageClassifier
 
 from .tape_base import Ask, Block, Layer, Pullback, Stack
 from .tape_layers import Convolution, layer_of
-from .trace import UnsupportedNetworkError, trace
+from .trace import UnsupportedNetworkError, reaching, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +81,8 @@ class Tape:
             )
         if missing := sorted(set(used) - set(weights)):
             raise ValueError(f"weights: expected every parameter, got none for {missing[0]}")
-        reaching = _reaching(self._logits)
-        lead = {n for node, layer in self._layers.items() if node in reaching for n in layer.names}
+        leading = reaching(self._logits)
+        lead = {n for node, layer in self._layers.items() if node in leading for n in layer.names}
         self._names = [name for name, _ in model.named_parameters() if name in lead]
         first = [layer for layer in self._layers.values() if isinstance(layer, Convolution)][:1]
         if not first:
@@ -224,17 +224,6 @@ class Tape:
 def _sources(node: fx.Node) -> list[fx.Node]:
     """Return the values that an operation reads, one twice where it is both operands of a sum."""
     return [value for value in node.args if isinstance(value, fx.Node)]
-
-
-def _reaching(logits: fx.Node) -> set[fx.Node]:
-    """Return the values that the logits are computed from, themselves included."""
-    reaching, left = set(), [logits]
-    while left:
-        node = left.pop()
-        if node not in reaching:
-            reaching.add(node)
-            left += _sources(node)
-    return reaching
 
 
 def _is_identity(node: fx.Node, model: ImageClassifier) -> bool:

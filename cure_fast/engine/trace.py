@@ -47,6 +47,17 @@ def trace(model: ImageClassifier) -> fx.Graph:
     return graph
 
 
+def reaching(value: fx.Node) -> set[fx.Node]:
+    """Return the nodes that a value is computed from, itself included."""
+    found, left = set(), [value]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
 class _Logits(nn.Module):
     """Stands for ``model.logits``, as a tracer follows ``forward``."""
 

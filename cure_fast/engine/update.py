@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cure_fast.config import OptimConfig
 from cure_fast.kernels import TensorList, masked_sgd_
+from cure_fast.kernels.layout import memory_order
 from cure_fast.kernels.rgp import Score, Selection, select_in, select_in_ref
-from cure_fast.kernels.tables import memory_order
 from cure_fast.kernels.update import masked_sgd_ref
 from cure_fast.kernels.workspace import Workspace
 

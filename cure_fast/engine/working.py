@@ -14,20 +14,37 @@ from cure_fast.models import ImageClassifier
 HALF_LAYERS = (nn.Conv2d, nn.Linear)
 
 
-def working_copies(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return copies in ``dtype``, by name, of the weights that autocast would cast in each pass.
+class WorkingCopies:
+    """Copies of the weights that autocast would cast in each pass.
 
-    Empty where ``dtype`` is None. BatchNorms have none: they compute with float32 weights.
+    BatchNorms have none: they compute with float32 weights.
+
+    Args:
+        network: whose weights are copied.
+        dtype: of the copies; None makes none.
+
+    Attributes:
+        by_name: the copies by the parameter's name.
     """
-    if dtype is None:
-        return {}
-    chosen = {
-        f"{prefix}.{name}".lstrip("."): parameter.detach().to(dtype)
-        for prefix, module in model.named_modules()
-        if isinstance(module, HALF_LAYERS)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    return {name: chosen[name] for name, _ in model.named_parameters() if name in chosen}
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        named = dict(network.named_parameters())
+        halved = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in network.named_modules()
+            if isinstance(module, HALF_LAYERS) and dtype is not None
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        self.masters = [named[name].detach() for name in named if name in halved]
+        copies = [master.to(dtype) for master in self.masters]
+        self.by_name = dict(zip((name for name in named if name in halved), copies, strict=True))
+
+    def refresh(self) -> None:
+        """Take over the network's current weights."""
+        if self.masters:
+            with torch.no_grad():
+                copies = list(self.by_name.values())
+                torch._foreach_copy_(copies, self.masters)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class WorkingNetwork:
