@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeGuard
 
@@ -12,7 +13,7 @@ from . import dispatch
 from .checking import check_choice, check_lists, check_number
 from .layout import check_dense, memory_order
 from .rgp import SCORES, Score, Selection, mask_below_, select_in
-from .tables import TensorList
+from .tables import ChangingList, TensorList
 from .workspace import Workspace
 
 Scope = Literal["all", "conv", "conv+bn"] | Sequence[str]
@@ -84,7 +85,7 @@ class RGP:
             alphas=[alpha] * count,
             score=score,
         )
-        self._tables: dict[str, list[TensorList]] = {}
+        self._tables: defaultdict[str, ChangingList] = defaultdict(ChangingList)
 
     @property
     def nonfinite(self) -> Tensor:
@@ -153,16 +154,13 @@ class RGP:
         if not dispatch.uses_triton(self._workspace.device):
             self._check(what, grads)
             return grads
-        tables = self._tables.get(what, [])
-        if isinstance(grads, Sequence) and not isinstance(grads, Tensor):
-            for table in tables:
-                if table.point_to(grads):
-                    return table
-        self._check(what, grads)
-        table = TensorList(grads, names=[f"{what} of {name}" for name in self.names])
-        # A graph goes on to read what it has captured; others only keep gradients alive.
-        self._tables[what] = [*(former for former in tables if former.is_captured), table]
-        return table
+        tables = self._tables[what]
+        is_list = isinstance(grads, Sequence) and not isinstance(grads, Tensor)
+        known = tables.find(grads) if is_list else None
+        if known is None:
+            self._check(what, grads)
+            known = tables.build(grads, names=[f"{what} of {name}" for name in self.names])
+        return known
 
     def _check(self, what: str, grads: Sequence[Tensor]) -> None:
         check_lists({"parameters": self.parameters, what: grads})

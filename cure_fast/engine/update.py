@@ -12,25 +12,9 @@ from cure_fast.config import OptimConfig
 from cure_fast.kernels import TensorList, masked_sgd_
 from cure_fast.kernels.layout import memory_order
 from cure_fast.kernels.rgp import Score, Selection, select_in, select_in_ref
+from cure_fast.kernels.tables import ChangingList
 from cure_fast.kernels.update import masked_sgd_ref
 from cure_fast.kernels.workspace import Workspace
-
-
-class Table:
-    """The table of a list of tensors whose addresses may change from step to step."""
-
-    def __init__(self) -> None:
-        self.lists: list[TensorList] = []
-
-    def of(self, tensors: Sequence[Tensor]) -> TensorList:
-        """Return the tensors with their table, a former one where it still fits."""
-        for known in self.lists:
-            if known.point_to(tensors):
-                return known
-        # A graph reads its table at each replay.
-        self.lists = [known for known in self.lists if known.is_captured]
-        self.lists.append(TensorList(tensors))
-        return self.lists[-1]
 
 
 class Selector:
@@ -61,7 +45,7 @@ class Selector:
             score=score,
         )
         self.fused = fused
-        self.natural, self.adversarial = Table(), Table()
+        self.natural, self.adversarial = ChangingList(), ChangingList()
 
     def select(self, natural: Sequence[Tensor], adversarial: Sequence[Tensor]) -> Selection:
         """Return scores, thresholds and fractions kept; the next call overwrites them."""
@@ -79,7 +63,7 @@ class Part:
     copies: TensorList | None
     scores: TensorList | None
     places: Tensor | None
-    grads: Table = field(default_factory=Table)
+    grads: ChangingList = field(default_factory=ChangingList)
 
 
 class Update:
