@@ -222,7 +222,7 @@ class EvalConfig:
 
 
 # Parts of the fast engine that can be left out; see cure_fast/engine/fast.py.
-EngineFeature = Literal["graph", "fold", "stack", "copies", "fuse", "compile"]
+EngineFeature = Literal["graph", "fold", "stack", "copies", "fuse", "compile", "compile-loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class RunConfig:
     fused kernels; auto is fast on a GPU and eager on the CPU."""
     engine_without: tuple[EngineFeature, ...] = ()
     """Parts of the fast engine to leave out, to find what each one gains: graph, fold, stack,
-    copies, fuse, compile."""
+    copies, fuse, compile, compile-loss."""
     joint_forward: bool = False
     """Take natural and adversarial images through the network in one pass, each with its own
     BatchNorm statistics: fewer, larger operations. Sums have another order then, so that last bits

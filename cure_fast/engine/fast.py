@@ -10,6 +10,7 @@ What differs from the eager engine, each part switched off by ``--engine-without
 - ``stack``: the losses of a forward pass share one way back (see ``tape.py``).
 - ``fuse``: selection, mask, SGD and copies in kernels of ours (see :mod:`cure_fast.kernels`).
 - ``compile``: torch.compile fuses what is between the attack's convolutions.
+- ``compile-loss``: the same for the passes of the loss, there and back (see ``tape_compiled.py``).
 
 Whether a step is finite is decided on the device; statistics are taken back there.
 """
@@ -29,6 +30,7 @@ from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms
 from cure_fast.step import no_memory_for_update
 
+from .compile import is_compile_error
 from .eager import Engine
 from .graph import CapturedStep
 from .passes import UnsupportedLossError
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 # Steps of a kind that are computed before one is captured: libraries choose algorithms in the
 # first, and tables of addresses settle in the second.
 WARM_UP = 3
+COMPILED = ("compile", "compile-loss")
+ON_GPU = ("graph", *COMPILED)
 
 
 class FastEngine(Engine):
@@ -61,7 +65,7 @@ class FastEngine(Engine):
     def has(self, feature: str) -> bool:
         """Return whether a feature is on; graphs and compilation need a GPU."""
         on_gpu = self.run.device.type == "cuda"
-        return feature not in self.without and (on_gpu or feature not in ("graph", "compile"))
+        return feature not in self.without and (on_gpu or feature not in ON_GPU)
 
     def step(self, x: Tensor, y: Tensor) -> Terms | None:
         """Train on one batch; see :meth:`Engine.step`.
@@ -80,6 +84,9 @@ class FastEngine(Engine):
         try:
             terms = self._computed(prepared, x, y)
         except Exception as error:
+            if is_compile_error(error) and not self.without.issuperset(COMPILED):
+                prepared.restore()
+                return self._do_without_compiler(error).step(x, y)
             obstacle = obstacle_in(error)
             if obstacle is None or (prepared.updating and not is_out_of_memory(error)):
                 raise
@@ -109,6 +116,16 @@ class FastEngine(Engine):
         warn(f"the fast engine gives way to the eager one: {obstacle}")
         self.run.engine = Engine(self.run, reason=obstacle)
         return self.run.engine
+
+    def _do_without_compiler(self, error: Exception) -> FastEngine:
+        """Leave out what torch.compile cannot compile here, and say why."""
+        # The first line names what failed, the second says why.
+        reason = " ".join(str(error).strip().split("\n")[:2])
+        warn(f"the fast engine runs without torch.compile, which failed: {reason}")
+        self.flush()
+        self.without.update(COMPILED)
+        self.forget()
+        return self
 
     def _computed(self, prepared: Prepared, x: Tensor, y: Tensor) -> Terms:
         """Replay the step, or compute it until it has been seen often enough to capture it."""

@@ -21,6 +21,8 @@ from cure_fast.kernels import TensorList, fold_batchnorm
 from cure_fast.kernels.layout import memory_order
 from cure_fast.models import ImageClassifier, Normalize
 
+from .compile import compile_static
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -90,9 +92,7 @@ class FoldedNetwork:
         self.refresh()
         self._compute: Callable[[Tensor], Tensor] = self.evaluation
         if compiled:
-            self._compute = torch.compile(
-                self.evaluation, dynamic=False, options={"triton.cudagraphs": False}
-            )
+            self._compute = compile_static(self.evaluation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [N, K], float32 (float64 for float64), of images [N, 3, H, W] in [0, 1].

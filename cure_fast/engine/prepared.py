@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,9 @@ from .folded import FoldedNetwork
 from .numbers import DeviceNumbers
 from .passes import Passes, wide
 from .tape import Tape
+from .tape_compiled import CompiledNetwork, CompiledTape
 from .tape_joint import Joint
+from .trace import UnsupportedNetworkError
 from .update import Update
 from .working import WorkingCopies, WorkingNetwork
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 # Tensor cores read channels in groups of 8 half-precision numbers.
 PADDED_CHANNELS = 8
+
+# From images [N, C, H, W] in [0, 1] to logits [N, K].
+Network = Callable[[Tensor], Tensor]
 
 
 class Prepared:
@@ -57,8 +62,7 @@ class Prepared:
         joint = run.config.run.joint_forward and run.method.uses_attack
         self.joint = Joint(run, self.passes) if joint and self.passes.tape is not None else None
         self.attacked = self._attacked()
-        further = [net for net in run.networks.values() if isinstance(net, ImageClassifier)]
-        self.further = [(net, WorkingCopies(net, self.dtype)) for net in further]
+        self.further = self._further()
         self.update = Update(run.optimizer, run.config.optim, self.copies, fused=engine.has("fuse"))
         self.buffers = [
             (TensorList(buffers), TensorList(kept))
@@ -80,7 +84,32 @@ class Prepared:
             return Passes(model.own_logits, self.weights, None)
         network = WorkingNetwork(model, self.weights, self.dtype)
         stacked = self.engine.has("stack")
-        return Passes(network, self.weights, Tape(model, self.weights) if stacked else None)
+        return Passes(network, self.weights, self._tape() if stacked else None)
+
+    def _tape(self) -> Tape:
+        """Return the tape of the passes of the loss."""
+        if not self.engine.has("compile-loss"):
+            return Tape(self.run.model, self.weights)
+        size = self.run.loader.batch_size
+        return CompiledTape(self.run.model, self.weights, batch_size=size)
+
+    def _further(self) -> list[tuple[ImageClassifier, WorkingCopies, Network]]:
+        """Return the run's further networks, copies of their weights, and what computes them."""
+        further = []
+        for network in self.run.networks.values():
+            if not isinstance(network, ImageClassifier):
+                continue
+            copies = WorkingCopies(network, self.dtype)
+            computed: Network = WorkingNetwork(network, copies.by_name, self.dtype)
+            trains = any(parameter.requires_grad for parameter in network.parameters())
+            if self.engine.has("compile-loss") and not self.autocast and not trains:
+                weights = {**dict(network.named_parameters()), **copies.by_name}
+                with suppress(UnsupportedNetworkError):
+                    tape = CompiledTape(network, weights, batch_size=self.run.loader.batch_size)
+                    computed = CompiledNetwork(computed, tape)
+            if self.dtype is not None or isinstance(computed, CompiledNetwork):
+                further.append((network, copies, computed))
+        return further
 
     def _attacked(self) -> FoldedNetwork | None:
         """Return the copy of the network that is attacked; None attacks the network itself."""
@@ -171,10 +200,9 @@ class Prepared:
         """Let the run's networks compute by their working copies."""
         with ExitStack() as stack:
             stack.enter_context(standing_in(self.run.model, self.passes))
-            for network, copies in self.further if self.dtype is not None else ():
+            for network, copies, computed in self.further:
                 copies.refresh()
-                working = WorkingNetwork(network, copies.by_name, self.dtype)
-                stack.enter_context(standing_in(network, working))
+                stack.enter_context(standing_in(network, computed))
             yield
 
     def backward(
@@ -211,7 +239,7 @@ class Prepared:
 
 
 @contextmanager
-def standing_in(network: nn.Module, other: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def standing_in(network: nn.Module, other: Network) -> Iterator[None]:
     """Let ``other`` compute what calls of ``network`` return."""
     assert isinstance(network, ImageClassifier)
     former, network.stand_in = network.stand_in, other

@@ -66,6 +66,7 @@ class Tape:
                 graph.erase_node(node)
         self.model = model
         self.weights = weights
+        self._tensors = {**weights, **dict(model.named_buffers())}
         self._graph = graph
         self._layers: dict[fx.Node, Layer] = {
             node: layer_of(node, model)
@@ -107,21 +108,44 @@ class Tape:
         """
         if parts < 1 or len(x) % parts:
             raise ValueError(f"parts: expected equal parts of {len(x)} images, got {parts}")
-        image = next(node for node in self._graph.nodes if node.op == "placeholder")
-        images = self.model.normalize(x).to(self.weights[self._first_weight].dtype)
-        values: dict[fx.Node, Tensor] = {image: images}
-        pullbacks: dict[fx.Node, Pullback] = {}
-        for node, layer in self._layers.items():
-            inputs = [values[source] for source in _sources(node)]
-            values[node], pullbacks[node] = layer.forward(self.weights, parts, *inputs)
-            for read in self._last_uses[node]:
-                del values[read]
+        images = self._prepared(x)
+        logits, pullbacks = self._through(self._layers, self._tensors, images, parts)
+        self._count(parts)
+        return Record(widened(logits), pullbacks, logits.dtype, parts)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return self.model.normalize(x).to(self.weights[self._first_weight].dtype)
+
+    def _count(self, batches: int) -> None:
+        """Count batches that BatchNorms in training mode have seen."""
         counters = [layer.counter for layer in self._layers.values()]
         if counted := [counter for counter in counters if counter is not None]:
-            torch.ops.aten._foreach_add_.Scalar(counted, parts)
-        logits = values[self._logits]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return Record(logits.to(wide), pullbacks, logits.dtype, parts)
+            torch.ops.aten._foreach_add_.Scalar(counted, batches)
+
+    def _through(
+        self,
+        layers: Mapping[fx.Node, Layer],
+        tensors: Mapping[str, Tensor],
+        images: Tensor,
+        parts: int,
+    ) -> tuple[Tensor, dict[fx.Node, Pullback]]:
+        """Return the logits of prepared images, and what leads back from them.
+
+        Args:
+            layers: what computes each operation.
+            tensors: weights and running statistics by name.
+            images: [N, 3, H, W], normalised, in the dtype of the first weight.
+            parts: equal parts of the batch.
+        """
+        image = next(node for node in self._graph.nodes if node.op == "placeholder")
+        values: dict[fx.Node, Tensor] = {image: images}
+        pullbacks: dict[fx.Node, Pullback] = {}
+        for node, layer in layers.items():
+            inputs = [values[source] for source in _sources(node)]
+            values[node], pullbacks[node] = layer.forward(tensors, parts, *inputs)
+            for read in self._last_uses[node]:
+                del values[read]
+        return values[self._logits], pullbacks
 
     @torch.no_grad()
     def backward(
@@ -155,27 +179,34 @@ class Tape:
         blocks = tuple(
             (number, part) for number, span in enumerate(spans or whole) for part in span
         )
+        if not any(names):
+            return [{} for _ in names]
+        rows = cotangents.flatten(0, 1) if spans is None else cotangents
+        totals = self._back(record.pullbacks, Stack(rows.to(record.dtype), blocks), names)
+        return [{name: own[name] for name in self._names if name in own} for own in totals]
+
+    def _back(
+        self, pullbacks: Mapping[fx.Node, Pullback], stack: Stack, names: Sequence[AbstractSet[str]]
+    ) -> list[dict[str, Tensor]]:
+        """Return for each cotangent the gradients of parameters by name."""
         found: list[dict[str, list[Tensor]]] = [{} for _ in names]
-        needed = self._needed(names, blocks)
+        needed = self._needed(names, stack.of)
         gradients: dict[fx.Node, Stack] = {}
         if needed[self._logits]:
-            rows = cotangents.flatten(0, 1) if spans is None else cotangents
-            stack = Stack(rows.to(record.dtype), blocks)
             gradients[self._logits] = stack.only(needed[self._logits])
-            del rows, stack
+            del stack
         for node in reversed(self._layers):
             if node not in gradients:
                 continue
             sources = _sources(node)
             below = _union(needed[source] for source in sources)
             ask = Ask(names, below, found)
-            gradient = record.pullbacks[node](gradients.pop(node), ask)
+            gradient = pullbacks[node](gradients.pop(node), ask)
             for source in sources:
                 if gradient is not None and needed[source]:
                     _add(gradients, source, gradient.only(needed[source]))
             del gradient
-        totals = _totals(found)
-        return [{name: own[name] for name in self._names if name in own} for own in totals]
+        return _totals(found)
 
     def _needed(
         self, names: Sequence[AbstractSet[str]], blocks: tuple[Block, ...]
@@ -224,6 +255,11 @@ class Tape:
 def _sources(node: fx.Node) -> list[fx.Node]:
     """Return the values that an operation reads, one twice where it is both operands of a sum."""
     return [value for value in node.args if isinstance(value, fx.Node)]
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Return logits in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _is_identity(node: fx.Node, model: ImageClassifier) -> bool:

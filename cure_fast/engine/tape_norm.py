@@ -27,6 +27,7 @@ class BatchNorm(Layer):
                 f"{name} is a BatchNorm without momentum, running statistics or weights, "
                 "which no tape knows"
             )
+        self.name = name
         self.names = names_of(name, module)
         self.module = module
         self.momentum = module.momentum
@@ -45,18 +46,25 @@ class BatchNorm(Layer):
         """
         (x,) = inputs
         weight, bias = tensors_of(weights, self.names)
-        training = self.module.training
-        if training and x.numel() == parts * x.shape[1]:
-            raise ValueError(
-                f"BatchNorm: expected more than one value per channel, got {list(x.shape)}; "
-                "give a larger batch or larger images"
-            )
-        apart = training and parts > 1
+        self.check_size(x, parts)
+        apart = self.module.training and parts > 1
         if apart:
             y, derivatives = self._apart(x, weight, bias, parts)
         else:
             y, derivatives = self._whole(x, weight, bias)
         return y, partial(self._backward, weight, derivatives, apart)
+
+    def check_size(self, x: Tensor, parts: int) -> None:
+        """Refuse features [N, C, H, W] with one value per channel, which has no variance.
+
+        Raises:
+            ValueError: for those, in training mode.
+        """
+        if self.module.training and x.numel() == parts * x.shape[1]:
+            raise ValueError(
+                f"BatchNorm: expected more than one value per channel, got {list(x.shape)}; "
+                "give a larger batch or larger images"
+            )
 
     def _whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Derivatives]:
         """Normalise by one set of statistics.

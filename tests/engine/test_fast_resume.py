@@ -20,17 +20,10 @@ from moments import signal_at
 from processes import finish
 from tiny_command import differences, tiny_words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = torch.bfloat16
 QUICK = {"attack_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Captures. The recording is a fake: it computes nothing, as a real one, and its replay computes the
@@ -68,7 +61,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(
         FastEngine,
         "has",
-        lambda self, feature: feature not in self.without and feature != "compile",
+        lambda self, feature: feature not in {*self.without, "compile", "compile-loss"},
     )
     return Fresh
 

@@ -31,18 +31,11 @@ from tape_cases import (
     own,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 aten = torch.ops.aten
 NATURAL, ADVERSARIAL, BOTH = range(1), range(1, 2), range(2)
 Wanted = Collection[str] | None
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def apart(
