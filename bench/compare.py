@@ -1,7 +1,7 @@
 """Two results of the GPU benchmark side by side.
 
     python bench/compare.py bench/results/A bench/results/B
-    python bench/compare.py A/steps-resnet18.json B/steps-resnet18.json
+    python bench/compare.py A/resnet18-128.json B/resnet18-128.json
 
 Each is a folder of results or one part's file. Per row: both medians, B over A, and a star where
 the ranges from the 20th to the 80th percentile do not overlap, so that the difference is hardly

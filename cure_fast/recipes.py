@@ -20,6 +20,7 @@ from cure_fast.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    RunConfig,
 )
 from cure_fast.errors import InputError
 from cure_fast.methods.cure import CureSettings
@@ -118,6 +119,43 @@ def cifar10_preactresnet18() -> Config:
     return _table9("cifar10-preactresnet18", "cifar10", "preactresnet18", 20, 0.2, 1.0)
 
 
+def cifar10_resnet18_fast() -> Config:
+    """CIFAR-10, ResNet-18 in ten minutes: 20 natural and 70 CURE epochs; accuracy not measured yet.
+
+    Ten minutes of an NVIDIA H200, if a step of 128 images takes at most 16 ms there: 429 s of CURE,
+    half a minute of natural training, a minute of start and compilation, seven validations.
+
+    The schedule is that of short adversarial trainings whose results are published: one cycle to a
+    peak of 0.2 and down to zero, which leaves no long stretch at a small rate in which a network
+    overfits the attack. HAT's code has 50 such epochs (peak 0.21, Nesterov, weight decay 5e-4) for
+    natural 84.90 and AutoAttack 49.08 with ResNet-18; the code of Fast is better than free trains
+    with PGD-7 in this way too (peak 0.2, weight decay 5e-4). The natural start needs no more than a
+    fair classifier, as the large rate that follows unlearns the rest.
+
+    The revision model averages over the same share of the run as in 200 epochs, 6 %: a decay of
+    0.997 instead of 0.999. It is evaluated too, as averages of weights gain robustness elsewhere.
+    """
+    return Config(
+        name="cifar10-resnet18-fast",
+        method="cure",
+        settings=CureSettings(
+            percentile=30, alpha=0.1, gamma=1, revision_decay=0.997, evaluate_revision=True
+        ),
+        # Nothing to write or to compile before the first batch.
+        data=DataConfig(data="cifar10", loader="resident"),
+        model=ModelConfig(model="resnet18"),
+        pretrain=PretrainConfig(pretrain_epochs=20, pretrain_lr=0.2, pretrain_schedule="onecycle"),
+        optim=OptimConfig(epochs=70, lr=0.2, nesterov=True, schedule="onecycle"),
+        eval=EvalConfig(
+            attacks=("natural", "pgd20", "cw20", "aa"),
+            aa_limit=1000,
+            eval_step_size=0.003,
+            val_every=10,
+        ),
+        run=RunConfig(checkpoint_every=10),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
     "cifar10-resnet18": cifar10_resnet18,
@@ -126,6 +164,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "cifar10-wrn34-10": cifar10_wrn34_10,
     "cifar100-wrn34-10": cifar100_wrn34_10,
     "cifar10-preactresnet18": cifar10_preactresnet18,
+    # Behind the paper's, as reports compare a run with the first recipe for its data and model.
+    "cifar10-resnet18-fast": cifar10_resnet18_fast,
 }
 
 PAPER_ROWS: dict[tuple[str, str], PaperRow] = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from bench.gpu import __main__ as command
 from bench.gpu import gate, plan
 from bench.gpu.plan import Plan
 from bench.gpu.record import Row
+from cure_fast.config import EngineFeature
 
 CPU = torch.device("cpu")
 
@@ -29,10 +32,15 @@ def tiny(tmp_path) -> Plan:
 
 
 def checkout(root: Path, test: str) -> Path:
-    for folder in ("engine", "kernels"):
-        (root / "tests" / folder).mkdir(parents=True, exist_ok=True)
-        (root / "tests" / folder / "test_it.py").write_text(test, encoding="utf-8")
+    for file in ("engine/test_fast.py", "kernels/test_it.py", "test_bench_authors.py"):
+        path = root / "tests" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(GREEN if path.parent == root / "tests" else test, encoding="utf-8")
     return root
+
+
+GREEN = "def test_it(): assert True"
+ENGINE = re.escape("tests/engine/test_fast.py")
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def plain_pytest(monkeypatch) -> None:
 
 
 def test_a_missing_test_folder_is_a_failure(tiny, tmp_path) -> None:
-    with pytest.raises(gate.RedTestsError, match="tests/engine: expected test files there"):
+    with pytest.raises(gate.RedTestsError, match=f"{ENGINE}: expected test files there"):
         gate.require_green_tests(tiny, root=tmp_path)
 
 
@@ -50,9 +58,12 @@ def test_a_missing_test_folder_is_a_failure(tiny, tmp_path) -> None:
     ("test", "said"),
     [
         ("def test_it(): assert False", "the tests fail"),
-        ("import pytest\ndef test_it(): pytest.skip('no GPU')", "no test of tests/engine passed"),
+        (
+            "import pytest\ndef test_it(): pytest.skip('no GPU')",
+            f"no test of {ENGINE} passed;",
+        ),
         ("import missing_module", "the tests fail"),
-        ("", "the tests fail"),
+        ("", f"no test of {ENGINE} passed;"),
     ],
     ids=["red", "skipped", "broken", "none"],
 )
@@ -67,37 +78,105 @@ def test_red_tests_stop_the_benchmark(tiny, tmp_path, test, said) -> None:
 
 @pytest.mark.usefixtures("plain_pytest")
 def test_green_tests_run_once_per_state_of_the_sources(tiny, tmp_path, monkeypatch) -> None:
-    root = checkout(tmp_path / "root", "def test_it(): assert True")
+    root = checkout(tmp_path / "root", GREEN)
     gate.require_green_tests(tiny, root=root)
     kept = json.loads((tiny.out / "tests.json").read_text())
-    assert kept["passed"] == 1 and kept["state"]["device"] == "cpu"
+    assert kept["passed"] == 2 and kept["state"]["device"] == "cpu"
     ran = []
     monkeypatch.setattr(gate, "run_tests", lambda *arguments: ran.append(arguments) or False)
     gate.require_green_tests(tiny, root=root)
     assert not ran
-    (root / "bench").mkdir()
-    (root / "bench" / "new.py").write_text("x = 1", encoding="utf-8")
-    with pytest.raises(gate.RedTestsError):
+    for number, file in enumerate(("bench/new.py", "tests/golden.json", "pyproject.toml"), 1):
+        saved = (tiny.out / "tests.json").read_bytes()
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text("1", encoding="utf-8")
+        with pytest.raises(gate.RedTestsError):
+            gate.require_green_tests(tiny, root=root)
+        # What was tested before is no longer what is there.
+        assert len(ran) == number and not (tiny.out / "tests.json").exists()
+        (root / file).unlink()
+        (tiny.out / "tests.json").write_bytes(saved)
         gate.require_green_tests(tiny, root=root)
-    assert len(ran) == 1
+        assert len(ran) == number
 
 
-def test_on_a_gpu_every_folder_has_to_pass(tmp_path, monkeypatch) -> None:
-    root = checkout(tmp_path / "root", "def test_it(): assert True")
-    cuda = Plan(torch.device("cuda"), False, 1, tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
-    asked = []
+@pytest.mark.parametrize("what", ["commit", "driver", "torch"])
+def test_another_commit_driver_or_torch_is_tested_anew(tiny, tmp_path, monkeypatch, what) -> None:
+    root = checkout(tmp_path, GREEN)
+    first = gate.state_of(tiny, root)
+    assert first == gate.state_of(tiny, root)
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "0")
+    else:
+        found = {"commit": first["commit"], "driver": first["driver"], what: "another"}
+        monkeypatch.setattr(gate, "environment", lambda: found)
+    assert gate.state_of(tiny, root) != first
 
-    def run_tests(arguments, report, root) -> bool:
-        asked.append(arguments)
-        case = '<testcase classname="tests.engine.test_it" name="test_it"/>'
-        report.write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+
+def report_of(report: Path, *names: str) -> None:
+    cases = "".join(f'<testcase classname="{name}" name="test_it"/>' for name in names)
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+
+
+def test_sources_that_change_while_the_tests_run_are_refused(tiny, tmp_path, monkeypatch) -> None:
+    root = checkout(tmp_path / "root", GREEN)
+
+    def run_tests(words, report, root, seconds) -> bool:
+        (root / "tests" / "new.py").write_text("x = 1", encoding="utf-8")
+        report_of(report, "tests.engine.test_fast", "tests.test_bench_authors")
         return True
 
     monkeypatch.setattr(gate, "run_tests", run_tests)
-    with pytest.raises(gate.RedTestsError, match="no test of tests/kernels passed"):
+    with pytest.raises(gate.RedTestsError, match="the sources changed while the tests ran"):
+        gate.require_green_tests(tiny, root=root)
+    assert not (tiny.out / "tests.json").exists()
+
+
+def test_on_a_gpu_every_folder_has_to_pass_within_one_time(tmp_path, monkeypatch) -> None:
+    root = checkout(tmp_path / "root", GREEN)
+    cuda = Plan(torch.device("cuda"), False, 1, tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    asked, passing = [], ["tests.engine.test_it", "tests.test_bench_authors"]
+
+    def run_tests(words, report, root, seconds) -> bool:
+        asked.append(words)
+        assert 530 < seconds <= 540
+        report_of(report, *passing)
+        return True
+
+    monkeypatch.setattr(gate, "run_tests", run_tests)
+    with pytest.raises(gate.RedTestsError, match="no test of tests/kernels passed;"):
         gate.require_green_tests(cuda, root=root)
-    assert asked == [("-m", "gpu", "tests/engine", "tests/kernels")]
+    authors = "tests/test_bench_authors.py"
+    assert asked == [("-m", "gpu", "tests/engine", "tests/kernels", authors)]
+    passing.append("tests.kernels.deeper.test_it")
+    gate.require_green_tests(cuda, root=root)
+    assert asked[2:] == [("-m", "not gpu", authors)]
+    kept = json.loads((cuda.out / "tests.json").read_text())
+    assert kept["passed"] == 4 and kept["state"]["device"] == "H200"
+
+
+def test_tests_of_another_name_do_not_count(tmp_path) -> None:
+    report = tmp_path / "r.xml"
+    report_of(report, "tests.engines.test_it", "tests.test_bench_authors_too", "tests.engine.t")
+    assert gate.passed_in("tests/engine", report) == 1
+    assert gate.passed_in("tests/test_bench_authors.py", report) == 0
+    assert gate.passed_in("tests/engine", tmp_path / "missing.xml") == 0
+
+
+def test_tests_that_take_too_long_are_red(tmp_path) -> None:
+    with pytest.raises(gate.RedTestsError, match="not done in 540 s"):
+        gate.run_tests((), tmp_path / "r.xml", tmp_path, 0.01)
+
+
+def test_the_gate_alone_measures_nothing(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(command, "require_green_tests", asked.append)
+    for name in command.PARTS:
+        monkeypatch.setitem(command.PARTS, name, lambda *arguments: pytest.fail("measured"))
+    arguments = ["--part", "gate", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert [plan.out for plan in asked] == [tmp_path.resolve()] and not list(tmp_path.iterdir())
 
 
 def test_no_option_skips_the_tests_and_no_figure_is_taken_of_red_ones(
@@ -152,9 +231,11 @@ def test_each_of_several_parts_is_a_process_and_one_failure_is_told(
 
     monkeypatch.setattr(command, "run_process", run_process)
     monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
-    arguments = ["--part", "ceilings", "feeds", "kernels", "--tiny", "--device", "cpu"]
+    arguments = ["--part", "ceilings", "feeds", "gate", "wrn34-10", "feeds", "--tiny"]
+    arguments += ["--device", "cpu"]
     assert command.main([*arguments, "--out", str(tmp_path), "--seconds-per-part", "7"]) == 1
-    assert [call[0][-1] for call in ran] == ["ceilings", "feeds", "kernels"]
+    parts = ["ceilings", "feeds", "wrn34-10-128", "wrn34-10-512", "wrn34-10-256"]
+    assert [call[0][-1] for call in ran] == parts
     assert all(seconds == 7 + command.GRACE for _, seconds in ran)
     assert capsys.readouterr().err == "error: see the failures in feeds\n"
 
@@ -179,12 +260,24 @@ def test_a_part_that_breaks_is_written_and_fails(tiny, monkeypatch) -> None:
     assert written["rows"][1]["note"] == "RuntimeError: driver lost" and not written["finished"]
 
 
+def test_there_is_a_part_per_model_and_batch_and_what_targets_name_comes_first() -> None:
+    parts = [
+        f"{m}-{b}" for m in ("resnet18", "preactresnet18", "wrn34-10") for b in (128, 256, 512)
+    ]
+    assert sorted(plan.STEP_PARTS) == sorted(parts)
+    assert set(command.PARTS) == {*parts, "ceilings", "ablation", "feeds", "kernels"}
+    assert list(command.PARTS)[:2] == ["ceilings", "resnet18-128"]
+    assert command.parser().parse_args([]).part == list(command.PARTS)
+    # Start and end take some of the eight minutes, and a machine's ten hold all there can be.
+    assert command.SECONDS < 480 and command.SECONDS + command.GRACE + command.ENDING < 600
+
+
 def test_a_rehearsal_of_all_engines_on_the_cpu(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
-    monkeypatch.setattr(plan, "TINY", replace(plan.TINY, methods={"resnet18": ("cure",)}))
-    arguments = ["--part", "steps-resnet18", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(plan, "TINY", replace(plan.TINY, methods={"resnet18-128": ("cure",)}))
+    arguments = ["--part", "resnet18-128", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
-    found = json.loads((tmp_path / "steps-resnet18.json").read_text())
+    found = json.loads((tmp_path / "resnet18-128.json").read_text())
     rows = {row["key"]["engine"]: row for row in found["rows"]}
     assert set(rows) == set(plan.ENGINES) and found["finished"] and found["about"]["tiny"]
     for row in rows.values():
@@ -193,7 +286,9 @@ def test_a_rehearsal_of_all_engines_on_the_cpu(tmp_path, monkeypatch) -> None:
         assert 0 < low <= median <= high and row["figures"]["share"] > 0
         assert row["figures"]["epoch_seconds"] == pytest.approx(12_500 * median)
     assert "not measured" in (tmp_path / "summary.md").read_text()
-    assert (tmp_path / "steps-resnet18-b4.svg").exists()
+    assert (tmp_path / "resnet18-128.svg").exists()
+    page = (tmp_path / "resnet18-128.md").read_text()
+    assert "torch.compile in its default mode" in page
     for name in ("commit", "dirty", "cuda", "driver", "torch", "triton", "date", "command"):
         assert name in found["about"]
 
@@ -209,8 +304,10 @@ def test_ceilings_and_ablation_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> No
     assert len(copies) == 1 and copies[0]["figures"]["bytes_per_second"] > 1e6
     assert command.main(["--part", "ablation", *arguments]) == 0
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    names = ["all features", *(f"without {f}" for f in ("graph", "fold", "stack", "copies"))]
-    assert [row["key"]["engine"] for row in rows] == [*names, "without fuse", "without compile"]
+    along = {"fold": " (and compile)", "stack": " (and compile-loss in part)"}
+    along["copies"] = " (and stack, compile-loss)"
+    names = [f"without {name}{along.get(name, '')}" for name in get_args(EngineFeature)]
+    assert [row["key"]["engine"] for row in rows] == ["all features", *names]
     assert rows[0]["figures"]["gain"] == 1 and all(row["figures"]["gain"] > 0 for row in rows)
 
 

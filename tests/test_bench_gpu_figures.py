@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare
-from bench.gpu import ceilings, kernel_part, plan, steps
+from bench.gpu import ceilings, estimates, kernel_part, plan, steps
 from bench.gpu import chart as charts
 from bench.gpu.ablation import add_gains
 from bench.gpu.plan import Plan, passes
@@ -31,7 +31,7 @@ def tiny(tmp_path) -> Plan:
     return Plan(CPU, True, 60.0, tmp_path)
 
 
-def new_record(part: str = "steps-resnet18", **about: object) -> Record:
+def new_record(part: str = "resnet18-128", **about: object) -> Record:
     return Record(part, {**ABOUT, **about})
 
 
@@ -96,7 +96,7 @@ def step_row(method: str, engine: str, batch: int, ms: float, **changes: object)
 def results(*rows: Row, tiny: bool = False, **others: Record) -> dict:
     whole = new_record(tiny=tiny)
     whole.rows = list(rows)
-    records = {"steps-resnet18": whole, **others}
+    records = {"resnet18-128": whole, **others}
     return {
         part: {"about": r.about, "rows": [{**vars(row), "seconds": row.seconds} for row in r.rows]}
         for part, r in records.items()
@@ -132,6 +132,74 @@ def test_the_update_is_compared_with_the_step() -> None:
     assert lines[7].startswith("missed by 33.3 %") and "measured 2 %" in lines[7]
 
 
+def test_targets_of_other_batches_and_models_are_found_in_their_parts() -> None:
+    parts = {
+        "resnet18-512": ("cure", "fast", 512, 40.0),
+        "wrn34-10-128": ("cure", "fast", 128, 165),
+    }
+    records = {part: new_record(part, tiny=False) for part in parts}
+    for part, row in parts.items():
+        records[part].rows = [step_row(*row)]
+    lines = verdicts(results(**records))
+    assert lines[6].startswith("missed by 10.0 %: CURE's step, WRN-34-10")
+    assert lines[9].startswith("reached: beyond: CURE's epoch, ResNet-18, batch 512")
+    assert all(lines[i].startswith("not measured") for i in (0, 1, 2, 3, 4, 5, 7, 8))
+
+
+# What fits into a part's time by estimate.
+
+FLOPS = {"resnet18": 1.1108e9, "preactresnet18": 1.1108e9, "wrn34-10": 13.3178e9}
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "milliseconds"),
+    [
+        # The notes' models and counts of an H200, which the estimates may be slower than.
+        ("resnet18", "fast", (14, 21)),
+        ("resnet18", "authors", (75, 125)),
+        ("wrn34-10", "fast", (122, 183)),
+        ("wrn34-10", "authors", (600, 700)),
+    ],
+)
+def test_estimated_steps_are_near_those_of_the_performance_notes(
+    model, engine, milliseconds
+) -> None:
+    found = 1e3 * estimates.step_seconds(model, "cure", engine, 128, FLOPS[model])
+    assert milliseconds[0] <= found <= milliseconds[1]
+
+
+def test_engines_are_estimated_in_the_order_of_their_work() -> None:
+    def cure(engine: str, method: str = "cure", batch: int = 128) -> float:
+        return estimates.step_seconds("resnet18", method, engine, batch, FLOPS["resnet18"])
+
+    assert cure("fast") < cure("eager+compile") < cure("eager") < cure("authors")
+    assert cure("fast", "natural") < cure("fast", "pgd_at") < cure("fast", "trades") < cure("fast")
+    # A small batch's launches take longer than its operations.
+    assert cure("eager", batch=8) == cure("eager", batch=16) < cure("eager", batch=256)
+
+
+@pytest.mark.parametrize("part", plan.STEP_PARTS)
+def test_each_part_fits_by_estimate_with_what_is_most_important(tmp_path, part) -> None:
+    full = Plan(CPU, False, 450, tmp_path)
+    flops = FLOPS[plan.STEP_PARTS[part][0]]
+    chosen, seconds = estimates.fitting(part, full, flops)
+    assert seconds <= 450 and chosen[:5] == list(plan.ORDER[:5])
+    assert chosen == [each for each in plan.ORDER if each in chosen]
+    if not part.startswith("wrn34-10"):
+        assert len(chosen) >= len(plan.ORDER) - 1
+    # Half of the time holds less, and still the first of all.
+    fewer, needed = estimates.fitting(part, replace(full, seconds=225), flops)
+    assert needed <= 225 and fewer[0] == ("cure", "fast") and len(fewer) < len(chosen)
+
+
+def test_all_methods_and_engines_have_a_turn() -> None:
+    assert len(set(plan.ORDER)) == len(plan.ORDER)
+    pairs = {(m, e) for m in plan.METHODS for e in plan.ENGINES if e != "eager+reduce-overhead"}
+    assert set(plan.ORDER) == pairs | {("cure", "eager+reduce-overhead")}
+    assert set(estimates.RATES) == set(estimates.BUILDS) == set(plan.ENGINES)
+    assert set(estimates.PARAMETERS) == set(estimates.CONVOLUTIONS) == set(plan.MODELS)
+
+
 def test_a_rehearsal_and_rows_without_figures_reach_nothing() -> None:
     row = step_row("cure", "fast", 128, 1.0)
     assert all(line.startswith("not measured") for line in verdicts(results(row, tiny=True)))
@@ -156,28 +224,37 @@ def test_record_has_every_row_with_its_reason(tmp_path) -> None:
         step_row("cure", "authors", 128, 1, rounds=(), status="failed", note="ValueError: x"),
     ]
     record.write(tmp_path)
-    page = (tmp_path / "steps-resnet18.md").read_text()
+    page = (tmp_path / "resnet18-128.md").read_text()
     assert "| resnet18 | cure | fast | 128 | 16.000 | 16.000 to 16.000 | 5 | 6.25 | 1 |  |" in page
     assert "## Left out\n\n- resnet18 cure eager 128: no memory" in page
     assert "## Failed\n\n- resnet18 cure authors 128: ValueError: x" in page
     assert "peak GB" not in page and "did not come to its end" in page and "rehearsal" in page
-    kept = json.loads((tmp_path / "steps-resnet18.json").read_text())["rows"]
+    kept = json.loads((tmp_path / "resnet18-128.json").read_text())["rows"]
     assert kept[0]["rounds"] == [0.016] * 5 and kept[0]["seconds"] == [0.016] * 3
     assert [row["status"] for row in kept] == ["measured", "left out", "failed"]
-    assert compare.read(tmp_path).rows["steps-resnet18 resnet18 cure fast 128"] == (0.016,) * 3
+    assert compare.read(tmp_path).rows["resnet18-128 resnet18 cure fast 128"] == (0.016,) * 3
 
 
 def test_summary_names_another_gpu_and_draws_what_was_measured(tmp_path) -> None:
-    record = new_record(gpu="NVIDIA H100", tiny=False)
-    record.rows = [step_row("cure", "fast", b, 16.0) for b in (128, 512)]
-    record.finished = True
-    record.write(tmp_path)
+    for part, batch in (("resnet18-512", 512), ("resnet18-128", 128), ("feeds", 128)):
+        record = new_record(part, gpu="NVIDIA H100", tiny=False)
+        record.rows = [step_row("cure", "fast", batch, 16.0)]
+        record.finished = True
+        record.write(tmp_path)
+    nothing = new_record("wrn34-10-128", gpu="NVIDIA H100", tiny=False)
+    nothing.rows = [step_row("cure", "fast", 128, 1, rounds=(), status="left out")]
+    nothing.write(tmp_path)
+    passed = {"state": {"tests": ["-m gpu tests/engine", "tests/a.py"]}, "passed": 7}
+    (tmp_path / "tests.json").write_text(json.dumps(passed))
     page = write_summary(tmp_path).read_text()
+    assert "7 tests passed before the last of them: `pytest -m gpu tests/engine` and" in page
+    assert "![Seconds per epoch, resnet18-512](resnet18-512.svg)" in page
     assert "They are of an H200; this is another GPU (NVIDIA H100)." in page
     assert "- reached: CURE's step, ResNet-18, batch 128" in page
-    assert "| [steps-resnet18](steps-resnet18.md) | 2 | 0 | 0 | 2026-11-21 | a |" in page
+    assert "| [resnet18-128](resnet18-128.md) | 1 | 0 | 0 | 2026-11-21 | a |" in page
+    assert "| [wrn34-10-128](wrn34-10-128.md), unfinished | 0 | 1 | 0 |" in page
     drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert drawn == {"steps-resnet18-b128.svg", "steps-resnet18-b512.svg"}
+    assert drawn == {"resnet18-128.svg", "resnet18-512.svg"}
 
 
 @given(

@@ -40,7 +40,7 @@ class Lane:
     """Contenders whose steps are noted, and fail where they are told to."""
 
     def __init__(self, plan: Plan) -> None:
-        self.record = Record("steps-resnet18", dict(ABOUT))
+        self.record = Record("resnet18-128", dict(ABOUT))
         self.robin = RoundRobin(plan, self.record)
         self.taken: list[str] = []
 
@@ -87,7 +87,7 @@ def test_contenders_take_turns_round_by_round(tiny) -> None:
     # Two steps each to warm up; then one each per round, another first each time.
     assert "".join(lane.taken) == "aabbcc" + "abc" + "bca" + "cab" + "abc" + "bca"
     assert lane.outcome() == {name: ("measured", 5, 1) for name in "abc"}
-    assert (tiny.out / "steps-resnet18.json").exists()
+    assert (tiny.out / "resnet18-128.json").exists()
 
 
 def test_turns_have_their_steps_and_rounds_on_real_shapes(tmp_path) -> None:
@@ -155,13 +155,40 @@ def test_what_finds_no_time_is_left_out_and_says_so(tiny) -> None:
     assert lane.note("long").startswith("no time: it takes 10")
 
 
+def test_what_waits_for_memory_keeps_its_time(tiny) -> None:
+    lane = Lane(replace(tiny, tiny=False))
+    tries = iter([OUT])
+
+    def second_time() -> None:
+        for error in tries:
+            raise error
+
+    def slow(number: int) -> None:
+        time.sleep(0.02)
+
+    waiting = lane.contender("big", build=second_time, step=slow, expected=0.5, turn=0.3)
+    lane.robin.measure([lane.contender("a", step=slow), waiting], 4)
+    (a, big) = lane.record.rows
+    # A turn takes six steps of 20 ms: 30 rounds take 3.6 s, and 2.4 s of the 4 are the other's.
+    assert 5 <= len(a.rounds) < 30 and len(big.rounds) >= 5 and big.together == 2
+
+
+def test_a_turn_that_is_too_long_by_estimate_is_not_begun(tiny) -> None:
+    lane = Lane(tiny)
+    long = lane.contender("long", turn=1.0)
+    lane.robin.measure([lane.contender("a"), long], 4)
+    assert lane.outcome() == {"a": ("measured", 5, 1), "long": ("left out", 0, None)}
+    assert lane.note("long").startswith("no time: it takes 5 s")
+    assert "long" not in lane.taken
+
+
 def test_ctrl_c_keeps_the_rounds_that_were_taken(tiny) -> None:
     lane = Lane(tiny)
     stopped = lane.contender("b", step=fail(KeyboardInterrupt(), lambda n: n == 4))
     with pytest.raises(KeyboardInterrupt):
         lane.robin.measure([lane.contender("a"), stopped], 10)
     assert lane.outcome() == {"a": ("measured", 3, 1), "b": ("measured", 2, 1)}
-    written = json.loads((tiny.out / "steps-resnet18.json").read_text())
+    written = json.loads((tiny.out / "resnet18-128.json").read_text())
     notes = [row["note"] for row in written["rows"]]
     assert notes == [f"interrupted after {n} rounds" for n in (3, 2)]
     assert written["finished"] is False

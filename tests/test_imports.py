@@ -17,6 +17,7 @@ ALLOWED = {
     "loaders": {
         *("torch", "numpy", "torchvision", "sklearn", "PIL", "ffcv"),
         *("cure_fast.loaders", "cure_fast.errors", "cure_fast.progress", "cure_fast.kernels"),
+        "cure_fast.signals",
     },
     "cure_fast/errors.py": set(),
     "cure_fast/attack_result.py": {"cure_fast.checks", "cure_fast.errors"},

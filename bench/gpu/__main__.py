@@ -18,24 +18,33 @@ from bench.gpu.ceilings import measure_ceilings
 from bench.gpu.feeds import measure_feeds
 from bench.gpu.gate import RedTestsError, require_green_tests
 from bench.gpu.kernel_part import measure_kernels
-from bench.gpu.plan import MODELS, Plan
+from bench.gpu.plan import BATCHES, MODELS, STEP_PARTS, Plan
 from bench.gpu.record import Record, Row, describe, reason
 from bench.gpu.steps import measure_steps
 from bench.gpu.summary import write_summary
 from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
 
+STEPS = dict.fromkeys(STEP_PARTS, measure_steps)
+# In the order of their turn: what targets name comes first.
 PARTS: dict[str, Callable[[Plan, Record], None]] = {
     "ceilings": measure_ceilings,
-    **dict.fromkeys(MODELS, measure_steps),
+    **{part: measure for part, measure in STEPS.items() if STEP_PARTS[part][1] == BATCHES[0]},
     "ablation": measure_ablation,
-    "feeds": measure_feeds,
     "kernels": measure_kernels,
+    "feeds": measure_feeds,
+    **STEPS,
 }
+# The tests that come before each part, by themselves.
+GATE = "gate"
+# What stands for several parts.
+SEVERAL = {model: tuple(f"{model}-{batch}" for batch in BATCHES) for model in MODELS}
 RESULTS = Path(__file__).parents[1] / "results"
 REHEARSALS = Path("runs") / "bench-gpu-rehearsal"
-# Seconds that a part may take beyond its time before it is ended: one compilation, at most.
-GRACE = 90
+# Seconds of a part's measuring, so that with its start and its end it takes eight minutes.
+SECONDS = 450
+# Seconds that a part may take beyond its time before it is ended, and then to write what it has.
+GRACE, ENDING = 75, 30
 INTERRUPTED = 130
 
 
@@ -48,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--part",
         nargs="+",
-        choices=list(PARTS),
+        choices=[GATE, *SEVERAL, *PARTS],
         default=list(PARTS),
-        help="what to measure; all parts without it",
+        help=f"what to measure, of {', '.join(PARTS)}; {', '.join(SEVERAL)} for a model's three "
+        f"parts, {GATE} for the tests alone; all parts without it",
         metavar="NAME",
     )
     made.add_argument(
@@ -62,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (with --tiny alone)")
     made.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes")
     made.add_argument(
-        "--seconds-per-part", type=float, default=480, help="time of a part, 480 without it"
+        "--seconds-per-part",
+        type=float,
+        default=SECONDS,
+        help=f"time of a part's measuring; {SECONDS} without it",
     )
     return made
 
@@ -80,15 +93,22 @@ def main(arguments: Sequence[str]) -> int:
         require_green_tests(plan)
         # The tests' time is not the part's.
         plan = plan_of(options, arguments)
-        if len(options.part) == 1:
-            return run_part(options.part[0], plan)
-        return run_parts(options.part, plan)
+        parts = parts_of(options.part)
+        if len(parts) == 1:
+            return run_part(parts[0], plan)
+        return run_parts(parts, plan)
     except RedTestsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", file=sys.stderr)
         return INTERRUPTED
+
+
+def parts_of(names: Sequence[str]) -> list[str]:
+    """Return the parts that names of ``--part`` ask for, each once."""
+    parts = [part for name in names for part in SEVERAL.get(name, (name,)) if name != GATE]
+    return list(dict.fromkeys(parts))
 
 
 def plan_of(options: argparse.Namespace, arguments: Sequence[str]) -> Plan:
@@ -165,10 +185,10 @@ def run_process(command: Sequence[str], seconds: float) -> int:
             process.send_signal(signal.SIGINT)
         except KeyboardInterrupt:
             # The terminal has sent it to the process too, which writes what it has.
-            process.wait(GRACE)
+            process.wait(ENDING)
             raise
         try:
-            process.wait(GRACE)
+            process.wait(ENDING)
         except subprocess.TimeoutExpired:
             process.kill()
         return process.wait() or 1

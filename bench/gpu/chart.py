@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-WIDTH, LEFT, RIGHT = 900, 150, 110
+WIDTH, LEFT, RIGHT = 900, 206, 110
 TOP, BAR, GAP, GROUP_GAP, BOTTOM = 84, 22, 5, 40, 46
 COLOURS = {
     "fast": "#1f6f54",
     "eager+compile": "#4a7fb5",
+    "eager+reduce-overhead": "#2f5683",
     "authors": "#b4552d",
     "eager": "#8a8f98",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from cure_fast.loaders import ImageSet, Loader, make_loader
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
 from cure_fast.trainer import Run, build_run, next_step
+
+COMPILED = ("eager+compile", "eager+reduce-overhead")
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,16 @@ def build(case: Case, plan: Plan, loader: Loader) -> Work:
     if case.engine == "authors":
         return _authors(case, plan, x, y)
     run = open_run(case, plan, loader)
-    if case.engine == "eager+compile":
-        compile_networks(run, plan)
+    if case.engine not in COMPILED:
+        return Work(lambda: next_step(run, x, y), lambda: check_run(run, case))
+    graphs = case.engine == "eager+reduce-overhead"
+    compile_networks(run, plan, graphs=graphs)
 
     def step() -> None:
-        with compiler_settings() if case.engine == "eager+compile" else nullcontext():
+        with compiler_settings():
+            if graphs:
+                # What a step's passes return lives until its end, in the graphs' memory.
+                torch.compiler.cudagraph_mark_step_begin()
             next_step(run, x, y)
 
     return Work(step, lambda: check_run(run, case))
@@ -149,12 +156,19 @@ def open_run(case: Case, plan: Plan, loader: Loader) -> Run:
     return build_run(config, model, loader, plan.device)
 
 
-def compile_networks(run: Run, plan: Plan) -> None:
-    """Have torch compile the run's networks when they are first called."""
-    # Inductor has no use for tiny shapes on a CPU, where it takes a minute to compile.
-    backend = "inductor" if plan.on_gpu else "aot_eager"
+def compile_networks(run: Run, plan: Plan, *, graphs: bool) -> None:
+    """Have torch compile the run's networks when they are first called.
+
+    Args:
+        run: whose networks.
+        plan: the device. Inductor has no use for tiny shapes on a CPU, where it takes a minute.
+        graphs: whether compiled parts are replayed as CUDA graphs (mode ``reduce-overhead``).
+    """
+    options: dict[str, Any] = {"backend": "inductor"} if plan.on_gpu else {"backend": "aot_eager"}
+    if plan.on_gpu and graphs:
+        options["mode"] = "reduce-overhead"
     for network in run.all_networks.values():
-        network.compile(dynamic=False, backend=backend)
+        network.compile(dynamic=False, **options)
 
 
 @contextmanager
@@ -163,13 +177,16 @@ def compiler_settings() -> Iterator[None]:
 
     CURE takes several gradients of one graph, so no backward pass may give away its buffers. Each
     shape, mode and set of gradients is a compilation of its own, and more than torch's limit of
-    eight; beyond a limit it would silently go on without.
+    eight; beyond a limit it would silently go on without, as it would where it can take no CUDA
+    graph.
     """
     # The compiler takes seconds to import.
     from torch._dynamo import config as dynamo_config
     from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
 
     with (
+        inductor_config.patch({"triton.cudagraph_or_error": True}),
         dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
         functorch_config.patch(donated_buffer=False),
     ):

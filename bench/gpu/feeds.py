@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import Tensor
 
 from bench.gpu.engines import Case, Work, check_run, first_batch, open_loader, open_run
+from bench.gpu.estimates import build_seconds
 from bench.gpu.plan import Plan
 from bench.gpu.record import Record, Row
 from bench.gpu.robin import Contender, RoundRobin
-from bench.gpu.steps import COLUMNS, FIRST_BUILDS, TEXT, start, step_figures
+from bench.gpu.steps import COLUMNS, TEXT, start, step_figures
 from cure_fast.loaders import Loader
 from cure_fast.loaders.ffcv_reader import ffcv_problem
 from cure_fast.trainer import Run, next_step
@@ -73,7 +74,7 @@ def open_feeds(
                 partial(feeding, case, feed, run, plan, cache, opened),
                 kind=f"{method} fast",
                 figures=figures,
-                expected=FIRST_BUILDS["fast"] if plan.on_gpu else 0.0,
+                expected=build_seconds(MODEL, "fast", first=True) if plan.on_gpu else 0.0,
                 fed=True,
             )
         )

@@ -9,9 +9,32 @@ from pathlib import Path
 import torch
 
 METHODS = ("cure", "trades", "pgd_at", "natural")
-ENGINES = ("fast", "eager+compile", "authors", "eager")
-MODELS = {"steps-resnet18": "resnet18", "steps-preactresnet18": "preactresnet18"}
-MODELS["steps-wrn34-10"] = "wrn34-10"
+ENGINES = ("fast", "eager+compile", "eager+reduce-overhead", "authors", "eager")
+MODELS = ("resnet18", "preactresnet18", "wrn34-10")
+# In the order of their turn: what targets name comes first.
+BATCHES = (128, 512, 256)
+# Parts that measure steps: a model and a batch size each, as what is compared is measured in turns.
+STEP_PARTS = {f"{model}-{batch}": (model, batch) for batch in BATCHES for model in MODELS}
+# Methods and engines in the order of their importance, which is that of their turn.
+ORDER = (
+    ("cure", "fast"),
+    ("trades", "fast"),
+    ("cure", "authors"),
+    ("cure", "eager+compile"),
+    ("cure", "eager"),
+    ("pgd_at", "fast"),
+    ("natural", "fast"),
+    ("trades", "authors"),
+    ("trades", "eager"),
+    ("pgd_at", "authors"),
+    ("natural", "authors"),
+    ("pgd_at", "eager"),
+    ("natural", "eager"),
+    ("trades", "eager+compile"),
+    ("pgd_at", "eager+compile"),
+    ("natural", "eager+compile"),
+    ("cure", "eager+reduce-overhead"),
+)
 EPOCH_IMAGES = 50_000
 LEARNING_RATE = 0.01
 
@@ -21,9 +44,9 @@ class Sizes:
     """Shapes and counts of a run.
 
     Attributes:
-        batches: images per step, in the order of their turn: what targets name comes first.
         batch: images per step where one size is measured.
-        shares: of a part's time, by place in ``batches``; what one leaves goes to the next.
+        batches: images per step that stand for one of :data:`BATCHES`; one that is not named stands
+            for itself.
         image: height and width of an image.
         networks: what stands for a model; a model that is not named stands for itself.
         widths: by network; one that is not named has its published width.
@@ -35,14 +58,13 @@ class Sizes:
         settling: steps of a turn before the timed ones.
         fed_steps: timed steps of a turn that is fed by a loader, more than it has batches ready.
         fed_settling: steps before these.
-        methods: by model, in the order of their turn; a model that is not named has all.
+        methods: by part; one that is not named has all.
         matrices: sides of the square matrices whose product is timed.
         convolution_batches: images per timed convolution.
     """
 
-    batches: tuple[int, ...] = (128, 512, 256)
     batch: int = 128
-    shares: tuple[float, ...] = (0.5, 0.3, 0.2)
+    batches: dict[int, int] = field(default_factory=dict)
     image: int = 32
     networks: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
@@ -65,9 +87,8 @@ class Sizes:
 
 PUBLISHED = Sizes()
 TINY = Sizes(
-    batches=(4,),
     batch=4,
-    shares=(1.0,),
+    batches={128: 4, 512: 6, 256: 5},
     image=8,
     networks={"resnet18": "resnet-small"},
     widths={"resnet-small": 4, "preactresnet18": 4, "wrn34-10": 1},
@@ -79,7 +100,7 @@ TINY = Sizes(
     settling=0,
     fed_steps=(2, 2),
     fed_settling=0,
-    methods={"preactresnet18": ("natural",), "wrn34-10": ("natural",)},
+    methods={part: ("natural",) for part in STEP_PARTS if part != "resnet18-128"},
     matrices=(64,),
     convolution_batches=(4,),
 )

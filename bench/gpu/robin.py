@@ -28,6 +28,10 @@ from cure_fast.memory import is_out_of_memory
 TURN = 0.1
 # Seconds that building and warming up take, where no contender of its kind was built yet.
 FIRST_BUILD = 5.0
+# What waits is left more than it needs by estimate, as rounds may take longer than theirs.
+MARGIN = 1.2
+# Seconds that counting a contender's kernels takes.
+COUNTING = 1.5
 
 
 @dataclass(eq=False)
@@ -40,6 +44,7 @@ class Contender:
         kind: contenders of one kind take about as long to build.
         figures: from a Row with rounds to further figures.
         expected: seconds that building the first of its kind takes.
+        turn: seconds that a turn takes, by estimate.
         fed: it waits for a loader, so that a turn takes more steps and counts by its mean one.
         alone: whether it takes turns with nobody, as it runs out of memory beside others.
     """
@@ -49,6 +54,7 @@ class Contender:
     kind: str = ""
     figures: Callable[[Row], dict[str, float | None]] = lambda row: {}
     expected: float = FIRST_BUILD
+    turn: float = 0.0
     fed: bool = False
     alone: bool = False
 
@@ -111,7 +117,8 @@ class RoundRobin:
             try:
                 waiting = self._gather(waiting, entries, deadline)
                 entries = self._fitting(entries, deadline)
-                waiting = self._rounds(entries, deadline) + waiting
+                rounds_end = deadline - MARGIN * sum(map(self._needed, waiting))
+                waiting = self._rounds(entries, rounds_end) + waiting
                 self._count_launches(entries)
             finally:
                 # Also after Ctrl-C: the rounds that were taken are worth keeping.
@@ -129,7 +136,7 @@ class RoundRobin:
             if entries and (contender.alone or entries[0].contender.alone):
                 return waiting[place:]
             left = deadline - time.monotonic()
-            needed = self.built.get(contender.kind, contender.expected)
+            needed = self._needed(contender)
             needed += self.plan.sizes.rounds[0] * sum(entry.turn for entry in entries)
             if needed > left:
                 self._leave_out(contender, f"no time: it takes {needed:.0f} s, {left:.0f} are left")
@@ -146,6 +153,11 @@ class RoundRobin:
             self._give_up(contender, full, why)
         return []
 
+    def _needed(self, contender: Contender) -> float:
+        """Return the seconds that a contender takes with the least rounds, by what is known."""
+        build = self.built.get(contender.kind, contender.expected)
+        return build + self.plan.sizes.rounds[0] * contender.turn
+
     def _prepare(self, contender: Contender) -> Entry:
         """Build a contender, warm it up, and note its memory and the time of a step."""
         began = time.monotonic()
@@ -158,9 +170,7 @@ class RoundRobin:
         work.check()
         figures = memory.figures()
         self.built[contender.kind] = time.monotonic() - began
-        least, most = sizes.fed_steps if contender.fed else sizes.steps
-        settling = sizes.fed_settling if contender.fed else sizes.settling
-        count = rounds_within(TURN, one, most=most, least=least)
+        count, settling = turn_steps(one, self.plan, fed=contender.fed)
         return Entry(contender, work, one, count, settling, figures)
 
     def _fitting(self, entries: list[Entry], deadline: float) -> list[Entry]:
@@ -183,6 +193,8 @@ class RoundRobin:
         """Take rounds in turns; return who ran out of memory and has to be alone."""
         least, most = self.plan.sizes.rounds
         turn = sum(entry.turn for entry in entries)
+        # Kernels are counted behind the rounds, within the same time.
+        deadline -= COUNTING * len(entries) if self.plan.on_gpu else 0
         rounds = rounds_within(deadline - time.monotonic(), turn, most=most, least=least)
         again = []
         for number in range(rounds):
@@ -258,6 +270,14 @@ class RoundRobin:
         gc.collect()
         if self.plan.on_gpu:
             torch.cuda.empty_cache()
+
+
+def turn_steps(one: float, plan: Plan, *, fed: bool = False) -> tuple[int, int]:
+    """Return the timed steps of a turn, and those before them, of a step that takes ``one`` s."""
+    sizes = plan.sizes
+    least, most = sizes.fed_steps if fed else sizes.steps
+    settling = sizes.fed_settling if fed else sizes.settling
+    return rounds_within(TURN, one, most=most, least=least), settling
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -1,9 +1,9 @@
-"""Training steps: methods by engines by batch sizes, for one model."""
+"""Training steps: methods by engines, for one model and batch size."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.ceilings import matrix_rate
 from bench.gpu.engines import Case, build, open_loader
-from bench.gpu.plan import ENGINES, EPOCH_IMAGES, METHODS, MODELS, Plan, passes
+from bench.gpu.estimates import build_seconds, fitting, step_seconds
+from bench.gpu.plan import EPOCH_IMAGES, METHODS, ORDER, STEP_PARTS, Plan, passes
 from bench.gpu.record import Record, Row
-from bench.gpu.robin import Contender, RoundRobin
+from bench.gpu.robin import Contender, RoundRobin, turn_steps
 from cure_fast.models import build_model
-
-# Seconds that building the first contender of an engine takes on a GPU; what compiles, compiles
-# several graphs.
-FIRST_BUILDS = {"fast": 30.0, "eager+compile": 60.0}
 
 COLUMNS = (
     ("steps_per_second", "steps/s", 1.0),
@@ -43,36 +40,56 @@ one step, in CUDA graphs too, without copies and fills. The *ceiling* is the mea
 matrix products in bf16; its share counts the passes over the network that the method needs at
 least (natural 3, PGD-AT 23, TRADES 27, CURE 33 at 10 attack steps), whatever an engine computes.\
 """
+ENGINES_TEXT = """
+*fast* and *eager* are this project's engines, the latter plain PyTorch under autocast.
+*eager+compile* is the eager engine with torch.compile in its default mode for each network;
+*eager+reduce-overhead* has that mode instead, which replays the compiled parts as CUDA graphs, and
+is measured for CURE alone. *authors* computes as the public code does: float32 with TF32
+convolutions, NCHW, a backward sweep per loss, NumPy's percentile.\
+"""
 
 
 def measure_steps(plan: Plan, record: Record) -> None:
-    """Measure all steps of the part's model, batch size by batch size."""
-    methods = plan.sizes.methods.get(MODELS[record.part], METHODS)
-    model = plan.sizes.network(MODELS[record.part])
+    """Measure all steps of the part's model and batch size in turns, the most important first."""
+    model, published = STEP_PARTS[record.part]
+    network, batch = plan.sizes.network(model), plan.sizes.batches.get(published, published)
+    methods = plan.sizes.methods.get(record.part, METHODS)
     start(plan, record)
-    robin = RoundRobin(plan, record)
-    figures = step_figures(plan, record.about["bf16_flops"], model)
-    sizes = plan.sizes
+    record.text += "\n" + ENGINES_TEXT
+    figures = step_figures(plan, record.about["bf16_flops"], network)
+    flops = forward_flops(network, plan)
+    fits: Sequence[tuple[str, str]] = ORDER
+    if plan.on_gpu:
+        fits, needed = fitting(record.part, plan, flops)
+        record.about["planned_seconds"] = round(needed)
+        print(f"{record.part}: {len(fits)} of {len(ORDER)} rows in {needed:.0f} s by estimate")
     with tempfile.TemporaryDirectory() as cache:
-        for place, batch in enumerate(sizes.batches):
-            loader = open_loader(plan, batch, cache=Path(cache))
-            contenders = []
-            for method in methods:
-                for engine in ENGINES:
-                    case = Case(model, method, engine, batch)
-                    contenders.append(
-                        Contender(
-                            {"model": model, "method": method, "engine": engine, "batch": batch},
-                            partial(build, case, plan, loader),
-                            kind=engine,
-                            figures=figures,
-                            expected=FIRST_BUILDS.get(engine, 5.0) if plan.on_gpu else 0.0,
-                        )
-                    )
-            share = sizes.shares[place] / sum(sizes.shares[place:])
-            robin.measure(contenders, plan.left * share)
-            # Compiled code of this batch size is of no further use.
-            torch.compiler.reset()
+        loader = open_loader(plan, batch, cache=Path(cache))
+        contenders = []
+        # What does not fit by estimate comes last, for the time that is left after all.
+        for method, engine in [*fits, *(each for each in ORDER if each not in fits)]:
+            if method not in methods:
+                continue
+            case = Case(network, method, engine, batch)
+            first, turn = expected(model, case, plan, flops) if plan.on_gpu else (0.0, 0.0)
+            contenders.append(
+                Contender(
+                    {"model": network, "method": method, "engine": engine, "batch": batch},
+                    partial(build, case, plan, loader),
+                    kind=engine,
+                    figures=figures,
+                    expected=first,
+                    turn=turn,
+                )
+            )
+        RoundRobin(plan, record).measure(contenders, plan.left)
+
+
+def expected(model: str, case: Case, plan: Plan, flops: float) -> tuple[float, float]:
+    """Return the seconds that the engine's first build and a turn of it take by estimate."""
+    one = step_seconds(model, case.method, case.engine, case.batch, flops)
+    first = build_seconds(model, case.engine, first=True)
+    return first + plan.sizes.warmups * one, one * sum(turn_steps(one, plan))
 
 
 def start(plan: Plan, record: Record) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.chart import Bar, bar_chart
-from bench.gpu.plan import ENGINES, METHODS
+from bench.gpu.gate import KEPT
+from bench.gpu.plan import ENGINES, METHODS, STEP_PARTS
 from bench.gpu.record import FORMAT, REHEARSAL, write_text
 from bench.gpu.targets import verdicts
 
@@ -25,7 +26,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_summary(folder: Path) -> Path:
-    """Write ``summary.md`` and a chart per model and batch size; return the former."""
+    """Write ``summary.md`` and a chart per part that measured steps; return the former."""
     results = read_results(folder)
     about = next((result["about"] for result in results.values()), {})
     charts = write_charts(folder, results)
@@ -36,7 +37,7 @@ def write_summary(folder: Path) -> Path:
     if about.get("gpu") and "H200" not in about["gpu"]:
         lines += [f"They are of an H200; this is another GPU ({about['gpu']}).", ""]
     lines += [f"- {line}" for line in verdicts(results)]
-    lines += ["", "## Parts", ""]
+    lines += ["", "## Parts", "", *_tests_line(folder)]
     lines += [
         "| part | measured | left out | failed | date | commit |",
         "|---|---|---|---|---|---|",
@@ -44,10 +45,20 @@ def write_summary(folder: Path) -> Path:
     lines += [_part_line(part, result) for part, result in results.items()]
     if charts:
         lines += ["", "## Charts", ""]
-        lines += [f"![Seconds per epoch]({chart.name})" for chart in charts]
+        lines += [f"![Seconds per epoch, {chart.stem}]({chart.name})" for chart in charts]
     path = folder / "summary.md"
     write_text(path, "\n".join(lines) + "\n")
     return path
+
+
+def _tests_line(folder: Path) -> list[str]:
+    """Return what passed before the figures were taken, where the folder says so."""
+    kept = folder / KEPT
+    if not kept.exists():
+        return []
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    commands = " and ".join(f"`pytest {words}`" for words in found["state"]["tests"])
+    return [f"{found['passed']} tests passed before the last of them: {commands}.", ""]
 
 
 def _part_line(part: str, result: dict[str, Any]) -> str:
@@ -62,21 +73,19 @@ def _part_line(part: str, result: dict[str, Any]) -> str:
 
 
 def write_charts(folder: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
-    """Write a bar chart per model and batch size that was measured; return the files."""
+    """Write a bar chart per part that measured steps; return the files."""
     written = []
-    for part, result in results.items():
-        if not part.startswith("steps-"):
-            continue
+    for part in STEP_PARTS:
+        result = results.get(part, {"rows": ()})
         rows = [row for row in result["rows"] if row["seconds"]]
-        for batch in sorted({row["key"]["batch"] for row in rows}):
-            chosen = [row for row in rows if row["key"]["batch"] == batch]
-            path = folder / f"{part}-b{batch}.svg"
-            write_text(path, _chart(chosen, result["about"], batch))
+        if rows:
+            path = folder / f"{part}.svg"
+            write_text(path, _chart(rows, result["about"]))
             written.append(path)
     return written
 
 
-def _chart(rows: list[dict[str, Any]], about: dict[str, Any], batch: int) -> str:
+def _chart(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     groups: dict[str, list[Bar]] = {}
     for method in METHODS:
         for engine in ENGINES:
@@ -85,7 +94,8 @@ def _chart(rows: list[dict[str, Any]], about: dict[str, Any], batch: int) -> str
                     scale = row["figures"]["epoch_seconds"] / row["seconds"][1]
                     low, median, high = (scale * seconds for seconds in row["seconds"])
                     groups.setdefault(TITLES[method], []).append(Bar(engine, low, median, high))
-    title = f"Seconds per CIFAR-10 epoch, {rows[0]['key']['model']}, batch {batch}"
+    shape = rows[0]["key"]
+    title = f"Seconds per CIFAR-10 epoch, {shape['model']}, batch {shape['batch']}"
     where = about["gpu"] or f"{about['cpu']}, tiny shapes"
     note = f"{where}, torch {about['torch']}, {about['date'][:10]}"
     return bar_chart(title, note, groups)

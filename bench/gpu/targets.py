@@ -9,7 +9,7 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]
 Results = Mapping[str, Mapping[str, Any]]
 
-RESNET, WRN, KERNELS = "steps-resnet18", "steps-wrn34-10", "kernels"
+KERNELS = "kernels"
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def row_of(results: Results, part: str, **key: str | int) -> Mapping[str, Any] |
 
 
 def step_of(
-    results: Results, method: str, engine: str, *, part: str = RESNET, batch: int = 128
+    results: Results, method: str, engine: str, *, model: str = "resnet18", batch: int = 128
 ) -> Mapping[str, Any] | None:
     """Return the row of a training step."""
-    return row_of(results, part, method=method, engine=engine, batch=batch)
+    return row_of(results, f"{model}-{batch}", method=method, engine=engine)
 
 
-def milliseconds(part: str, batch: int) -> Callable[[Results], tuple[float, str] | None]:
-    """Return what finds the time of CURE's step on the fast engine, in ms."""
+def milliseconds(model: str) -> Callable[[Results], tuple[float, str] | None]:
+    """Return what finds the time of CURE's step on the fast engine at batch 128, in ms."""
 
     def find(results: Results) -> tuple[float, str] | None:
-        row = step_of(results, "cure", "fast", part=part, batch=batch)
+        row = step_of(results, "cure", "fast", model=model)
         return None if row is None else (1e3 * row["seconds"][1], "")
 
     return find
@@ -119,20 +119,20 @@ TARGETS = (
         ratio(("cure", "authors"), ("cure", "fast")),
     ),
     Target(
-        "CURE's step, eager+compile over fast",
+        "CURE's step, eager+compile (default mode) over fast",
         2.5,
         False,
         "x",
         ratio(("cure", "eager+compile"), ("cure", "fast")),
     ),
-    Target("CURE's step, ResNet-18, batch 128", 16, True, " ms", milliseconds(RESNET, 128)),
+    Target("CURE's step, ResNet-18, batch 128", 16, True, " ms", milliseconds("resnet18")),
     Target(
         "CURE's epoch, ResNet-18, batch 128", 6.3, True, " s", figure("epoch_seconds", 1.0, 128)
     ),
     Target("share of the bf16 ceiling, same step", 37, False, " %", figure("share", 100.0, 128)),
-    Target("CURE's step, WRN-34-10, batch 128", 150, True, " ms", milliseconds(WRN, 128)),
+    Target("CURE's step, WRN-34-10, batch 128", 150, True, " ms", milliseconds("wrn34-10")),
     Target("selection, mask and update in CURE's step", 1.5, True, " %", update_share),
-    Target("beyond: CURE's step, ResNet-18, batch 128", 14, True, " ms", milliseconds(RESNET, 128)),
+    Target("beyond: CURE's step, ResNet-18, batch 128", 14, True, " ms", milliseconds("resnet18")),
     Target(
         "beyond: CURE's epoch, ResNet-18, batch 512",
         4.5,
