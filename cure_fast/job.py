@@ -182,6 +182,9 @@ def set_determinism(deterministic: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         # Imports torch's compiler, which takes seconds.
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        # Else torch also fills each tensor that it makes without values, at one more kernel each.
+        fills: Any = torch.utils.deterministic
+        fills.fill_uninitialized_memory = not deterministic
 
 
 def check_model(config: Config) -> None:

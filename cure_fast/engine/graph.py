@@ -39,25 +39,33 @@ class CapturedStep:
         for generator in generators:
             self.graph.register_generator_state(generator)
         stream = torch.cuda.current_stream()
+        pool = torch.cuda.graph_pool_handle()
         failure: Exception | None = None
         try:
             # A loader's thread may call CUDA meanwhile; only this thread's calls are recorded.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 try:
                     self.terms = compute(self.x, self.y)
                 except Exception as error:
                     failure = error
                     raise
-        except Exception:
+        except Exception as error:
+            if failure is None:
+                failure = error
             # Where the end of the capture fails too, torch leaves its own stream current, and
             # random sources waiting for an end: they would refuse to draw.
             torch.cuda.set_stream(stream)
+            end_capture_memory(x.device.index, pool)
             own = torch.cuda.default_generators[x.device.index]
             for generator in (own, *generators):
                 generator.graphsafe_set_state(generator.clone_state())
-            if failure is not None:
-                raise failure from None
-            raise
+        if failure is not None:
+            try:
+                # Out of reach of the error of the end, and not kept by this frame: in a circle of
+                # references, the step's tensors would wait for the garbage collector.
+                raise failure
+            finally:
+                failure = None
 
     def replay(self, x: Tensor, y: Tensor) -> Terms:
         """Compute the step for a batch; the terms returned are overwritten by the next replay."""
@@ -65,3 +73,27 @@ class CapturedStep:
         self.y.copy_(y, non_blocking=True)
         self.graph.replay()
         return self.terms
+
+
+def end_capture_memory(device: int, pool: tuple[int, int]) -> None:
+    """End the allocations of a failed capture, where torch left them going on.
+
+    Where the device refuses to end a capture, :class:`torch.cuda.graph` raises before it tells the
+    allocator. The pool would be kept for the rest of the process, cached memory would not be given
+    back when memory is short, and ``torch.cuda.empty_cache`` could fail. What is done here instead
+    is the end of :func:`torch.cuda.use_mem_pool`: it changes the allocator's lists alone, whatever
+    state the device is in. Memory that is still referred to stays until it is let go.
+
+    Args:
+        device: index of the GPU.
+        pool: of this capture alone, from :func:`torch.cuda.graph_pool_handle`.
+    """
+    # No public function ends what a capture began. The second name is that of torch before 2.8.
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+    try:
+        end(device, pool)
+    except RuntimeError:
+        # Nothing goes on: the capture did not begin, or did end, and the graph releases its pool.
+        return
+    torch._C._cuda_releasePool(device, pool)

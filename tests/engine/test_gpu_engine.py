@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import engine_runs as runs
-from cure_fast.engine.fast import WARM_UP
+from cure_fast.engine.fast import COMPILED, WARM_UP
 from cure_fast.engine.graph import CapturedStep
 from cure_fast.kernels.ema import flip_coin_ref
 from cure_fast.loaders import ImageSet, make_loader
@@ -30,8 +31,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 GPU = torch.device("cuda", 0)
 HALF = torch.bfloat16
 METHODS = ("pgd_at", "trades", "cure")
-# Compiling takes half a minute: one test has it on.
-COMPILED = ("compile",)
 # cuDNN's algorithms round differently, Winograd's by some 1e-5. Where the forward passes do, a ReLU
 # near 0 flips now and then: one of 10,000 positions of a channel's gradient, 1e-3 at the worst.
 BOUND = 2e-3
@@ -53,6 +52,7 @@ def data(count: int = 8, **options) -> list:
     return runs.batches(count, **{"size": 32, "pixels": 16} | options)
 
 
+# Compiling takes half a minute: one test has it on.
 def gpu_pair(method: str, *, without=(), **options) -> runs.Pair:
     options.setdefault("data", data())
     return runs.pair(method, without=[*COMPILED, *without], device=GPU, **options)
@@ -135,10 +135,11 @@ def test_each_feature_can_be_left_out(feature):
     assert bool(both.fast.engine.captured) == (feature != "graph")
 
 
-def test_the_compiled_attack_is_the_eager_one():
-    both = runs.pair("trades", device=GPU, data=data())
-    assert both.fast.engine.has("compile")
+def test_a_compiled_step_is_the_eager_one():
+    both = runs.pair("cure", device=GPU, data=data())
+    assert all(both.fast.engine.has(feature) for feature in COMPILED)
     compare_steps(both, 6)
+    assert len(both.fast.engine.captured) == 1
 
 
 def test_a_smaller_last_batch_is_computed_alike_and_not_captured():
@@ -233,6 +234,26 @@ def test_a_step_that_waits_runs_without_a_graph(capsys):
     lines = [line for line in errors if line.startswith("warning: ")]
     assert len(lines) == 1 and "runs without a CUDA graph, as the step has none" in lines[0]
     assert runs.differing(*map(runs.snapshot, made)) == []
+
+
+def test_memory_of_failed_captures_comes_back():
+    """And the cache can be emptied, as it cannot while torch takes a capture to go on."""
+    x, y = torch.ones(2**24, device=GPU), torch.zeros(2, device=GPU)
+
+    def waiting(x, y):
+        return {"total": torch.tensor((x * 2).sum().item())}
+
+    assert float(waiting(x, y)["total"]) == 2**25
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="captur"):
+            CapturedStep(waiting, x, y, ())
+    assert float(waiting(x, y)["total"]) == 2**25
+    gc.collect()  # What pytest.raises may have kept.
+    torch.cuda.empty_cache()
+    # The step's tensors have 64 MiB each.
+    assert torch.cuda.memory_reserved() - before < 2**24
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7])

@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from cure_fast.job import set_determinism
 from processes import finish, start
 from tiny_command import differences, tiny_words
 
@@ -26,7 +28,7 @@ def test_the_same_seed_in_two_processes_gives_the_same_run(tmp_path):
         cwd=second,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "LC_ALL": "C"},
     )
     assert fresh.returncode == 0, fresh.stderr
@@ -45,6 +47,30 @@ def test_another_seed_gives_another_run(tmp_path):
     assert [run.wait() for run in runs] == [0, 0]
     found = differences(*(cwd / "run" for cwd in folders))
     assert "metrics.jsonl" in found and any(f.startswith("model.safetensors") for f in found)
+
+
+@pytest.fixture
+def torch_settings():
+    """Brings back what the settings were."""
+    fills, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    before = fills.fill_uninitialized_memory, cudnn.benchmark, cudnn.deterministic
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    fills.fill_uninitialized_memory, cudnn.benchmark, cudnn.deterministic = before
+
+
+def test_deterministic_algorithms_do_not_fill_tensors_with_nan(torch_settings, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fills = torch.utils.deterministic
+    assert fills.fill_uninitialized_memory, "torch's default, without which this shows nothing"
+    for deterministic in (True, True, False, False):
+        set_determinism(deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert fills.fill_uninitialized_memory == (not deterministic)
 
 
 @pytest.fixture(scope="module")
