@@ -18,11 +18,12 @@ Whether a step is finite is decided on the device; statistics are taken back the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cure_fast.config import EngineFeature
 from cure_fast.console import warn
 from cure_fast.kernels import Selection
 from cure_fast.kernels.rgp import Score
@@ -30,7 +31,7 @@ from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms
 from cure_fast.step import no_memory_for_update
 
-from .compile import is_compile_error
+from .compile import failed_feature
 from .eager import Engine
 from .graph import CapturedStep
 from .passes import UnsupportedLossError
@@ -46,6 +47,15 @@ COMPILED = ("compile", "compile-loss")
 ON_GPU = ("graph", *COMPILED)
 
 
+class Kind(NamedTuple):
+    """What steps that one graph can compute have in common."""
+
+    phase: Hashable
+    attack_steps: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
 class FastEngine(Engine):
     """Computes the steps of a run on the device alone, and replays them as CUDA graphs.
 
@@ -59,8 +69,8 @@ class FastEngine(Engine):
         super().__init__(run)
         self.without = set(run.config.run.engine_without)
         self.prepared: Prepared | None = None
-        self.warmed: dict[Hashable, int] = {}
-        self.captured: dict[Hashable, CapturedStep] = {}
+        self.warmed: dict[Kind, int] = {}
+        self.captured: dict[Kind, CapturedStep] = {}
 
     def has(self, feature: str) -> bool:
         """Return whether a feature is on; graphs and compilation need a GPU."""
@@ -84,9 +94,10 @@ class FastEngine(Engine):
         try:
             terms = self._computed(prepared, x, y)
         except Exception as error:
-            if is_compile_error(error) and not self.without.issuperset(COMPILED):
+            feature = failed_feature(error)
+            if feature is not None and feature not in self.without and not prepared.updating:
                 prepared.restore()
-                return self._do_without_compiler(error).step(x, y)
+                return self._do_without(feature, error).step(x, y)
             obstacle = obstacle_in(error)
             if obstacle is None or (prepared.updating and not is_out_of_memory(error)):
                 raise
@@ -117,19 +128,20 @@ class FastEngine(Engine):
         self.run.engine = Engine(self.run, reason=obstacle)
         return self.run.engine
 
-    def _do_without_compiler(self, error: Exception) -> FastEngine:
+    def _do_without(self, feature: EngineFeature, error: Exception) -> FastEngine:
         """Leave out what torch.compile cannot compile here, and say why."""
         # The first line names what failed, the second says why.
         reason = " ".join(str(error).strip().split("\n")[:2])
-        warn(f"the fast engine runs without torch.compile, which failed: {reason}")
+        warn(f"the fast engine goes on without {feature}, as torch.compile failed: {reason}")
         self.flush()
-        self.without.update(COMPILED)
+        self.without.add(feature)
         self.forget()
         return self
 
     def _computed(self, prepared: Prepared, x: Tensor, y: Tensor) -> Terms:
         """Replay the step, or compute it until it has been seen often enough to capture it."""
-        key = (self.run.method.phase(self.run), self.run.attack_steps, x.shape, x.stride())
+        phase, attack_steps = self.run.method.phase(self.run), self.run.attack_steps
+        key = Kind(phase, attack_steps, x.shape, x.stride())
         if key in self.captured:
             return self.captured[key].replay(x, y)
         seen = self.warmed.get(key, 0)
@@ -137,11 +149,12 @@ class FastEngine(Engine):
         # The last batch of an epoch may be smaller: a graph for one step would hold its memory.
         regular = len(y) == self.run.loader.batch_size
         if self.has("graph") and regular and seen >= WARM_UP:
+            self._drop_graphs_of_fewer_attack_steps()
             try:
                 captured = CapturedStep(prepared.compute, x, y, self.run.generators.values())
             except RuntimeError as error:
                 prepared.clear()
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or failed_feature(error) is not None:
                     raise
                 self.without.add("graph")
                 # Former graphs draw from the random sources as they were before the failure.
@@ -153,6 +166,19 @@ class FastEngine(Engine):
                 return captured.replay(x, y)
         self.warmed[key] = seen + 1
         return prepared.compute(x, y)
+
+    def _drop_graphs_of_fewer_attack_steps(self) -> None:
+        """Free what is not needed again: a graph keeps a step's memory, and attacks only grow."""
+        former = [key for key in self.captured if key.attack_steps != self.run.attack_steps]
+        if former:
+            self._wait_for_replays()
+        for key in former:
+            del self.captured[key]
+
+    def _wait_for_replays(self) -> None:
+        """Let replays under way end: they read tables in the host's memory."""
+        if self.captured and self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
 
     def flush(self) -> None:
         """Bring the run's counters and sums up to date; reads the device once."""
@@ -167,9 +193,7 @@ class FastEngine(Engine):
 
     def forget(self) -> None:
         """Give up graphs, tables and copies, as the run's tensors are replaced."""
-        if self.captured and self.run.device.type == "cuda":
-            # Replays under way read tables in the host's memory, which would be given away.
-            torch.cuda.synchronize(self.run.device)
+        self._wait_for_replays()
         self.prepared = None
         self.warmed.clear()
         self.captured.clear()

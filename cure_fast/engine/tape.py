@@ -52,6 +52,7 @@ class Tape:
             themselves, or copies in another precision. Convolutions and linear layers share one
             dtype; BatchNorms may keep float32. Read at each forward pass, so they may change in
             place between one record and the next, but not before a record's last backward pass.
+            Nor may running statistics, where BatchNorms were in evaluation mode.
 
     Raises:
         UnsupportedNetworkError: for a network with an operation that the tape does not know.

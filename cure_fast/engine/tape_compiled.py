@@ -1,9 +1,10 @@
-"""A tape whose passes torch.compile compiles: BatchNorms, ReLUs and sums in a few kernels each."""
+"""A tape whose passes torch.compile compiles, so that what lies between convolutions is fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,17 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from cure_fast.memory import is_out_of_memory
 from cure_fast.models import ImageClassifier
 
-from .compile import compile_static
+from .compile import CompiledPassError, compile_static
 from .tape import Tape, widened
 from .tape_base import Layer, Pullback, Stack
 from .tape_formulas import formula_of
+
+# A BatchNorm's way back adds up more values than Inductor keeps in one kernel by default: it would
+# store them in float32, and in another memory order, for the next kernel to read.
+OPTIONS = {"realize_acc_reads_threshold": 64}
 
 
 class CompiledTape(Tape):
@@ -162,6 +168,10 @@ class Program:
         function: from tensors to a tree of tensors and other things, which depend on the kinds of
             its tensors alone. It may change its tensors in place.
         tensors: examples, which are left as they are.
+
+    Raises:
+        CompiledPassError: for whatever fails here or at the first call, but for lack of memory: a
+            compiler's faults show in many ways.
     """
 
     def __init__(self, function: Callable[..., object], tensors: Sequence[Tensor]) -> None:
@@ -184,12 +194,17 @@ class Program:
                     self._made[place] = number
             return [leaf for _, leaf in made.values()]
 
-        graph = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
-        self._compiled = compile_static(graph)
+        with _failing_as_pass():
+            graph = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
+            self._compiled = compile_static(graph, OPTIONS)
+        self._ran = False
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         """Return what the function returns of these tensors."""
-        made = self._compiled(*(tensor.detach() for tensor in tensors))
+        detached = [tensor.detach() for tensor in tensors]
+        with nullcontext() if self._ran else _failing_as_pass():
+            made = self._compiled(*detached)
+        self._ran = True
         leaves = list(self._leaves)
         for place, number in self._given.items():
             leaves[place] = tensors[number]
@@ -197,3 +212,13 @@ class Program:
             leaves[place] = made[number]
         assert self._structure is not None
         return tree_unflatten(leaves, self._structure)
+
+
+@contextmanager
+def _failing_as_pass() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CompiledPassError(f"{type(error).__name__}: {error}") from error

@@ -118,7 +118,9 @@ class FormulaBatchNorm(BatchNorm):
                 share = each.numel() // each.shape[2] // len(parts)
                 given = given - _spread(to_bias / share) - normal * _spread(to_weight / share)
             out = given * _spread(deviation[some] * weight)
-            below.append(out.to(x.dtype).flatten(0, 2))
+            # Flat first: a compiler lays out what it stores by the shape that is cast, and takes
+            # images of four dimensions for channels_last.
+            below.append(out.flatten(0, 2).to(x.dtype))
             found = (t.flatten(0, 1).to(weight.dtype) for t in (to_weight, to_bias))
             for own in zip(*found, strict=True):
                 number, _ = next(blocks)

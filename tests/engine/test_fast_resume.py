@@ -103,6 +103,23 @@ def test_a_step_is_captured_once_per_kind(recorded):
     assert recorded.replays == [0] * 7 + [1] * 6
 
 
+def test_graphs_of_attacks_that_have_grown_are_let_go(recorded):
+    """Each keeps the memory of a step, and none of them is replayed again."""
+    run = runs.make_run(
+        "pgd_at",
+        data=runs.batches(2),
+        attack={"attack_steps": 3, "attack_ramp": 1.0},
+        optim={"epochs": 9},
+    )
+    held = []
+    for place in range(18):
+        runs.train(run, 1, start=place)
+        held.append([kind.attack_steps for kind in run.engine.captured])
+    # Six steps of each; the fourth of each is captured.
+    assert held == [[]] * 3 + [[1]] * 6 + [[2]] * 6 + [[3]] * 3
+    assert len(recorded.made) == 3
+
+
 def test_without_a_graph_nothing_is_captured(recorded):
     run = runs.make_run(data=runs.batches(2), without=["graph"])
     runs.train(run, 6)
