@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench.gpu import feeds
+from bench.gpu import feeds, robin
 from bench.gpu.engines import (
     BatchCutError,
     Case,
@@ -155,7 +155,24 @@ def test_what_finds_no_time_is_left_out_and_says_so(tiny) -> None:
     assert lane.note("long").startswith("no time: it takes 10")
 
 
-def test_what_waits_for_memory_keeps_its_time(tiny) -> None:
+class Clock:
+    """A clock that goes on where it is told to, whatever else the machine does."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_what_waits_for_memory_keeps_its_time(tiny, monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(robin, "time", clock)
     lane = Lane(replace(tiny, tiny=False))
     tries = iter([OUT])
 
@@ -164,7 +181,7 @@ def test_what_waits_for_memory_keeps_its_time(tiny) -> None:
             raise error
 
     def slow(number: int) -> None:
-        time.sleep(0.02)
+        clock.sleep(0.02)
 
     waiting = lane.contender("big", build=second_time, step=slow, expected=0.5, turn=0.3)
     lane.robin.measure([lane.contender("a", step=slow), waiting], 4)

@@ -195,7 +195,6 @@ def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):
     assert entry["count"] == 15 and results["model"] == "resnet-small" and results["eps"] == 0.15
 
 
-@pytest.mark.timeout(120)
 def test_ctrl_c_saves_exits_with_75_and_resumes(folder):
     words = ["train", "quickstart", "--out", "run", *TINY, "--epochs", "5000"]
     run = start(words, folder)

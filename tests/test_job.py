@@ -322,10 +322,9 @@ def test_a_folder_in_use_is_refused(tmp_path):
         train(config, resume=True)
 
 
-@pytest.mark.timeout(120)
 def test_two_runs_at_once_share_one_natural_start(tmp_path):
     words = (
-        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 8 "
+        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 2 "
         "--epochs 1 --attack-steps 1 --attacks natural --limit 20 --loader resident --cache cache "
         "--no-tensorboard --device cpu"
     ).split()
@@ -342,7 +341,7 @@ def test_two_runs_at_once_share_one_natural_start(tmp_path):
     assert len(folders) == 2 and same_weights(*folders)
     for folder in folders:
         rows = [r for r in read_rows(folder / "metrics.jsonl") if r["event"] == "epoch"]
-        assert [r["epoch"] for r in rows if r["stage"] == "pretrain"] == list(range(1, 9))
+        assert [r["epoch"] for r in rows if r["stage"] == "pretrain"] == [1, 2]
 
 
 def test_bad_weights_to_start_from_leave_no_folder(tmp_path):

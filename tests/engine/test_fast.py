@@ -16,6 +16,8 @@ from cure_fast.method import Policy
 from cure_fast.methods import METHODS
 from cure_fast.trainer import next_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = tuple(runs.WIDTHS)
 # cure_eff's natural share takes it over its warm start after the first of two epochs.
 CASES = {
@@ -41,15 +43,6 @@ CASES = {
 EVERYWHERE = ("natural", "pgd_at", "trades", "cure", "cure_paper", "cure_official", "cure_eff")
 # Their mask has new tables at each step, so that a GPU goes on without a graph.
 NOT_CAPTURABLE = ("global mask", "hard freeze")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compare_steps(both, count, *, bound=runs.ROUNDING, signs=runs.SIGNS, **bounds):

@@ -19,16 +19,9 @@ from cure_fast.methods import METHODS
 from cure_fast.models import ImageClassifier
 from cure_fast.trainer import next_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def poisoned(batch):

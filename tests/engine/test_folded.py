@@ -13,21 +13,14 @@ from cure_fast.engine.trace import UnsupportedNetworkError
 from cure_fast.model_state import state_hashes
 from cure_fast.models import MODELS, ImageClassifier, build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENTRIES = [(name, stem) for name, info in MODELS.items() for stem in info.stems]
 NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 ROUNDOFF = 2**-8  # of bfloat16
 # Relative. About 100 layers of some 100 roundings each, of 1.1e-16 and 6e-8, if errors added up; in
 # float32 they do not, and a ReLU that flips within rounding would show in the gradient far above.
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -23,16 +23,9 @@ from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.trainer import next_step
 from tape_cases import Counting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_run(method, *, joint=True, **options):

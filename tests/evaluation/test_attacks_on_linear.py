@@ -15,6 +15,8 @@ from cure_fast.evaluate import adversarial_examples, evaluate, parse_attack
 from cure_fast.measurement import Measurement, uniform_start
 from cure_fast.trust import Guard
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU: dict[str, Any] = {"device": "cpu", "seed": 0}
 
 

@@ -18,6 +18,8 @@ from cure_fast.autoattack import (
 )
 from cure_fast.trust import Guard
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def run(model, images, labels, *, eps, batch_size=32, queries=30, num_classes=4):
     guard = Guard(model.eval(), num_classes=num_classes)

@@ -22,6 +22,8 @@ from cure_fast.evaluate import (
 )
 from cure_fast.trust import check_perturbation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What 10,000 images can give.
 accuracies = st.integers(0, 10_000).map(lambda correct: correct / 100)
 COMMON: dict[str, Any] = {

@@ -14,6 +14,8 @@ from cure_fast.evaluate import adversarial_examples, evaluate
 from cure_fast.model_state import Watch, state_hashes
 from cure_fast.models.base import ImageClassifier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMMON: dict[str, Any] = {
     "eps": 0.05,
     "step_size": None,

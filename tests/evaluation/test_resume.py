@@ -21,6 +21,8 @@ from cure_fast.measurement import Measurement
 from cure_fast.model_state import layers_hash
 from cure_fast.trust import Guard
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ATTACKS = ["natural", "fgsm", "pgd5", "cw5"]
 COMMON: dict[str, Any] = {
     "num_classes": 4,
@@ -280,8 +282,10 @@ def test_autoattack_continues_from_every_point(autoattack):
     assert counts[0] < 12 and counts == sorted(counts, reverse=True)
     # One point after each batch of each attack, and one after each attack.
     assert len(stored) >= 8 + 1
-    # Every second of them meets each kind: after a first batch, a last batch, an attack.
-    for point in range(0, len(stored), 2):
+    # Three points for each attack: these meet each kind, after a first batch, a last batch and an
+    # attack, each within another attack.
+    assert len(stored) == 12
+    for point in (0, 4, 8, 9):
         text, later = stored[point], []
         continued = autoattack(json.loads(text), later.append)
         assert torch.equal(continued.robust, unbroken.robust), point

@@ -11,6 +11,8 @@ from torch import nn
 
 from cure_fast.evaluate import AttackResult, evaluate, trust_warnings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMMON: dict[str, Any] = {
     "num_classes": 4,
     "eps": 0.05,

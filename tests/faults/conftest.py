@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from environments import QUICK
+from processes import finish
+
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
@@ -18,3 +21,12 @@ def photos(tmp_path: Path) -> Path:
             for i in range(4):
                 Image.new("RGB", (8, 8), (100 * value, 10 * i, 7)).save(folder / f"{i}.png")
     return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """A run with nothing strange about it; the others take their natural start from its cache."""
+    base = tmp_path_factory.mktemp("environments")
+    code, output = finish([*QUICK, "--cache", str(base / "cache"), "--out", "plain"], base)
+    assert code == 0, output
+    return base / "plain"

@@ -48,7 +48,6 @@ def test_a_truncated_file_is_refused_for_the_checkpoint_before(tmp_path, name, k
 
 @pytest.mark.parametrize("thing", ["absent", "folder", "pipe"])
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.timeout(60)
 def test_another_thing_in_the_place_of_a_file(tmp_path, name, thing):
     save_checkpoint(tmp_path, 1, state(1), {})
     file = save_checkpoint(tmp_path, 2, state(2), {}) / name

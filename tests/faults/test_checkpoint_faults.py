@@ -93,7 +93,6 @@ def kill_at(call, *, half):
 
 @pytest.mark.parametrize("half", [False, True], ids=["between calls", "files half written"])
 @pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
-@pytest.mark.timeout(120)
 def test_killed_at_any_call_inside_a_save(tmp_path, step, half):
     new = state(step) | {"new": True}
     finished, call = False, 0

@@ -18,8 +18,6 @@ from cure_fast.job import train
 from cure_fast.log import read_rows
 from tiny_job import tiny
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def empty_class(photos: Path) -> None:
     for file in (photos / "train" / "bee").iterdir():

@@ -1,18 +1,14 @@
-"""Strange machines: clock, locale, paths, streams, absent packages, absent GPUs.
+"""Strange machines: clock, locale, paths, absent packages, absent GPUs.
 
-What Python reads once at its start (locale, streams, import hooks) is tested in a fresh
-interpreter, one for many things at once; the rest in processes forked from one that has imported
-torch already.
+What Python reads once at its start (locale, import hooks) is tested in a fresh interpreter, one
+for many things at once; the rest in processes forked from one that has imported torch already.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shlex
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,50 +16,12 @@ from pathlib import Path
 import pytest
 
 import strange
-from cure_fast.cli import main
 from cure_fast.log import read_rows
-from processes import finish, start
-from tiny_job import same_weights, stable_rows
+from environments import QUICK, TINY, check_same, fresh, quick_run
+from processes import finish
+from tiny_job import same_weights
 
-TINY = (
-    "train quickstart --train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 "
-    "--batch-size 30 --attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 --limit 20 "
-    "--val-attack-steps 1 --device cpu --log-every 1"
-).split()
-QUICK = [*TINY, "--loader", "resident", "--no-tensorboard"]
 OPTIONAL = ("ffcv", "triton", "timm", "matplotlib", "tensorboard", "wandb")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A run with nothing strange about it; the others take their natural start from its cache."""
-    base = tmp_path_factory.mktemp("environments")
-    code, output = finish([*QUICK, "--cache", str(base / "cache"), "--out", "plain"], base)
-    assert code == 0, output
-    return base / "plain"
-
-
-def quick_run(plain, tmp_path, words=(), **options):
-    """Run the command of `plain` in another way; return exit code and output."""
-    cache = str(plain.parent / "cache")
-    return finish([*QUICK, "--cache", cache, "--out", "run", *words], tmp_path, **options)
-
-
-def check_same(folder, plain):
-    assert same_weights(folder, plain) and stable_rows(folder) == stable_rows(plain)
-
-
-def fresh(words, cwd, env=None, *, module="cure_fast", **options):
-    """Run the command line in a new interpreter; `env` as for `processes.start`."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        [sys.executable, "-m", module, *words],
-        cwd=cwd,
-        env={name: value for name, value in variables.items() if value is not None},
-        timeout=120,
-        check=False,
-        **{"capture_output": True, **options},
-    )
 
 
 # Clock.
@@ -80,7 +38,7 @@ def test_a_clock_that_is_set_back_changes_nothing(plain, tmp_path):
     assert all(0 <= attack["seconds"] < 60 for attack in attacks)
 
 
-# Locale, paths, home and streams, in a fresh interpreter.
+# Locale, paths and home.
 
 
 def test_a_german_machine_with_blanks_and_umlauts(plain, tmp_path):
@@ -130,97 +88,6 @@ def test_a_temporary_folder_that_is_absent_is_not_needed(plain, tmp_path):
     code, output = quick_run(plain, tmp_path, env={"TMPDIR": str(tmp_path / "none")})
     assert code == 0, output
     check_same(tmp_path / "run", plain)
-
-
-def test_a_reader_that_leaves_does_not_end_training(plain, tmp_path):
-    """What `cure-fast train ... | head -1` does to the program."""
-    code, output = quick_run(plain, tmp_path, prepare=strange.broken_pipe)
-    assert code == 0 and "Traceback" not in output, output
-    assert output.count("standard output failed") == 1
-    check_same(tmp_path / "run", plain)
-    assert (tmp_path / "run/report.html").exists()
-
-
-def test_head_reads_a_line_and_the_run_is_finished(plain, tmp_path):
-    """In a shell, where Python writes each line at once."""
-    cache = str(plain.parent / "cache")
-    program = shlex.join([sys.executable, "-m", "cure_fast"])
-    words = shlex.join([*QUICK, "--cache", cache, "--out", "run"])
-    done = subprocess.run(
-        ["bash", "-c", f"{program} {words} | head -1; echo ${{PIPESTATUS[0]}}"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        timeout=120,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    first, code = done.stdout.splitlines()
-    assert first.startswith("data: digits") and code == "0", done.stderr
-    assert done.stderr.count("standard output failed") == 1 and "Traceback" not in done.stderr
-    check_same(tmp_path / "run", plain)
-    assert (tmp_path / "run/results.json").exists() and (tmp_path / "run/report.html").exists()
-
-
-def test_commands_that_nobody_reads_do_their_work(plain, tmp_path):
-    """Standard output and error have no reader: nothing printed is a reason to stop."""
-    prepare = strange.broken_pipes
-    code, output = quick_run(plain, tmp_path, prepare=prepare)
-    assert code == 0 and not output
-    check_same(tmp_path / "run", plain)
-    (tmp_path / "run/report.html").unlink()
-    assert finish(["report", "run"], tmp_path, prepare=prepare) == (0, "")
-    assert (tmp_path / "run/report.html").exists()
-    words = ["eval", "run", "--attacks", "natural,fgsm", "--device", "cpu"]
-    assert finish(words, tmp_path, prepare=prepare) == (0, "")
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert "fgsm" in results["models"]["trained"]["attacks"]
-    words = ["export", "run", "--format", "safetensors"]
-    assert finish(words, tmp_path, prepare=prepare) == (0, "")
-    assert list((tmp_path / "run/export").glob("*.safetensors"))
-    # An error keeps its code.
-    assert finish([*QUICK, "--lr", "x"], tmp_path, prepare=prepare) == (2, "")
-
-
-@pytest.mark.parametrize("words", [["list"], ["show", "quickstart"], ["--help"]])
-def test_printing_to_nobody_is_no_error(tmp_path, words):
-    assert finish(words, tmp_path, prepare=strange.broken_pipes) == (0, "")
-
-
-def test_a_pipe_that_breaks_inside_the_work_is_an_error(monkeypatch, capsys):
-    """Such as that to a child: only where output is all there is may its end be a success."""
-
-    def broken(*_arguments: object, **_settings: object) -> None:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr("cure_fast.job.train", broken)
-    assert main(["train", "quickstart"]) == 2
-    assert capsys.readouterr().err.startswith("cure-fast: Broken pipe. A program that was to read")
-
-
-def test_output_into_a_full_disk_is_an_error_where_output_is_all(tmp_path):
-    with open("/dev/full", "w") as full:
-        done = fresh(["list"], tmp_path, stdout=full, stderr=subprocess.PIPE, capture_output=False)
-    error = done.stderr.decode()
-    assert done.returncode == 2 and "No space left" in error and error.count("\n") == 1, error
-
-
-def test_closed_streams_do_not_end_training(plain, tmp_path):
-    """What `cure-fast train ... <&- >&- 2>&-` does: the descriptors are free for other files."""
-    cache = str(plain.parent / "cache")
-    words = [*QUICK, "--cache", cache, "--out", "run"]
-    done = fresh(
-        words, tmp_path, preexec_fn=strange.close_streams, stdout=None, stderr=None,
-        capture_output=False,
-    )  # fmt: skip
-    assert done.returncode == 0
-    check_same(tmp_path / "run", plain)
-    assert (tmp_path / "run/report.html").exists()
-
-
-def test_list_into_a_reader_that_leaves(tmp_path):
-    code, output = finish(["list"], tmp_path, prepare=strange.broken_pipe)
-    assert code == 0 and not output
 
 
 # Packages that are absent or do not load.
@@ -305,10 +172,3 @@ def has_gpu():
     import torch
 
     return torch.cuda.is_available()
-
-
-def test_a_run_without_a_terminal_draws_no_bar(plain, tmp_path):
-    running = start([*QUICK, "--cache", str(plain.parent / "cache"), "--out", "run"], tmp_path)
-    assert running.wait() == 0
-    assert running.stderr() == "" and "\r" not in running.stdout()
-    assert "\x1b" not in running.stdout()

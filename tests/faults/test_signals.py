@@ -23,7 +23,7 @@ from tiny_command import checkpoints, differences, stable_results, tiny_words
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # How long a signalled process may take, a slow machine's tiny step included.
-SOON_S = 20.0
+SOON_S = 120.0
 # Where the signal comes, the number of the call, and the checkpoint that is there afterwards: of
 # the natural pre-training, and of the run. The tiny run takes 3 steps naturally, then twice 3.
 PHASES = {
@@ -76,14 +76,15 @@ def test_a_signal_stops_the_run_within_a_step(tmp_path, unbroken, phase):
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, unbroken):
-    slow = partial(signal_and_sleep_at, "torch.optim:SGD.step", 8, signal.SIGINT, 60.0)
+    slow = partial(signal_and_sleep_at, "torch.optim:SGD.step", 8, signal.SIGINT, 600.0)
     run = start(tiny_words(), tmp_path, prepare=slow)
     run.wait_for("SIGINT: stopping")
     time.sleep(0.3)
     assert not run.ended()
     began = time.monotonic()
     run.signal(signal.SIGINT)
-    assert run.wait(SOON_S) == 75 and time.monotonic() - began < 2
+    # A tenth of a second on a quiet machine.
+    assert run.wait(SOON_S) == 75 and time.monotonic() - began < 10
     assert checkpoints(tmp_path / "run") == [3]
     assert check_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint-000000003") == ""
     code, output = finish(tiny_words("--resume"), tmp_path)
@@ -177,7 +178,7 @@ def test_a_signal_as_the_writer_starts_leaves_no_writer_behind(tmp_path):
 
 def check_nothing_written(cwd: Path) -> None:
     # A writer that its parent never came to know ends when it finds its standard input closed.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while writers(cwd) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not writers(cwd)
@@ -209,7 +210,7 @@ def test_a_signal_while_torch_is_imported_ends_the_program(tmp_path, number):
         env=dict(os.environ) | {"OMP_NUM_THREADS": "1"},
     )
     maps = Path(f"/proc/{program.pid}/maps")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while "libtorch_cpu" not in maps.read_text() and time.monotonic() < deadline:
         time.sleep(0.005)
     program.send_signal(number)

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
-
-
 EXECUTING = {
     *(f"{m}.{f}" for m in ("pickle", "dill", "cloudpickle", "marshal") for f in ("load", "loads")),
     *("pickle.Unpickler", "joblib.load", "shelve.open", "pandas.read_pickle", "pd.read_pickle"),

@@ -187,7 +187,7 @@ def test_importing_needs_no_triton_and_starts_nothing():
         env={name: v for name, v in os.environ.items() if not name.startswith("TRITON")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.kernel_inputs import LAYOUTS, model_tensors
-from bench.kernel_providers import prepared
+from bench.kernel_providers import captured, prepared
 from cure_fast import kernels
 from cure_fast.kernels.augment import augment_crop_flip
 from cure_fast.kernels.batchnorm import fold_batchnorm
@@ -22,7 +22,6 @@ from gpu_cases import (
     SETTINGS,
     SGD,
     Whole,
-    capture,
     flat,
     launched,
     no_waiting,
@@ -155,18 +154,18 @@ def test_a_replay_is_the_prepared_update(whole: Whole):
     first = whole.state()
     whole.update()
     wanted = whole.state()
-    graph = capture(whole.update)
+    replay = captured(whole.update)
     whole.load(first)
-    graph.replay()
+    replay()
     assert all(same_bits(a, b) for a, b in zip(whole.state(), wanted, strict=True))
 
 
 def test_replays_read_the_gradients_of_the_moment(whole: Whole):
-    graph = capture(whole.update)
+    replay = captured(whole.update)
     for tensors in (whole.nat, whole.adv):
         for tensor in tensors:
             tensor.normal_(0, 1e-4)
-    graph.replay()
+    replay()
     found = whole.rgp.select(whole.nat, whole.adv).thresholds.clone()
     nat, adv = ([t.cpu() for t in tensors] for tensors in (whole.nat, whole.adv))
     wanted = rgp_select_ref(nat, adv, **SETTINGS).thresholds
@@ -231,12 +230,12 @@ def test_replays_draw_fresh_coins(whole: Whole):
         whole.update()
         whole.coin_step.add_(1)
 
-    graph = capture(step)
+    replay = captured(step)
     whole.coin_step.zero_()
     coins = []
     for _ in range(40):
         before = whole.averages[0].clone()
-        graph.replay()
+        replay()
         coins.append(bool(whole.moved))
         assert coins[-1] != torch.equal(whole.averages[0], before)
     wanted = [bool(flip_coin_ref(0.5, seed=3, step=s)) for s in range(40)]
@@ -261,15 +260,10 @@ def test_other_operations_replay_as_they_run(whole: Whole):
         return [moved, images[0], *layers["out_weights"], *flat(losses), pixels]
 
     wanted = [t.clone() for t in step()]
-    outputs: list[Tensor] = []
-
-    def kept() -> None:
-        outputs[:] = step()
-
-    graph = capture(kept)
-    for tensor in outputs:
+    replay = captured(step)
+    for tensor in replay():
         tensor.zero_()
-    graph.replay()
+    outputs = replay()
     assert all(same_bits(a, b) for a, b in zip(outputs, wanted, strict=True))
 
 

@@ -163,11 +163,12 @@ def test_rgp_keeps_the_tables_that_a_graph_reads_and_no_others(captures, triton_
     rgp.select([captured], [captured])
     with captures.capture() as graph:
         rgp.select([captured], [captured])
-    table = rgp._tables["nat_grads"][0]
+    found = rgp._tables["nat_grads"]
+    (table,) = found.tables
     for other in (late, captured.half(), late, captured):
         rgp.select([other], [other])
     # The captured one, and that of the last gradients of another kind.
-    assert len(rgp._tables["nat_grads"]) == 2 and rgp._tables["nat_grads"][0] is table
+    assert len(found.tables) == 2 and found.tables[0] is table
     rgp.select([torch.rand(8)], [captured])
     captures.replay(graph)
     assert points_to(table, captured)

@@ -18,7 +18,7 @@ from cure_fast.loaders import make_loader
 from cure_fast.loaders.ffcv_reader import open_epoch, open_reader
 from cure_fast.loaders.torch_loader import usable_cores
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("ffcv_here")]
+pytestmark = pytest.mark.usefixtures("ffcv_here")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from cure_fast.errors import InputError
 from cure_fast.models import MODELS, block_first_convs, build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Counts published for ten classes: state-dict keys, parameters.
 PUBLISHED = {
     "resnet18": (122, 11_173_962),
@@ -29,15 +31,6 @@ NARROW = {name: 1 if name.startswith("wrn") else 4 for name in MODELS}
 # One per class of network and block; the others differ in depth alone.
 KINDS = ("resnet18", "resnet50", "preactresnet18", "wrn28-10", "resnet-small")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Waiting for a second thread costs more than these tiny layers themselves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def described(name, **options):

@@ -93,7 +93,7 @@ class Machine:
         log = self.home / "log"
         log.write_text("", encoding="utf-8")
         process = self.start(**variables)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output, log.read_text(encoding="utf-8").splitlines()
 
 
@@ -306,7 +306,7 @@ def test_two_set_ups_at_once_install_once(machine: Machine) -> None:
     log = machine.home / "log"
     log.touch()
     both = [machine.start(), machine.start()]
-    codes = [process.wait(timeout=60) for process in both]
+    codes = [process.wait(timeout=240) for process in both]
     for process in both:
         assert process.stdout
         process.stdout.close()

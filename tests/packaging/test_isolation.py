@@ -71,7 +71,7 @@ print(grad.tolist(), [round(f, 4) for f in kept_fraction.tolist()], group.chunks
 
 def run(program: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

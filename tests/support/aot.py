@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class Compiled:
         shared: bytes of shared memory per program.
         stack: bytes of stack per thread; local memory is used where it is not 0.
         spills: instructions that read or write local memory.
-        loads: global loads of 16 bytes per thread, and all of them.
-        stores: global stores of 16 bytes per thread, and all of them.
+        loads: global loads of 16 bytes per thread, and all of them; (0, 0) where not counted.
+        stores: global stores of 16 bytes per thread, and all of them; (0, 0) where not counted.
         narrow: lines whose global accesses could be of 16 bytes, and never are.
         flushes: PTX instructions that take denormal numbers for 0.
         fused: PTX instructions that multiply and add with one rounding.
@@ -120,8 +120,14 @@ def record(cases: Mapping[str, Callable[[], object]]) -> list[tuple[str, Any]]:
     return launches
 
 
-def compile_launch(case: str, launch: Any, arch: int) -> Compiled:
-    """Compile a recorded launch for a GPU, and read its machine code."""
+def compile_launch(
+    case: str, launch: Any, arch: int, instructions: Collection[str] | None = None
+) -> Compiled:
+    """Compile a recorded launch for a GPU, and read its machine code.
+
+    To read instructions takes a second. They are read of the kernels that ``instructions`` names,
+    None for all, and of those that use local memory.
+    """
     from triton.runtime import driver
 
     driver.set_active(NoGpu(arch))
@@ -134,11 +140,13 @@ def compile_launch(case: str, launch: Any, arch: int) -> Compiled:
     # The launcher's own options, such as whether multiply-adds are fused.
     launch._start(warm_up)
     compiled = started[0]
-    usage, opcodes = disassemble(compiled.asm["cubin"])
+    name = launch.kernel.fn.__name__
+    named_too = instructions is None or name in instructions
+    usage, opcodes = disassemble(compiled.asm["cubin"], always=named_too)
     ptx = compiled.asm["ptx"]
     return Compiled(
         case=case,
-        kernel=launch.kernel.fn.__name__,
+        kernel=name,
         arch=arch,
         signature=f"{', '.join(compiled.src.signature.values())}, {named(launch.constants)}",
         warps=compiled.metadata.num_warps,
@@ -159,17 +167,20 @@ def named(constants: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in constants.items())
 
 
-def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """Return what a kernel uses, and its instructions."""
+def disassemble(cubin: bytes, *, always: bool) -> tuple[dict[str, int], list[str]]:
+    """Return what a kernel uses, and its instructions: always, or if it uses local memory."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = output(tools / "cuobjdump", "-res-usage", file.name)
-        text = output(tools / "nvdisasm", "-c", file.name)
-    return {name: int(number) for name, number in USAGE.findall(usage)}, OPCODE.findall(text)
+        text = output(tools / "cuobjdump", "-res-usage", file.name)
+        usage = {name: int(number) for name, number in USAGE.findall(text)}
+        # What has neither a stack nor local memory has no instruction that accesses it.
+        wanted = always or usage["STACK"] or usage["LOCAL"]
+        code = output(tools / "nvdisasm", "-c", file.name) if wanted else ""
+    return usage, OPCODE.findall(code)
 
 
 def output(*words: object) -> str:
@@ -231,7 +242,9 @@ def unlike(tasks: Sequence[Task]) -> list[Task]:
     return list(kinds.values())
 
 
-def compile_all(tasks: Sequence[Task]) -> list[Compiled]:
+def compile_all(
+    tasks: Sequence[Task], instructions: Collection[str] | None = None
+) -> list[Compiled]:
     """Compile in two processes, into a cache that is thrown away afterwards."""
     tasks = unlike(tasks)
     with tempfile.TemporaryDirectory() as cache:
@@ -240,7 +253,9 @@ def compile_all(tasks: Sequence[Task]) -> list[Compiled]:
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         workers = [
-            context.Process(target=compile_share, args=(tasks[first::PROCESSES], queue))
+            context.Process(
+                target=compile_share, args=(tasks[first::PROCESSES], instructions, queue)
+            )
             for first in range(PROCESSES)
         ]
         for worker in workers:
@@ -254,15 +269,17 @@ def compile_all(tasks: Sequence[Task]) -> list[Compiled]:
     )
 
 
-def compile_share(tasks: Sequence[Task], queue: Any) -> None:
+def compile_share(tasks: Sequence[Task], instructions: Collection[str] | None, queue: Any) -> None:
     """Compile some of the tasks; send what came out."""
-    queue.put([compile_or_say(*task) for task in tasks])
+    queue.put([compile_or_say(*task, instructions) for task in tasks])
 
 
-def compile_or_say(case: str, launch: Any, arch: int) -> Compiled:
+def compile_or_say(
+    case: str, launch: Any, arch: int, instructions: Collection[str] | None
+) -> Compiled:
     """Compile a launch; one that cannot be compiled is told by its innermost reason."""
     try:
-        return compile_launch(case, launch, arch)
+        return compile_launch(case, launch, arch, instructions)
     except Exception as error:
         reason: BaseException = error
         while reason.__cause__ is not None:
@@ -328,6 +345,12 @@ def main() -> None:
         help="modules next to this file with dictionaries CASES and VARIANTS of calls by name",
     )
     parser.add_argument(
+        "--instructions",
+        nargs="+",
+        metavar="KERNEL",
+        help="kernels whose loads and stores are counted in machine code; all if left out",
+    )
+    parser.add_argument(
         "--all", action="store_true", help="compile the variants for every GPU, not for one"
     )
     arguments = parser.parse_args()
@@ -341,7 +364,7 @@ def main() -> None:
         ):
             chosen = {name: call for name, call in cases.items() if arguments.cases in name}
             tasks += [(*launch, arch) for launch in record(chosen) for arch in archs]
-    kernels = compile_all(tasks)
+    kernels = compile_all(tasks, arguments.instructions)
     print(json.dumps([asdict(kernel) for kernel in kernels]) if arguments.json else table(kernels))
 
 

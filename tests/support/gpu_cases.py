@@ -1,4 +1,4 @@
-"""Shared by the tests on a GPU: tensors, CUDA graphs, what a step starts and waits for."""
+"""Shared by the tests on a GPU: tensors, what a step starts and waits for."""
 
 from __future__ import annotations
 
@@ -29,20 +29,6 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of ``step``, which has run three times before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def launched(step: Callable[[], object]) -> list[str]:
