@@ -259,7 +259,7 @@ class RunConfig:
     stop."""
     max_skipped: int = 10
     """Steps in a row that are left out because their loss or gradient is not finite, 0 to 1000; one
-    more ends the run."""
+    more ends the run. The fast engine looks at it where a row is logged, and at an epoch's end."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: str | None = None

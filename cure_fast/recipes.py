@@ -122,15 +122,18 @@ def cifar10_preactresnet18() -> Config:
 def cifar10_resnet18_fast() -> Config:
     """CIFAR-10, ResNet-18 in ten minutes: 20 natural and 70 CURE epochs; accuracy not measured yet.
 
-    Ten minutes of an NVIDIA H200, if a step of 128 images takes at most 16 ms there: 429 s of CURE,
-    half a minute of natural training, a minute of start and compilation, seven validations.
+    Ten minutes of an NVIDIA H200 by estimate, none of it measured: 429 s of CURE if a step of 128
+    images takes 16 ms there, half a minute of natural training, a minute of start and compilation,
+    seven validations.
 
     The schedule is that of short adversarial trainings whose results are published: one cycle to a
     peak of 0.2 and down to zero, which leaves no long stretch at a small rate in which a network
-    overfits the attack. HAT's code has 50 such epochs (peak 0.21, Nesterov, weight decay 5e-4) for
-    natural 84.90 and AutoAttack 49.08 with ResNet-18; the code of Fast is better than free trains
-    with PGD-7 in this way too (peak 0.2, weight decay 5e-4). The natural start needs no more than a
-    fair classifier, as the large rate that follows unlearns the rest.
+    overfits the attack. The code of HAT (Rade and Moosavi-Dezfooli, "Reducing Excessive Margin to
+    Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022) has 50 such epochs (peak 0.21,
+    Nesterov, weight decay 5e-4) for natural 84.90 and AutoAttack 49.08 with ResNet-18. The code of
+    Wong, Rice and Kolter ("Fast is better than free: Revisiting adversarial training", ICLR 2020,
+    arXiv 2001.03994) trains with PGD-7 in this way too (peak 0.2, weight decay 5e-4). The natural
+    start needs no more than a fair classifier, as the large rate that follows unlearns the rest.
 
     The revision model averages over the same share of the run as in 200 epochs, 6 %: a decay of
     0.997 instead of 0.999. It is evaluated too, as averages of weights gain robustness elsewhere.

@@ -84,6 +84,12 @@ class Saver:
         newest = newest_checkpoint(self.checkpoints)
         return f"The last checkpoint is {newest}." if newest else "No checkpoint was saved yet."
 
+    def way_on(self) -> str:
+        """Return a sentence or two on how to go on after a divergence."""
+        if newest_checkpoint(self.checkpoints):
+            return f"{self.last()} --resume goes on from there; to go back further, delete it."
+        return "No checkpoint was saved yet: start again with that in a new folder."
+
     def _write_owed(self) -> None:
         if not self.folder.is_dir():
             # Made anew it would lack the configuration, and nobody would look for it.

@@ -211,9 +211,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         )
         save.finish()
     except DivergedError as error:
-        raise DivergedError(
-            f"{error} {save.last()} --resume goes on from there; to go back further, delete it."
-        ) from error
+        raise DivergedError(f"{error} {save.way_on()}") from error
     finally:
         log.close()
         # Engine and run hold one another, and graphs hold the memory of a step.
@@ -239,6 +237,12 @@ def continue_from(run: Run, checkpoints: Path) -> None:
             f"({type(error).__name__}: {detail}). "
             "Start anew with another --out, or delete the folder."
         ) from error
+    former = state.get("engine", run.engine.name)
+    if former != run.engine.name:
+        say(
+            f"engine: {former} until step {run.step}, {run.engine.name} from here on: the weights "
+            "will differ in rounding from those of a run that was never stopped"
+        )
 
 
 def validate(run: Run, val: ImageSet, stop: Callable[[], bool]) -> dict[str, Any]:

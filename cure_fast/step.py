@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.console import warn
+from cure_fast.environment import choose_dtype
 from cure_fast.errors import DivergedError, MemoryExhaustedError
 from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms, around, attack_mode
@@ -195,7 +196,8 @@ def ordinal(count: int) -> str:
 
 def advice(run: Run) -> str:
     """Return what to try after a divergence."""
-    return f"Try a lower --lr than {run.config.optim.lr:g}, or --amp off."
+    half = choose_dtype(run.config.run.amp, run.device) is not None
+    return f"Try a lower --lr than {run.config.optim.lr:g}{', or --amp off' if half else ''}."
 
 
 class Undo:

@@ -179,6 +179,8 @@ class Run:
             "pending": self.pending,
             "best": self.best,
             "random": random_state(),
+            # Its name alone, to say so where another one goes on.
+            "engine": self.engine.name,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,6 +303,7 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
         "images": images,
         "seconds": seconds,
         "images_per_s": images / seconds,
+        "engine": run.engine.description,
         **policy_metrics(run),
     }
     run.epoch, run.batch = run.epoch + 1, 0

@@ -29,6 +29,8 @@ def open_engine(run: Run) -> Engine:
     else:
         obstacle = obstacle_of(run)
         engine = FastEngine(run) if obstacle is None else Engine(run, reason=obstacle)
+    if run.config.run.engine_without and not isinstance(engine, FastEngine):
+        warn("--engine-without has no effect on the eager engine")
     if run.config.run.joint_forward and run.method.uses_attack:
         missing = missing_for_joint_forward(engine)
         if missing is not None:

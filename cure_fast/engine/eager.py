@@ -40,6 +40,11 @@ class Engine:
         self.reason = reason
         self.skip: Tensor | None = None
 
+    @property
+    def description(self) -> str:
+        """What rows and reports call it, with what it goes without and why."""
+        return self.name if self.reason is None else f"{self.name} ({self.reason})"
+
     def step(self, x: Tensor, y: Tensor) -> Terms | None:
         """Train on one batch, and add its terms to the sums of the epoch.
 

@@ -72,6 +72,12 @@ class FastEngine(Engine):
         self.warmed: dict[Kind, int] = {}
         self.captured: dict[Kind, CapturedStep] = {}
 
+    @property
+    def description(self) -> str:
+        """What rows and reports call it, with what it goes without."""
+        without = f" without {', '.join(sorted(self.without))}" if self.without else ""
+        return f"{self.name}{without}"
+
     def has(self, feature: str) -> bool:
         """Return whether a feature is on; graphs and compilation need a GPU."""
         on_gpu = self.run.device.type == "cuda"

@@ -170,8 +170,13 @@ class Passes:
         Args:
             losses: scalars by name.
             wanted: for each of them the names of the parameters; None for all.
+
+        Raises:
+            UnsupportedLossError: for a loss that depends on a weight, or on another tensor with a
+                gradient, other than through the logits of the passes.
         """
         every = [leaf for _, leaves in self.done for leaf in leaves]
+        self._check_leaves(losses, every)
         cotangents = {
             name: iter(torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True))
             for name, loss in losses.items()
@@ -187,10 +192,39 @@ class Passes:
                 parts[name].append(part)
         return {name: _summed(found) for name, found in parts.items()}
 
+    def _check_leaves(self, losses: Mapping[str, Tensor], known: Sequence[Tensor]) -> None:
+        """Refuse losses whose gradient does not go back through these logits alone."""
+        for name, loss in losses.items():
+            others = set(map(id, leaves_of(loss))) - set(map(id, known))
+            if others:
+                reached = (name for name, weight in self.weights.items() if id(weight) in others)
+                term = f"loss {name!r}" if name else "a loss"
+                raise UnsupportedLossError(
+                    f"{term} that reaches {next(reached, 'a tensor')} other than through the "
+                    "network's logits"
+                )
+
     def clear(self) -> None:
         """Let the passes go, and what they keep in memory."""
         self.done.clear()
         self.joined, self.waiting = (), None
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Return the tensors whose ``.grad`` a backward pass from ``loss`` would fill."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    found, seen, left = [], {loss.grad_fn}, [loss.grad_fn]
+    while left:
+        node = left.pop()
+        # What ends a graph adds to the gradient of a leaf.
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                left.append(before)
+    return found
 
 
 def _summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -83,6 +83,9 @@ def _run(record: Record) -> Html:
             "in this run or in an earlier one with the same settings."
         )
     parts.append(paragraph(text))
+    # In order, each once: a run may have gone on by another engine than it began with.
+    if engines := dict.fromkeys(row.engine for row in record.stage("train") if row.engine):
+        parts.append(paragraph(f"Engine of its steps: {'; then '.join(engines)}."))
     moves = [row.moves for row in record.stage("train") if row.moves is not None]
     if moves:
         parts.append(paragraph(f"The revision model was updated {sum(moves):,} times."))

@@ -18,7 +18,7 @@ REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: learning rate, mean loss terms, speed, validation in percent."""
+    """A finished epoch: learning rate, mean loss terms, speed, engine, validation in percent."""
 
     stage: str
     epoch: int
@@ -26,6 +26,7 @@ class Epoch:
     terms: dict[str, float]
     seconds: float | None = None
     images_per_s: float | None = None
+    engine: str | None = None
     natural: float | None = None
     robust: float | None = None
     attack: str | None = None
@@ -246,6 +247,7 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
         terms=_terms(row, "terms", where),
         seconds=_maybe(row, "seconds", float, where),
         images_per_s=_maybe(row, "images_per_s", float, where),
+        engine=_maybe(row, "engine", str, where),
         natural=_maybe(validation, "natural", float, where),
         robust=_maybe(validation, "robust", float, where),
         attack=_maybe(validation, "attack", str, where),

@@ -271,33 +271,6 @@ def test_memory_that_runs_out_behind_the_first_moved_weight_ends_the_run(place, 
 # What the fast engine cannot compute.
 
 
-def penalised(run, x, x_adv, y):
-    """Cross-entropy, and the squared gradient of the images."""
-    with torch.enable_grad():
-        leaf = x_adv.detach().requires_grad_()
-        logits = run.model(leaf)
-        ce = nn.functional.cross_entropy(logits, y)
-        (grad,) = torch.autograd.grad(ce, leaf, create_graph=True)
-    return {"total": ce + grad.square().sum()}
-
-
-@pytest.mark.parametrize("method", ["pgd_at", "cure_paper"])
-def test_a_loss_with_the_gradient_of_its_images_goes_to_the_eager_engine(method, capsys):
-    settings = {"revision_rate": 1.0, "rgp": False} if method == "cure_paper" else {}
-    made = [
-        runs.make_run(method, engine, data=runs.batches(2), **settings)
-        for engine in ("fast", "eager")
-    ]
-    for run in made:
-        run.method = replace(run.method, loss=penalised)
-        runs.train(run, 3)
-    fast, eager = made
-    assert runs.differing(runs.snapshot(fast), runs.snapshot(eager)) == []
-    assert fast.engine.name == "eager" and fast.counted == eager.counted
-    assert fast.engine.reason == "a loss with the gradient of its images"
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_an_error_that_both_engines_would_meet_is_raised():
     run = runs.make_run("pgd_at", data=runs.batches(1))
 

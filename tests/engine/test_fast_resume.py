@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 from functools import partial
 
@@ -266,8 +267,9 @@ def test_a_fast_command_stopped_and_resumed_ends_as_an_unbroken_one(tmp_path, me
     stop = partial(signal_at, place, 8, signal.SIGTERM)
     code, output = finish(words, folders["broken"], prepare=stop)
     assert code == 75, output
+    shutil.copytree(folders["broken"], tmp_path / "other")
     code, output = finish([*words, "--resume"], folders["broken"])
-    assert code == 0, output
+    assert code == 0 and "engine: fast until" not in output, output
     whole, broken, eager = (folder / "run" for folder in folders.values())
     assert differences(whole, broken) == [] and same_end(whole, broken)
     code, output = finish(tiny_words("--engine", "eager", method=method), folders["eager"])
@@ -282,6 +284,17 @@ def test_a_fast_command_stopped_and_resumed_ends_as_an_unbroken_one(tmp_path, me
                 assert row["updated"] == pytest.approx(other["updated"], abs=1e-3)
     config = json.loads((whole / "config.json").read_text())
     assert config["run"]["engine"] == "fast"
+    check_resumed_by_the_eager_engine(tmp_path / "other", method)
+
+
+def check_resumed_by_the_eager_engine(folder, method):
+    code, output = finish([*tiny_words("--engine", "eager", method=method), "--resume"], folder)
+    assert code == 0, output
+    assert "engine: fast until step 5, eager from here on" in " ".join(output.split())
+    rows = [r for r in read_rows(folder / "run" / "metrics.jsonl") if r["event"] == "epoch"]
+    assert [r["engine"] for r in rows if r["stage"] == "train"] == ["fast", "eager"]
+    page = (folder / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Engine of its steps: fast; then eager." in page
 
 
 def kinds(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cure_fast.job import train
 from cure_fast.kernels import pgd_step_
 from cure_fast.log import read_rows
 from cure_fast.methods import METHODS
-from cure_fast.step import ordinal, train_step
+from cure_fast.step import advice, ordinal, train_step
 from cure_fast.weights import read_weights
 from tiny_job import tiny
 
@@ -238,6 +239,7 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
     assert main(words) == 3
     error = capsys.readouterr().err
     assert "3rd step in a row" in error and "checkpoint-000000003" in error and "--lr" in error
+    assert "--resume goes on from there" in error
     best = json.loads((tmp_path / "run/checkpoints/checkpoint-000000003/manifest.json").read_text())
     assert best["best"] is True
     weights = read_weights(tmp_path / "run/model.safetensors")
@@ -250,9 +252,34 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
 def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch):
     real = eager.train_step
     monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
-    with pytest.raises(DivergedError, match="no step of epoch 1 had a finite loss"):
+    with pytest.raises(DivergedError, match="no step of epoch 1 had a finite loss") as caught:
         train(tiny(tmp_path, "trades", pretrain={"pretrain_epochs": 0}, run={"max_skipped": 9}))
     assert not (tmp_path / "run/model.safetensors").exists()
+    # There is nothing that --resume could go on from, and no half precision to turn off.
+    assert str(caught.value).endswith(
+        "Try a lower --lr than 0.1. No checkpoint was saved yet: start again with that in a new "
+        "folder."
+    )
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "wanted"),
+    [
+        ("bf16", "cpu", "Try a lower --lr than 0.1, or --amp off."),
+        ("off", "cpu", "Try a lower --lr than 0.1."),
+        ("auto", "cpu", "Try a lower --lr than 0.1."),
+        # Whatever a GPU is, auto is half precision there; fp16 needs no GPU to be looked at.
+        ("fp16", "cuda", "Try a lower --lr than 0.1, or --amp off."),
+        ("off", "cuda", "Try a lower --lr than 0.1."),
+    ],
+)
+def test_half_precision_is_advised_against_where_it_is_on(amp, device, wanted):
+    run = tiny_step.tiny_run("natural")
+    settings = replace(run.config.run, amp=amp)
+    optim = replace(run.config.optim, lr=0.1)
+    run.config = replace(run.config, run=settings, optim=optim)
+    run.device = torch.device(device)
+    assert advice(run) == wanted
 
 
 @pytest.mark.parametrize(
