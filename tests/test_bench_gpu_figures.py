@@ -18,6 +18,7 @@ from bench.gpu import chart as charts
 from bench.gpu.ablation import add_gains
 from bench.gpu.plan import Plan, passes
 from bench.gpu.record import Record, Row
+from bench.gpu.sources import CODE, ROOT, TESTS, digest_of
 from bench.gpu.summary import write_summary
 from bench.gpu.targets import TARGETS, verdicts
 
@@ -244,17 +245,46 @@ def test_summary_names_another_gpu_and_draws_what_was_measured(tmp_path) -> None
     nothing = new_record("wrn34-10-128", gpu="NVIDIA H100", tiny=False)
     nothing.rows = [step_row("cure", "fast", 128, 1, rounds=(), status="left out")]
     nothing.write(tmp_path)
-    passed = {"state": {"tests": ["-m gpu tests/engine", "tests/a.py"]}, "passed": 7}
+    sources = digest_of(ROOT, (*CODE, *TESTS))
+    state = {"tests": ["-m gpu tests/engine", "tests/a.py"], "sources": sources}
+    passed = {"state": state, "passed": 7}
     (tmp_path / "tests.json").write_text(json.dumps(passed))
     page = write_summary(tmp_path).read_text()
-    assert "7 tests passed before the last of them: `pytest -m gpu tests/engine` and" in page
+    assert "7 tests passed on the present sources: `pytest -m gpu tests/engine` and" in page
+    assert "REHEARSAL" not in page
     assert "![Seconds per epoch, resnet18-512](resnet18-512.svg)" in page
     assert "They are of an H200; this is another GPU (NVIDIA H100)." in page
     assert "- reached: CURE's step, ResNet-18, batch 128" in page
     assert "| [resnet18-128](resnet18-128.md) | 1 | 0 | 0 | 2026-11-21 | a |" in page
     assert "| [wrn34-10-128](wrn34-10-128.md), unfinished | 0 | 1 | 0 |" in page
-    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    charts = list(tmp_path.glob("*.svg"))
+    assert not any("REHEARSAL" in path.read_text() for path in charts)
+    drawn = {path.name for path in charts}
     assert drawn == {"resnet18-128.svg", "resnet18-512.svg"}
+
+
+def test_summary_marks_parts_and_tests_of_other_sources(tmp_path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    (root / "cure_fast").mkdir(parents=True)
+    (root / "tests").mkdir()
+    new_record("kernels").write(out)
+    new_record("feeds", sources=digest_of(root, CODE)).write(out)
+    assert "**Nothing is known of the tests**" in write_summary(out, root=root).read_text()
+    state = {"tests": ["tests/a.py"], "sources": digest_of(root, (*CODE, *TESTS))}
+    (out / "tests.json").write_text(json.dumps({"state": state, "passed": 7}))
+    # A test that changes leaves the figures as they are.
+    (root / "tests" / "test_it.py").write_text("1")
+    page = write_summary(out, root=root).read_text()
+    assert "**The tests have not run on the present sources**: 7 passed before" in page
+    parts = {line.split("|")[1].split("]")[0]: line for line in page.splitlines() if ".md)" in line}
+    assert parts[" [feeds"].endswith("| present |")
+    assert parts[" [kernels"].endswith("| **not recorded** |")
+    assert "**Not all parts are of the present sources**" in page
+    (out / "kernels.json").unlink()
+    assert "Not all parts" not in write_summary(out, root=root).read_text()
+    (root / "cure_fast" / "new.py").write_text("1")
+    page = write_summary(out, root=root).read_text()
+    assert "| **changed since** |" in page and "**Not all parts" in page
 
 
 @given(

@@ -40,6 +40,7 @@ GATE = "gate"
 # What stands for several parts.
 SEVERAL = {model: tuple(f"{model}-{batch}" for batch in BATCHES) for model in MODELS}
 RESULTS = Path(__file__).parents[1] / "results"
+REHEARSE = "python -m bench.gpu --tiny --device cpu"
 REHEARSALS = Path("runs") / "bench-gpu-rehearsal"
 # Seconds of a part's measuring, so that with its start and its end it takes eight minutes.
 SECONDS = 450
@@ -69,8 +70,13 @@ def parser() -> argparse.ArgumentParser:
         help="folder of the results; bench/results/gpu-<gpu name>-<date> without it, and "
         f"{REHEARSALS} for tiny shapes",
     )
-    made.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (with --tiny alone)")
-    made.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes")
+    made.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda, cuda:N for the GPU of that number, or cpu, which can only rehearse and needs "
+        "--tiny; cuda without it",
+    )
+    made.add_argument("--tiny", action="store_true", help=f"rehearse on tiny shapes: {REHEARSE}")
     made.add_argument(
         "--seconds-per-part",
         type=float,
@@ -85,24 +91,42 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     try:
         plan = plan_of(options, arguments)
+        make_folder(plan.out)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plan.out.mkdir(parents=True, exist_ok=True)
     try:
         require_green_tests(plan)
-        # The tests' time is not the part's.
-        plan = plan_of(options, arguments)
-        parts = parts_of(options.part)
-        if len(parts) == 1:
-            return run_part(parts[0], plan)
-        return run_parts(parts, plan)
     except RedTestsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; nothing was measured", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was measured is kept", file=sys.stderr)
+        print("interrupted while the tests ran; nothing was measured", file=sys.stderr)
         return INTERRUPTED
+    # The tests' time is not the part's.
+    plan = plan_of(options, arguments)
+    parts = parts_of(options.part)
+    try:
+        return run_part(parts[0], plan) if len(parts) == 1 else run_parts(parts, plan)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the results where it is not there yet.
+
+    Raises:
+        InputError: if that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "a file" if folder.is_file() else (error.strerror or str(error)).lower()
+        raise InputError(
+            f"--out {folder}: expected a folder, or a path where one can be made, got {what}. "
+            "Name another."
+        ) from error
 
 
 def parts_of(names: Sequence[str]) -> list[str]:
@@ -117,11 +141,11 @@ def plan_of(options: argparse.Namespace, arguments: Sequence[str]) -> Plan:
     Raises:
         InputError: for a device that is not there, a CPU without tiny shapes, or no time.
     """
-    device = choose_device(options.device)
+    device = device_of(options.device)
     if device.type == "cpu" and not options.tiny:
         raise InputError(
-            "--device cpu: expected --tiny with it, as the full shapes take a CPU days; a CPU can "
-            "only rehearse."
+            "--device cpu: expected --tiny with it, as the full shapes take a CPU days. "
+            f"`{REHEARSE}` rehearses."
         )
     if not options.seconds_per_part > 0:
         raise InputError(
@@ -134,6 +158,22 @@ def plan_of(options: argparse.Namespace, arguments: Sequence[str]) -> Plan:
         out=(options.out or default_folder(device, options.tiny)).resolve(),
         command=("python", "-m", "bench.gpu", *arguments),
     )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        InputError: for a name that is none, or a GPU that is not there.
+    """
+    number = re.fullmatch(r"cuda(?::([0-9]+))?", name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number and int(number[1] or 0) >= count:
+        raise InputError(
+            f"--device {name}: this machine has {count} usable GPUs. Name another, or rehearse "
+            f"without one: `{REHEARSE}`."
+        )
+    return choose_device(name)
 
 
 def default_folder(device: torch.device, tiny: bool) -> Path:
@@ -152,6 +192,11 @@ def run_part(part: str, plan: Plan) -> int:
         record.finished = True
     except Exception as error:
         record.add(Row({"part": part}, "failed", reason(error)))
+    except KeyboardInterrupt:
+        count = sum(row.status == "measured" for row in record.rows)
+        kept = f"{count} rows were measured and are kept" if count else "nothing was measured"
+        print(f"{part}: {kept}", file=sys.stderr)
+        raise
     finally:
         # Also after Ctrl-C: what was measured is worth keeping.
         record.write(plan.out)

@@ -12,10 +12,15 @@ import torch
 
 from bench.device_timing import spread
 from bench.gpu.plan import Plan
+from bench.gpu.sources import CODE, ROOT, digest_of
 from cure_fast.environment import environment
 from cure_fast.files import replacing, write_json
 
 FORMAT = "cure-fast gpu benchmark 1"
+# How the tests stand that come first.
+TESTED = "tests.json"
+# What titles of a rehearsal begin with.
+MARK = "REHEARSAL: "
 REHEARSAL = "A rehearsal on tiny shapes: its figures say nothing about speed."
 Status = Literal["measured", "left out", "failed"]
 
@@ -66,7 +71,7 @@ class Record:
 
     Attributes:
         part: name of the part.
-        about: GPU, driver, versions, commit, date, command.
+        about: GPU, driver, versions, commit, hash of the sources, date, command.
         columns: figures that the Markdown table has, with their headings and factors.
         text: explains the table.
         rows: what was found so far.
@@ -106,7 +111,7 @@ class Record:
 
     def markdown(self) -> str:
         """Return the record as a page."""
-        lines = [f"# {self.part}", ""]
+        lines = [f"# {MARK if self.about['tiny'] else ''}{self.part}", ""]
         lines += [REHEARSAL, ""] if self.about["tiny"] else []
         lines += [f"- {name}: {value}" for name, value in self.about.items()]
         if not self.finished:
@@ -157,7 +162,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Return what the run runs on: device, driver, versions, commit, date, command."""
+    """Return what the run runs on: device, versions, commit, hash of the sources, command."""
     found = environment()
     kept = ("cpu", "torch", "triton", "numpy", "python", "commit", "dirty")
     memory = None
@@ -170,6 +175,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         **{name: found[name] for name in kept},
+        "sources": digest_of(ROOT, CODE),
         "date": found["started"],
         "command": " ".join(plan.command),
         "device": str(plan.device),
