@@ -194,8 +194,9 @@ class Passes:
 
     def _check_leaves(self, losses: Mapping[str, Tensor], known: Sequence[Tensor]) -> None:
         """Refuse losses whose gradient does not go back through these logits alone."""
+        logits = set(map(id, known))
         for name, loss in losses.items():
-            others = set(map(id, leaves_of(loss))) - set(map(id, known))
+            others = set(map(id, leaves_of(loss))) - logits
             if others:
                 reached = (name for name, weight in self.weights.items() if id(weight) in others)
                 term = f"loss {name!r}" if name else "a loss"

@@ -22,6 +22,7 @@ from tape_cases import (
     CLASSES,
     STATISTICS,
     Odd,
+    assert_close_buffers,
     assert_same,
     images,
     low,
@@ -56,14 +57,6 @@ def traced(request, monkeypatch) -> Compiler:
     made = Compiler(getattr(request, "param", None))
     monkeypatch.setattr(tape_compiled, "compile_static", made)
     return made
-
-
-def assert_close_buffers(model: nn.Module, other: nn.Module, bound: float = 1e-13) -> None:
-    for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
-        if ours.is_floating_point():
-            assert off(ours, theirs) <= bound, name
-        else:
-            assert torch.equal(ours, theirs), name
 
 
 def check(

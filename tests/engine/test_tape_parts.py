@@ -23,6 +23,7 @@ from tape_cases import (
     Casting,
     Counting,
     Odd,
+    assert_close_buffers,
     assert_same,
     images,
     low,
@@ -68,14 +69,6 @@ def apart(
 
 def cotangents(spans: Sequence[range], size: int, dtype=torch.float64) -> list[Tensor]:
     return [torch.randn(len(span) * size, CLASSES, dtype=dtype) for span in spans]
-
-
-def assert_close_buffers(model: nn.Module, other: nn.Module, bound: float) -> None:
-    for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
-        if ours.is_floating_point():
-            assert off(ours, theirs) <= bound, name
-        else:
-            assert torch.equal(ours, theirs), name
 
 
 def check(

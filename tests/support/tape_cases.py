@@ -119,6 +119,14 @@ def assert_same_buffers(model: nn.Module, other: nn.Module) -> None:
     assert [name for (name, ours), theirs in pairs if not torch.equal(ours, theirs)] == []
 
 
+def assert_close_buffers(model: nn.Module, other: nn.Module, bound: float = 1e-13) -> None:
+    for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+        if ours.is_floating_point():
+            assert off(ours, theirs) <= bound, name
+        else:
+            assert torch.equal(ours, theirs), name
+
+
 def low(model: ImageClassifier, dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies of convolutions and linear layers in ``dtype``, BatchNorms' own in float32."""
     norms = {
