@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -73,18 +74,26 @@ class Running:
 
     def wait(self, timeout: float = PATIENCE_S) -> int:
         """Return the exit code; a process that does not end in ``timeout`` s fails the test."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
+        code = self.join(timeout)
+        if code is None:
             # Answered by the stacks of all threads on standard error: see `_become`.
             self.signal(signal.SIGUSR2)
             time.sleep(0.5)
             self.kill()
             pytest.fail(f"still running after {timeout:g} s:\n{self.output()}")
-        return self.process.exitcode
+        return code
+
+    def join(self, timeout: float) -> int | None:
+        """Return the exit code as soon as there is one, None if there is none in ``timeout`` s."""
+        wait([self.process.sentinel], timeout)
+        # The server's answer can be read once only, and starting a process in another thread asks
+        # for those of all; who comes second would take the process for lost, with exit code 255.
+        with _server:
+            return self.process.exitcode
 
     def ended(self) -> bool:
         """Return whether the process has ended."""
-        return not self.process.is_alive()
+        return self.join(0) is not None
 
     def wait_for(self, text: str, timeout: float = PATIENCE_S) -> None:
         """Wait until ``text`` is in the output; fails the test if it never comes."""
@@ -116,9 +125,9 @@ class Running:
         Only this process: a child of it (FFCV's writer) goes on by itself.
         """
         self.signal(signal.SIGKILL)
-        self.process.join(PATIENCE_S)
-        assert self.process.exitcode is not None
-        return self.process.exitcode
+        code = self.join(PATIENCE_S)
+        assert code is not None
+        return code
 
 
 def start(
