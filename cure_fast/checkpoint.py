@@ -85,6 +85,21 @@ def save_checkpoint(
     return final
 
 
+def tidy_checkpoints(folder: Path, step: int) -> None:
+    """Finish what a save that was killed left undone, as no later one may come.
+
+    Args:
+        folder: folder of the run's checkpoints.
+        step: that of the checkpoint from which the run goes on.
+
+    Raises:
+        OSError: if the folder cannot be read or written to.
+    """
+    _clear_leftovers(folder)
+    _link_latest(folder / f"{PREFIX}{step:09d}")
+    _prune(folder, step)
+
+
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a checkpoint was ever finished in ``folder``, valid or not.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import cure_fast
-from cure_fast.checkpoint import has_checkpoints, load_checkpoint
+from cure_fast.checkpoint import has_checkpoints, load_checkpoint, tidy_checkpoints
 from cure_fast.config import Config, MethodSettings, PretrainConfig
 from cure_fast.config_json import digest, to_dict
 from cure_fast.console import say
@@ -112,7 +112,8 @@ def pretrain(stage: Stage) -> Path:
             natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
             train_stage(natural, model, loader)
             done.touch()
-            shutil.rmtree(cached / "checkpoints", ignore_errors=True)
+        # Also where an earlier run had finished and was killed before or while it did this.
+        shutil.rmtree(cached / "checkpoints", ignore_errors=True)
         metrics = stage.folder / "metrics.jsonl"
         # A run that was killed right here has some of these rows already.
         drop_rows_from(metrics, "pretrain", 0, 0)
@@ -237,6 +238,7 @@ def continue_from(run: Run, checkpoints: Path) -> None:
             f"({type(error).__name__}: {detail}). "
             "Start anew with another --out, or delete the folder."
         ) from error
+    tidy_checkpoints(checkpoints, run.step)
     former = state.get("engine", run.engine.name)
     if former != run.engine.name:
         say(

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -23,6 +22,7 @@ from cure_fast.checkpoint import (
 from cure_fast.cli import main
 from cure_fast.errors import InputError
 from cure_fast.runs import load_config, own_folder
+from moments import signal_at_change
 from small_state import is_state, state
 
 RUN = Path(__file__).parent / "data" / "run-format-1"
@@ -56,41 +56,6 @@ def in_child(action):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at(call, *, half):
-    """Kill this process at its ``call``-th call that changes files or flushes them to disk.
-
-    Python announces each such call just before it, but for fsync. With ``half`` the file about to
-    be flushed loses its second half first, as when the process dies in the middle of writing.
-    """
-    seen = 0
-
-    def count(path=None):
-        nonlocal seen
-        seen += 1
-        if seen == call:
-            if half and path is not None:
-                os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(event, arguments):
-        written = (
-            event == "open" and isinstance(arguments[1], str) and set("wax+") & {*arguments[1]}
-        )
-        changes = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
-        if written or event in changes:
-            count()
-
-    fsync = os.fsync
-
-    def flushed(handle):
-        path = os.readlink(f"/proc/self/fd/{handle}")
-        count(path if os.path.isfile(path) else None)
-        fsync(handle)
-
-    os.fsync = flushed
-    sys.addaudithook(hook)
-
-
 @pytest.mark.parametrize("half", [False, True], ids=["between calls", "files half written"])
 @pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
 def test_killed_at_any_call_inside_a_save(tmp_path, step, half):
@@ -106,7 +71,7 @@ def test_killed_at_any_call_inside_a_save(tmp_path, step, half):
         shutil.copytree(before, folder, symlinks=True)
 
         def save(call=call, folder=folder):
-            kill_at(call, half=half)
+            signal_at_change(call, signal.SIGKILL, half=half)
             save_checkpoint(folder, step, new, {})
 
         code = in_child(save)

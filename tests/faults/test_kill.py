@@ -13,7 +13,7 @@ import pytest
 
 from cure_fast.methods import METHODS
 from killing import Outcome, Unbroken, kill_and_resume, measure_unbroken, same_end
-from moments import hold_at, signal_at
+from moments import hold_at, signal_after, signal_at, signal_at_change
 from processes import finish, start
 from tiny_command import checkpoints, differences, tiny_words
 
@@ -58,6 +58,33 @@ def test_two_hundred_kills(tmp_path, unbroken, capsys):
             print(f"{kind}: {sum(bool(getattr(o, kind)) for o in outcomes.values())} runs")
     assert phases.total() >= 200
     assert {s: o.faults() for s, o in outcomes.items() if o.faults()} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_killed_at_any_change_of_its_files_ends_as_an_unbroken_one(tmp_path, unbroken):
+    """Random kills seldom hit the moments between two changes; here each is hit once."""
+
+    def outcome(number: int) -> Outcome:
+        cwd = tmp_path / f"change-{number}"
+        cwd.mkdir()
+        killed = partial(signal_at_change, number, signal.SIGKILL)
+        return kill_and_resume(cwd, unbroken, [60.0], prepare=killed)
+
+    faults, number, ended = {}, 0, False
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while not ended:
+            numbers = range(number + 1, number + 1 + 8 * AT_ONCE)
+            for number, found in zip(numbers, pool.map(outcome, numbers), strict=True):
+                faults |= {number: found.faults()} if found.faults() else {}
+                ended = ended or not found.phases
+    assert faults == {} and number > 100
+
+
+def test_a_run_killed_before_its_natural_stage_was_cleared_up_clears_it_up(tmp_path, unbroken):
+    when_done = partial(signal_after, "pathlib:Path.touch", signal.SIGKILL)
+    outcome = kill_and_resume(tmp_path, unbroken, [60.0], prepare=when_done)
+    assert outcome.phases == ["pre-training"] and outcome.faults() == []
 
 
 @pytest.mark.parametrize("method", METHODS)

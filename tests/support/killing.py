@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,21 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def kill_and_resume(cwd: Path, unbroken: Unbroken, delays: Sequence[float]) -> Outcome:
-    """Kill a run after each of the delays in seconds, continue it to its end, and judge it."""
+def kill_and_resume(
+    cwd: Path,
+    unbroken: Unbroken,
+    delays: Sequence[float],
+    prepare: Callable[[], object] | None = None,
+) -> Outcome:
+    """Kill a run after each of the delays in seconds, continue it to its end, and judge it.
+
+    ``prepare`` is called in each process that is to be killed, and may kill it earlier.
+    """
     outcome = Outcome()
     words = tiny_words()
     for delay in delays:
-        running = start(words, cwd)
-        running.process.join(delay)
+        running = start(words, cwd, prepare=prepare)
+        running.join(delay)
         code = running.kill()
         if code == 0:
             words = tiny_words("--resume")
@@ -105,10 +113,17 @@ def kill_and_resume(cwd: Path, unbroken: Unbroken, delays: Sequence[float]) -> O
     outcome.different = differences(unbroken.folder, cwd / "run")
     if not same_end(unbroken.folder, cwd / "run"):
         outcome.different.append("the last checkpoint")
+    if kept(unbroken.folder) != kept(cwd / "run"):
+        outcome.different.append(f"checkpoints kept: {kept(cwd / 'run')}")
     outcome.leftovers = sorted(
         tree(cwd) - {name for name in tree(unbroken.folder.parent) if "checkpoint-" not in name}
     )
     return outcome
+
+
+def kept(run: Path) -> tuple[list[int], str]:
+    """Return the steps of the checkpoints that a run has kept, and what ``latest`` points to."""
+    return checkpoints(run), (run / "checkpoints" / "latest").readlink().as_posix()
 
 
 def tree(cwd: Path) -> set[str]:

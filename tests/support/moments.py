@@ -7,6 +7,7 @@ functions here are for ``prepare`` of `processes.start`, by ``functools.partial`
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# What Python tells its audit hooks of calls that change a folder.
+CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
 
 
 def before_call(place: str, number: int, act: Callable[[], object]) -> None:
@@ -66,6 +70,38 @@ def hold_at(place: str, number: int, until: Path) -> None:
             time.sleep(0.01)
 
     before_call(place, number, act)
+
+
+def signal_at_change(number: int, signal_number: int, *, half: bool = False) -> None:
+    """Have the process send itself a signal at a call that changes files or flushes them to disk.
+
+    Python announces each such call just before it, but for fsync. With ``half`` the file about to
+    be flushed loses its second half first, as when the process dies in the middle of writing.
+    """
+    calls = count(1)
+
+    def change(path: str | None = None) -> None:
+        if next(calls) == number:
+            if half and path is not None:
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal_number)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        written = (
+            event == "open" and isinstance(arguments[1], str) and set("wax+") & {*arguments[1]}
+        )
+        if written or event in CHANGES:
+            change()
+
+    fsync = os.fsync
+
+    def flushed(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        change(path if os.path.isfile(path) else None)
+        fsync(handle)
+
+    os.fsync = flushed
+    sys.addaudithook(hook)
 
 
 def quick_autoattack(signal_number: int | None = None, number: int = 0) -> None:
