@@ -14,7 +14,6 @@ from cure_fast.config import Config
 from cure_fast.config_json import to_dict
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, InputError
-from cure_fast.step import advice
 from cure_fast.trainer import Run
 from cure_fast.weights import save_state
 
@@ -115,6 +114,5 @@ def check_weights(run: Run) -> None:
         values = [value for value in network.state_dict().values() if value.is_floating_point()]
         if not torch.nn.utils.get_total_norm(values).isfinite():
             raise DivergedError(
-                f"a weight or statistic of the {name} is not finite after step {run.step}. "
-                f"{advice(run)}"
+                f"a weight or statistic of the {name} is not finite after step {run.step}."
             )

@@ -29,7 +29,6 @@ from cure_fast.models import ImageClassifier
 from cure_fast.random_state import seed_all
 from cure_fast.saving import Saver
 from cure_fast.signals import StopSignals
-from cure_fast.step import advice
 from cure_fast.trainer import Run, build_run, fit
 from cure_fast.weights import load_into, read_weights, save_weights
 
@@ -212,11 +211,19 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         )
         save.finish()
     except DivergedError as error:
-        raise DivergedError(f"{error} {save.way_on()}") from error
+        raise DivergedError(f"{error} {advice(stage)} {save.way_on()}") from error
     finally:
         log.close()
         # Engine and run hold one another, and graphs hold the memory of a step.
         run.engine.forget()
+
+
+def advice(stage: Stage) -> str:
+    """Return what to try after a divergence in the stage."""
+    config = stage.config
+    rate = "--pretrain-lr" if stage.name == "pretrain" else "--lr"
+    half = choose_dtype(config.run.amp, stage.device) is not None
+    return f"Try a lower {rate} than {config.optim.lr:g}{', or --amp off' if half else ''}."
 
 
 def continue_from(run: Run, checkpoints: Path) -> None:
@@ -271,7 +278,7 @@ def validate(run: Run, val: ImageSet, stop: Callable[[], bool]) -> dict[str, Any
             stop=stop,
         )
     except DivergedError as error:
-        raise DivergedError(f"after epoch {run.epoch}: {error} {advice(run)}") from error
+        raise DivergedError(f"after epoch {run.epoch}: {error}") from error
     return {
         "natural": results["natural"].accuracy,
         "robust": results[robust].accuracy if robust else None,

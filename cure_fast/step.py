@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.console import warn
-from cure_fast.environment import choose_dtype
 from cure_fast.errors import DivergedError, MemoryExhaustedError
 from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms, around, attack_mode
@@ -184,7 +183,7 @@ def count_skipped(run: Run, loss_is_finite: bool) -> None:
         what = "gradient" if loss_is_finite else "loss"
         raise DivergedError(
             f"the {what} is not finite in epoch {run.epoch + 1}, step {run.step}, for the "
-            f"{ordinal(run.skipped_in_row)} step in a row. {advice(run)}"
+            f"{ordinal(run.skipped_in_row)} step in a row."
         )
 
 
@@ -192,12 +191,6 @@ def ordinal(count: int) -> str:
     """Return ``1st``, ``2nd``, ``3rd``, ``11th``, ``21st``."""
     ending = "th" if count % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(count % 10)
     return f"{count}{ending or 'th'}"
-
-
-def advice(run: Run) -> str:
-    """Return what to try after a divergence."""
-    half = choose_dtype(run.config.run.amp, run.device) is not None
-    return f"Try a lower --lr than {run.config.optim.lr:g}{', or --amp off' if half else ''}."
 
 
 class Undo:

@@ -22,7 +22,7 @@ from cure_fast.models import ImageClassifier
 from cure_fast.progress import track
 from cure_fast.random_state import random_state, restore_random_state
 from cure_fast.schedules import lr_at
-from cure_fast.step import Undo, advice
+from cure_fast.step import Undo
 
 P = TypeVar("P", bound=Policy)
 
@@ -289,7 +289,7 @@ def train_epoch(run: Run, log: RunLog, stop: Callable[[], bool]) -> dict[str, An
                 raise StoppedError("stopped by a signal")
     run.engine.flush()
     if not run.counted:
-        raise DivergedError(f"no step of epoch {run.epoch + 1} had a finite loss. {advice(run)}")
+        raise DivergedError(f"no step of epoch {run.epoch + 1} had a finite loss.")
     means = {name: float(value / run.counted) for name, value in run.sums.items()}
     seconds = time.monotonic() - started
     row = {

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cure_fast.errors import DivergedError
 from cure_fast.method import Terms
-from cure_fast.step import advice
 
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
@@ -72,5 +71,5 @@ class Counters:
         if worst > run.config.run.max_skipped:
             raise DivergedError(
                 f"loss or gradient were not finite in epoch {run.epoch + 1}, up to step "
-                f"{run.step}, for {worst} steps in a row. {advice(run)}"
+                f"{run.step}, for {worst} steps in a row."
             )

@@ -167,7 +167,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_where_it_is_logged():
     # The third in a row is found at the next step that is logged, though that one is finite.
     for bad in (1, 0, 0, 0):
         next_step(run, *(poisoned(batch) if bad else batch))
-    with pytest.raises(DivergedError, match=r"epoch 1, up to step 10, for 3 steps in a row.*--lr"):
+    with pytest.raises(DivergedError, match=r"epoch 1, up to step 10, for 3 steps in a row"):
         next_step(run, *batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from cure_fast.job import train
 from cure_fast.kernels import pgd_step_
 from cure_fast.log import read_rows
 from cure_fast.methods import METHODS
-from cure_fast.step import advice, ordinal, train_step
+from cure_fast.stages import advice
+from cure_fast.step import ordinal, train_step
 from cure_fast.weights import read_weights
 from tiny_job import tiny
 
@@ -177,7 +179,7 @@ def test_weights_with_nan_end_the_run_after_the_allowed_steps():
     allowed = run.config.run.max_skipped
     for _ in range(allowed):
         assert train_step(run, *run.loader.batches[0]) is None
-    with pytest.raises(DivergedError, match=rf"loss is not finite.*{allowed + 1}th step.*--lr"):
+    with pytest.raises(DivergedError, match=rf"loss is not finite.*{allowed + 1}th step"):
         train_step(run, *run.loader.batches[0])
 
 
@@ -262,6 +264,14 @@ def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch)
     )
 
 
+def test_a_divergence_of_the_natural_start_names_its_own_rate(tmp_path, monkeypatch):
+    real = eager.train_step
+    monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
+    with pytest.raises(DivergedError, match="no step of epoch 1") as caught:
+        train(tiny(tmp_path, pretrain={"pretrain_epochs": 1, "pretrain_lr": 0.25}))
+    assert "Try a lower --pretrain-lr than 0.25. No checkpoint" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("amp", "device", "wanted"),
     [
@@ -274,12 +284,14 @@ def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch)
     ],
 )
 def test_half_precision_is_advised_against_where_it_is_on(amp, device, wanted):
-    run = tiny_step.tiny_run("natural")
-    settings = replace(run.config.run, amp=amp)
-    optim = replace(run.config.optim, lr=0.1)
-    run.config = replace(run.config, run=settings, optim=optim)
-    run.device = torch.device(device)
-    assert advice(run) == wanted
+    config = tiny_step.tiny_run("natural").config
+    settings, optim = replace(config.run, amp=amp), replace(config.optim, lr=0.1)
+    stage = SimpleNamespace(
+        name="train",
+        config=replace(config, run=settings, optim=optim),
+        device=torch.device(device),
+    )
+    assert advice(stage) == wanted
 
 
 @pytest.mark.parametrize(
