@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +16,21 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """Return KL(p || q) = sum_k p_k (log p_k - log q_k) [N] for two sets of logits [N, K]."""
-    log_p, log_q = F.log_softmax(logits_p, dim=1), F.log_softmax(logits_q, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return kl_divergence_from(logits_p)(logits_q)
+
+
+def kl_divergence_from(logits_p: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return KL(p || q) [N] as a function of the logits of q [N, K].
+
+    What depends on p alone is computed once: an attack asks in each of its steps.
+    """
+    log_p = F.log_softmax(logits_p, dim=1)
+    p = log_p.exp()
+
+    def divergence(logits_q: Tensor) -> Tensor:
+        return (p * (log_p - F.log_softmax(logits_q, dim=1))).sum(dim=1)
+
+    return divergence
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

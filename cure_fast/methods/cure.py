@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cure_fast.checks import check, check_literals, check_range
 from cure_fast.config import Config, MethodSettings
-from cure_fast.losses import cross_entropy, kl_divergence
+from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.method import Method, Policy, Terms, backward_total
 from cure_fast.methods import natural
 from cure_fast.methods.conserve import Conserve
@@ -150,12 +150,12 @@ def attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
     if settings.inner == "ce":
         return run.pgd(x, lambda logits: cross_entropy(logits, y).sum())
     with torch.no_grad():
-        target = run.model(x)
+        kl = kl_divergence_from(run.model(x))
     if settings.inner == "kl":
-        return run.pgd(x, lambda logits: kl_divergence(target, logits).sum())
+        return run.pgd(x, lambda logits: kl(logits).sum())
 
     def ce_and_kl(logits: Tensor) -> Tensor:
-        weighted = settings.inner_kl_weight * kl_divergence(target, logits)
+        weighted = settings.inner_kl_weight * kl(logits)
         return (cross_entropy(logits, y) + weighted).sum()
 
     return run.pgd(x, ce_and_kl)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cure_fast.checks import check_range
 from cure_fast.config import MethodSettings
-from cure_fast.losses import cross_entropy, kl_divergence
+from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.method import Method, Terms
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class TradesSettings(MethodSettings):
 def kl_attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
     """Return PGD images that raise KL(p(x) || p(x')), with p(x) fixed."""
     with torch.no_grad():
-        natural = run.model(x)
-    return run.pgd(x, lambda logits: kl_divergence(natural, logits).sum())
+        kl = kl_divergence_from(run.model(x))
+    return run.pgd(x, lambda logits: kl(logits).sum())
 
 
 def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
