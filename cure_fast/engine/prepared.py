@@ -226,7 +226,10 @@ class Prepared:
         groups = [[p.grad for p in self.named.values() if p.grad is not None]]
         groups += self.run.gradients.values()
         for group in groups:
-            going = going & torch.nn.utils.get_total_norm(group).isfinite()
+            # Their norms are stacked, which for more than one dtype copies each by a launch.
+            for dtype in dict.fromkeys(grad.dtype for grad in group):
+                alike = [grad for grad in group if grad.dtype == dtype]
+                going = going & torch.nn.utils.get_total_norm(alike).isfinite()
         return loss_is_finite, ~going
 
     def clear(self) -> None:

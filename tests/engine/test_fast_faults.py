@@ -155,6 +155,24 @@ def test_only_logged_steps_are_looked_at():
     assert all(value.isfinite() for value in run.sums.values())
 
 
+@pytest.mark.parametrize("place", ["weight", 0, 1, 2, 3])
+def test_one_gradient_that_is_not_finite_is_found_among_two_dtypes(place):
+    run = runs.make_run("cure")
+    prepared = run.engine.prepare()
+    parameters = list(run.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    grads = [torch.ones(9, dtype=d) for d in (torch.float32, HALF, torch.float32, HALF)]
+    run.gradients["natural"] = grads
+    terms = {"total": torch.tensor(1.0)}
+    finite, skip = prepared.judge(terms)
+    assert bool(finite) and not bool(skip)
+    hit = parameters[-1].grad if place == "weight" else grads[place]
+    hit.view(-1)[3] = float("inf")
+    finite, skip = prepared.judge(terms)
+    assert bool(finite) and bool(skip)
+
+
 def test_too_many_skipped_steps_in_a_row_end_the_run_where_it_is_logged():
     run = runs.make_run("trades", data=runs.batches(1), run={"log_every": 5, "max_skipped": 2})
     batch = run.loader.batches[0]
