@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cure_fast.kernels import Selection, mask_below_, rgp_select
+from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.rgp import Score
+from cure_fast.kernels.tables import ChangingList
 from cure_fast.method import Terms
 from cure_fast.step import train_step
+
+from .selector import Selectors
 
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
@@ -31,6 +34,7 @@ class Engine:
         name: as ``--engine`` takes it.
         skip: 0-d bool tensor that tells whether the step under way moves nothing, where that is
             decided on the device; None where only finite steps come as far as the policies.
+        selectors: memory and tables of the selections, kept from step to step.
     """
 
     name = "eager"
@@ -39,6 +43,9 @@ class Engine:
         self.run = run
         self.reason = reason
         self.skip: Tensor | None = None
+        # Building tables takes a GPU's host longer than the selection takes the GPU.
+        self.selectors = Selectors(fused=True)
+        self._masked = ChangingList()
 
     @property
     def description(self) -> str:
@@ -75,7 +82,8 @@ class Engine:
         """Bring the run's counters and sums up to date; they are already."""
 
     def forget(self) -> None:
-        """Give up what was prepared for the run's tensors, as they are replaced; nothing was."""
+        """Give up what was prepared for the run's tensors, as they are replaced."""
+        self.selectors, self._masked = Selectors(fused=True), ChangingList()
 
     def backward(
         self, total: Tensor, further: Mapping[str, Tensor], parameters: Sequence[Tensor]
@@ -119,7 +127,9 @@ class Engine:
             alpha: weight of the natural gradient in the score, in [0, 1].
             score: how the two are combined.
         """
-        return rgp_select(natural, adversarial, percentile=percentile, alpha=alpha, score=score)
+        return self.selectors.select(
+            parameters, natural, adversarial, percentile=percentile, alpha=alpha, score=score
+        )
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the step's update see no gradient where a weight may not move.
@@ -129,7 +139,7 @@ class Engine:
             selection: what :meth:`select` returned for them, now or in an earlier step.
         """
         grads: list[Tensor] = [parameter.grad for parameter in parameters]  # pyright: ignore[reportAssignmentType]
-        mask_below_(grads, selection.scores, selection.thresholds)
+        mask_below_(self._masked.of(grads), selection.scores, selection.thresholds)
 
     def number(self, name: str, function: Callable[[Run], float]) -> float | Tensor:
         """Return ``function(run)``, or a 0-d tensor that holds it in each step.

@@ -11,46 +11,11 @@ from torch import Tensor
 from cure_fast.config import OptimConfig
 from cure_fast.kernels import TensorList, masked_sgd_
 from cure_fast.kernels.layout import memory_order
-from cure_fast.kernels.rgp import Score, Selection, select_in, select_in_ref
+from cure_fast.kernels.rgp import Score, Selection
 from cure_fast.kernels.tables import ChangingList
 from cure_fast.kernels.update import masked_sgd_ref
-from cure_fast.kernels.workspace import Workspace
 
-
-class Selector:
-    """The selection over parameters that stay the same.
-
-    Args:
-        parameters: L weight tensors.
-        percentile: percent of each tensor's weights to mask, in [0, 100].
-        alpha: weight of the natural gradient in the score, in [0, 1].
-        score: how the two gradients are combined.
-        fused: whether kernels select, or their references.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        *,
-        percentile: float,
-        alpha: float,
-        score: Score,
-        fused: bool,
-    ) -> None:
-        count = len(parameters)
-        self.workspace = Workspace(
-            [parameter.detach() for parameter in parameters],
-            percentiles=[percentile] * count,
-            alphas=[alpha] * count,
-            score=score,
-        )
-        self.fused = fused
-        self.natural, self.adversarial = ChangingList(), ChangingList()
-
-    def select(self, natural: Sequence[Tensor], adversarial: Sequence[Tensor]) -> Selection:
-        """Return scores, thresholds and fractions kept; the next call overwrites them."""
-        tables = self.natural.of(natural), self.adversarial.of(adversarial)
-        return (select_in if self.fused else select_in_ref)(self.workspace, *tables)
+from .selector import Selectors
 
 
 @dataclass
@@ -89,7 +54,7 @@ class Update:
         self.copies = copies
         self.fused = fused
         self.buffers = momentum_buffers(optimizer, self.parameters) if optim.momentum else None
-        self.selectors: dict[object, Selector] = {}
+        self.selectors = Selectors(fused=fused)
         self.parts: dict[object, list[Part]] = {}
         self.masked: tuple[Sequence[Tensor], Selection] | None = None
 
@@ -104,12 +69,9 @@ class Update:
         score: Score,
     ) -> Selection:
         """Return which weights may move; see :meth:`cure_fast.engine.Engine.select`."""
-        key = (*map(id, parameters), percentile, alpha, score)
-        if key not in self.selectors:
-            self.selectors[key] = Selector(
-                parameters, percentile=percentile, alpha=alpha, score=score, fused=self.fused
-            )
-        return self.selectors[key].select(natural, adversarial)
+        return self.selectors.select(
+            parameters, natural, adversarial, percentile=percentile, alpha=alpha, score=score
+        )
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the next :meth:`apply` mask these parameters by ``selection``."""

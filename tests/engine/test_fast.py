@@ -270,13 +270,13 @@ def persistent(run):
     found = [prepared.numbers.values, prepared.counters.counts, prepared.counters.loss_is_finite]
     found += [*prepared.counters.sums.values(), *prepared.copies.values()]
     found += [t for pair in prepared.buffers for tensors in pair for t in tensors]
-    for selector in update.selectors.values():
+    for selector in update.selectors.built.values():
         space = selector.workspace
         found += [space.thresholds, space.kept, space.histogram]
         found += [score for score in space.scores if score is not None]
     found += [v for p in run.policies for v in vars(p).values() if isinstance(v, torch.Tensor)]
     found += list(runs.tensors(run).values())
-    objects = [*update.parts.values(), *update.selectors.values(), prepared.attacked]
+    objects = [*update.parts.values(), *update.selectors.built.values(), prepared.attacked]
     return [tensor.data_ptr() for tensor in found], list(map(id, objects))
 
 
