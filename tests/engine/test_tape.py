@@ -375,6 +375,7 @@ def test_passes_captured_in_a_cuda_graph_are_those_of_autograd(dtype):
     cotangents = torch.randn(2, len(x), CLASSES, device="cuda")
     wanted = [None, block_first_convs(model)]
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             tape.backward(tape.forward(x), cotangents, wanted)
