@@ -110,7 +110,10 @@ class RGP:
         """
         nat_grads = self._checked("nat_grads", nat_grads)
         adv_grads = self._checked("adv_grads", adv_grads)
-        return select_in(self._workspace, nat_grads, adv_grads)
+        selection = select_in(self._workspace, nat_grads, adv_grads)
+        for what in ("nat_grads", "adv_grads"):
+            self._tables[what].release()
+        return selection
 
     def mask_(
         self,
@@ -132,6 +135,7 @@ class RGP:
         masked = self._checked("grads", self._own_grads() if grads is None else grads)
         selection = self.select(nat_grads, adv_grads)
         mask_below_(masked, selection.scores, selection.thresholds)
+        self._tables["grads"].release()
         return selection.kept.clone()  # The next call overwrites it.
 
     def _own_grads(self) -> list[Tensor]:

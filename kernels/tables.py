@@ -207,6 +207,11 @@ class TensorList(Sequence[Tensor]):
         self._tensors = tuple(tensors)
         return True
 
+    def release(self) -> None:
+        """Let go of the tensors until the next :meth:`point_to`, unless a CUDA graph reads them."""
+        if not self.is_captured:
+            self._tensors = (None,) * len(self)
+
     def check_unmoved(self) -> None:
         """Check that no tensor has moved since its address was sent.
 
@@ -324,7 +329,7 @@ class ChangingList:
     def build(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> TensorList:
         """Return a new table; see :class:`TensorList` for ``names`` and errors."""
         table = TensorList(tensors, names=names)
-        # A graph goes on to read what it has captured; others only keep their tensors alive.
+        # A graph goes on to read what it has captured.
         self.tables = [*(former for former in self.tables if former.is_captured), table]
         return table
 
@@ -332,6 +337,14 @@ class ChangingList:
         """Return a table that points to ``tensors``, a former one where it fits."""
         found = self.find(tensors)
         return self.build(tensors) if found is None else found
+
+    def release(self) -> None:
+        """Let go of the tensors, once what reads them was launched.
+
+        Their memory is then free for the next step, whose gradients so have the same addresses.
+        """
+        for table in self.tables:
+            table.release()
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

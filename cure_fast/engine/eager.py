@@ -140,6 +140,7 @@ class Engine:
         """
         grads: list[Tensor] = [parameter.grad for parameter in parameters]  # pyright: ignore[reportAssignmentType]
         mask_below_(self._masked.of(grads), selection.scores, selection.thresholds)
+        self._masked.release()
 
     def number(self, name: str, function: Callable[[Run], float]) -> float | Tensor:
         """Return ``function(run)``, or a 0-d tensor that holds it in each step.

@@ -50,7 +50,10 @@ class Selector:
             self.natural.of(laid_out_like(without_gaps(natural), scores)),
             self.adversarial.of(laid_out_like(without_gaps(adversarial), scores)),
         )
-        return (select_in if self.fused else select_in_ref)(self.workspace, *tables)
+        selection = (select_in if self.fused else select_in_ref)(self.workspace, *tables)
+        self.natural.release()
+        self.adversarial.release()
+        return selection
 
 
 class Selectors:

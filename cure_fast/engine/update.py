@@ -108,6 +108,7 @@ class Update:
                 low_precision_copies=part.copies,
                 skip=skip,
             )
+            part.grads.release()
 
     def _parts(self, masked: Sequence[Tensor], scores: Sequence[Tensor | None]) -> list[Part]:
         """Return the parts of an update that masks these parameters by their scores."""

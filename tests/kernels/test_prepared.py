@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_a_call_builds_nothing_where_addresses_stay_and_follows_where_they_chang
     assert tables.keys() == {"nat_grads", "adv_grads", "grads"}
     assert {name: several.tables for name, several in rgp._tables.items()} == tables
     assert torch.equal(again, first)
+
+
+def test_gradients_are_let_go_between_steps(triton_kernels):
+    """What holds them would keep their memory, and move the next step's elsewhere."""
+    net = model()
+    rgp = RGP(net.named_parameters(), percentile=40, alpha=0.2)
+    gone = []
+    for step in range(2):
+        nat, adv = gradients(rgp.parameters, step), gradients(rgp.parameters, step + 9)
+        for parameter, grad in zip(rgp.parameters, gradients(rgp.parameters, 5), strict=True):
+            parameter.grad = grad
+        gone += [weakref.ref(grad) for grad in (*nat, *adv, *(p.grad for p in rgp.parameters))]
+        rgp.mask_(nat, adv)
+        net.zero_grad(set_to_none=True)
+        del nat, adv, grad
+    assert len(gone) == 48 and all(grad() is None for grad in gone)
 
 
 def test_gradients_of_another_kind_get_tables_of_their_own(triton_kernels):

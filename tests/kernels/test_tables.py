@@ -77,6 +77,26 @@ def test_a_call_reads_its_own_tensors_after_a_capture_of_the_same(captures):
     assert points_to(table, captured)
 
 
+def test_a_released_list_is_refused_until_it_points_to_tensors_again(triton_kernels):
+    first, second = torch.ones(3), torch.ones(3)
+    table = TensorList([first])
+    table.release()
+    with pytest.raises(ValueError, match=r"tensors\[0\]: expected a tensor that stays"):
+        table.check_unmoved()
+    assert table.point_to([second])
+    mask_below_(table, [torch.zeros(3)], torch.ones(1))
+    assert first.tolist() == [1, 1, 1] and second.tolist() == [0, 0, 0]
+
+
+def test_a_captured_list_keeps_its_tensors(captures):
+    captured = torch.zeros(3)
+    table = TensorList([captured])
+    with captures.capture():
+        table.point_to([captured])
+    table.release()
+    assert table[0] is captured
+
+
 def test_a_call_reads_its_own_tensors_after_a_replay(captures):
     captured, other = torch.zeros(3), torch.zeros(3)
     table = TensorList([captured])
