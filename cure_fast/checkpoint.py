@@ -280,9 +280,12 @@ def _clear_leftovers(folder: Path) -> None:
     for path in folder.glob(f"{PREFIX}*~"):
         final = path.with_name(path.name[:-1])
         if os.path.lexists(final):
-            _delete(path)
-        else:
-            path.rename(final)
+            if not check_checkpoint(final):
+                _delete(path)
+                continue
+            # What took its place is damaged, and the replaced one may be all there is.
+            _delete(final)
+        path.rename(final)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

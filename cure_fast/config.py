@@ -241,8 +241,8 @@ class RunConfig:
     deterministic: bool = False
     """Use deterministic GPU algorithms (slower)."""
     engine: Literal["auto", "eager", "fast"] = "auto"
-    """How steps are computed: eager is plain PyTorch, fast captures a whole step in a CUDA graph of
-    fused kernels; auto is fast on a GPU and eager on the CPU."""
+    """How steps are computed: eager is PyTorch operation by operation, fast captures a whole step
+    in a CUDA graph of fused kernels; auto is fast on a GPU and eager on the CPU."""
     engine_without: tuple[EngineFeature, ...] = ()
     """Parts of the fast engine to leave out, to find what each one gains: graph, fold, stack,
     copies, fuse, compile, compile-loss."""

@@ -34,6 +34,8 @@ from cure_fast.weights import load_into, read_weights, save_weights
 
 # The weights training started from, kept in the run folder: a resumed run needs no other file.
 START = "start.safetensors"
+# Its checkpoints are of no use to other settings, which have a folder of their own in the cache.
+AFRESH = "--resume --override takes such a change, and the natural start begins anew."
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,14 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         say("engine: fast")
     checkpoints = stage.folder / "checkpoints"
     # A folder without a single finished checkpoint is of a run that was killed before its first.
-    if has_checkpoints(checkpoints):
+    resumed = has_checkpoints(checkpoints)
+    if resumed:
         continue_from(run, checkpoints)
         say(f"{stage.name}: resumed after step {run.step}")
     stage.begin(run)
+    if resumed:
+        # Not before: where the run is refused its folder stays as it was.
+        tidy_checkpoints(checkpoints, run.step)
     log = RunLog(
         stage.folder,
         stage.name,
@@ -211,7 +217,8 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         )
         save.finish()
     except DivergedError as error:
-        raise DivergedError(f"{error} {advice(stage)} {save.way_on()}") from error
+        way_on = AFRESH if stage.name == "pretrain" else save.way_on()
+        raise DivergedError(f"{error} {advice(stage)} {way_on}") from error
     finally:
         log.close()
         # Engine and run hold one another, and graphs hold the memory of a step.
@@ -245,7 +252,6 @@ def continue_from(run: Run, checkpoints: Path) -> None:
             f"({type(error).__name__}: {detail}). "
             "Start anew with another --out, or delete the folder."
         ) from error
-    tidy_checkpoints(checkpoints, run.step)
     former = state.get("engine", run.engine.name)
     if former != run.engine.name:
         say(

@@ -10,10 +10,11 @@ from typing import Literal, TypeGuard
 from torch import Tensor, nn
 
 from . import dispatch
+from .changing import ChangingList
 from .checking import check_choice, check_lists, check_number
 from .layout import check_dense, memory_order
 from .rgp import SCORES, Score, Selection, mask_below_, select_in
-from .tables import ChangingList, TensorList
+from .tables import TensorList
 from .workspace import Workspace
 
 Scope = Literal["all", "conv", "conv+bn"] | Sequence[str]
@@ -108,12 +109,13 @@ class RGP:
             TypeError: for what is no list of floating tensors.
             ValueError: for gradients that do not match the parameters, in memory order too.
         """
-        nat_grads = self._checked("nat_grads", nat_grads)
-        adv_grads = self._checked("adv_grads", adv_grads)
-        selection = select_in(self._workspace, nat_grads, adv_grads)
-        for what in ("nat_grads", "adv_grads"):
-            self._tables[what].release()
-        return selection
+        try:
+            nat_grads = self._checked("nat_grads", nat_grads)
+            adv_grads = self._checked("adv_grads", adv_grads)
+            return select_in(self._workspace, nat_grads, adv_grads)
+        finally:
+            self._tables["nat_grads"].release()
+            self._tables["adv_grads"].release()
 
     def mask_(
         self,
@@ -132,10 +134,12 @@ class RGP:
             TypeError: for what is no list of floating tensors.
             ValueError: for gradients that do not match the parameters, or a ``.grad`` of None.
         """
-        masked = self._checked("grads", self._own_grads() if grads is None else grads)
-        selection = self.select(nat_grads, adv_grads)
-        mask_below_(masked, selection.scores, selection.thresholds)
-        self._tables["grads"].release()
+        try:
+            masked = self._checked("grads", self._own_grads() if grads is None else grads)
+            selection = self.select(nat_grads, adv_grads)
+            mask_below_(masked, selection.scores, selection.thresholds)
+        finally:
+            self._tables["grads"].release()
         return selection.kept.clone()  # The next call overwrites it.
 
     def _own_grads(self) -> list[Tensor]:

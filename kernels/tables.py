@@ -112,7 +112,7 @@ class TensorList(Sequence[Tensor]):
         label: str = "tensors",
         device: torch.device | None = None,
     ) -> None:
-        self._tensors = tuple(tensors)
+        self._tensors, self._released = tuple(tensors), False
         self._names = None if names is None else tuple(names)
         self.label = label
         if self._names is not None and len(self._names) != len(self):
@@ -144,9 +144,11 @@ class TensorList(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
 
     def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        self._check_held()
         return self._tensors[index]  # pyright: ignore[reportReturnType]
 
     def __iter__(self) -> Iterator[Tensor]:
+        self._check_held()
         return iter(self._tensors)  # pyright: ignore[reportReturnType]
 
     def __len__(self) -> int:
@@ -204,13 +206,13 @@ class TensorList(Sequence[Tensor]):
         ):
             return False
         self._send(_addresses(tensors))
-        self._tensors = tuple(tensors)
+        self._tensors, self._released = tuple(tensors), False
         return True
 
     def release(self) -> None:
         """Let go of the tensors until the next :meth:`point_to`, unless a CUDA graph reads them."""
         if not self.is_captured:
-            self._tensors = (None,) * len(self)
+            self._tensors, self._released = (None,) * len(self), True
 
     def check_unmoved(self) -> None:
         """Check that no tensor has moved since its address was sent.
@@ -218,6 +220,7 @@ class TensorList(Sequence[Tensor]):
         Raises:
             ValueError: if one has, by name.
         """
+        self._check_held()
         found = _addresses(self._tensors)
         if found != self._sent:
             moved = [a != b for a, b in zip(found, self._sent, strict=True)].index(True)
@@ -225,6 +228,13 @@ class TensorList(Sequence[Tensor]):
                 f"{self.name_of(moved)}: expected a tensor that stays where it was when its "
                 "TensorList was built, got one that has moved, as after an assignment to .data or "
                 "a model.to(). Build the list again."
+            )
+
+    def _check_held(self) -> None:
+        if self._released:
+            raise ValueError(
+                f"{self.label}: expected a list with its tensors, got one that has let go of them "
+                "by release(). Call point_to() with tensors first."
             )
 
     def _fits(
@@ -314,37 +324,6 @@ class TensorList(Sequence[Tensor]):
                 for key, segments in groups.items()
             ),
         )
-
-
-class ChangingList:
-    """The tables of a list whose tensors are others from call to call, such as gradients."""
-
-    def __init__(self) -> None:
-        self.tables: list[TensorList] = []
-
-    def find(self, tensors: Sequence[Tensor]) -> TensorList | None:
-        """Return a former table, which points to ``tensors`` now; None where none fits."""
-        return next((table for table in self.tables if table.point_to(tensors)), None)
-
-    def build(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> TensorList:
-        """Return a new table; see :class:`TensorList` for ``names`` and errors."""
-        table = TensorList(tensors, names=names)
-        # A graph goes on to read what it has captured.
-        self.tables = [*(former for former in self.tables if former.is_captured), table]
-        return table
-
-    def of(self, tensors: Sequence[Tensor]) -> TensorList:
-        """Return a table that points to ``tensors``, a former one where it fits."""
-        found = self.find(tensors)
-        return self.build(tensors) if found is None else found
-
-    def release(self) -> None:
-        """Let go of the tensors, once what reads them was launched.
-
-        Their memory is then free for the next step, whose gradients so have the same addresses.
-        """
-        for table in self.tables:
-            table.release()
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -1,4 +1,8 @@
-"""What computes a training step; here in plain PyTorch, the oracle of every other engine."""
+"""What computes a training step; here operation by operation, the oracle of every other engine.
+
+Operations are PyTorch's and those of :mod:`cure_fast.kernels`: on a GPU these are kernels, which
+the fast engine shares, so that there they are judged by their own tests against their references.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cure_fast.kernels import Selection, mask_below_
+from cure_fast.kernels.changing import ChangingList
 from cure_fast.kernels.rgp import Score
-from cure_fast.kernels.tables import ChangingList
 from cure_fast.method import Terms
 from cure_fast.step import train_step
 
@@ -34,7 +38,7 @@ class Engine:
         name: as ``--engine`` takes it.
         skip: 0-d bool tensor that tells whether the step under way moves nothing, where that is
             decided on the device; None where only finite steps come as far as the policies.
-        selectors: memory and tables of the selections, kept from step to step.
+        selectors: memory and tables of the eager engine's selections, kept from step to step.
     """
 
     name = "eager"
@@ -43,7 +47,7 @@ class Engine:
         self.run = run
         self.reason = reason
         self.skip: Tensor | None = None
-        # Building tables takes a GPU's host longer than the selection takes the GPU.
+        # A GPU's host would spend some milliseconds a step, by estimate, on building tables anew.
         self.selectors = Selectors(fused=True)
         self._masked = ChangingList()
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cure_fast.kernels.changing import ChangingList
 from cure_fast.kernels.rgp import Score, Selection, select_in, select_in_ref
-from cure_fast.kernels.tables import ChangingList, laid_out_like, without_gaps
+from cure_fast.kernels.tables import laid_out_like, without_gaps
 from cure_fast.kernels.workspace import Workspace
 
 
@@ -31,6 +32,8 @@ class Selector:
         score: Score,
         fused: bool,
     ) -> None:
+        # Selectors finds it by their identities, which must not become another tensor's.
+        self.parameters = tuple(parameters)
         count = len(parameters)
         self.workspace = Workspace(
             [parameter.detach() for parameter in parameters],
@@ -58,6 +61,8 @@ class Selector:
 
 class Selectors:
     """A :class:`Selector` for each set of parameters and settings that was asked for.
+
+    Parameters keep their memory: after a ``.to()`` or an assignment to ``.data`` build it anew.
 
     Args:
         fused: whether kernels select, or their references.

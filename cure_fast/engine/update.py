@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cure_fast.config import OptimConfig
 from cure_fast.kernels import TensorList, masked_sgd_
+from cure_fast.kernels.changing import ChangingList
 from cure_fast.kernels.layout import memory_order
 from cure_fast.kernels.rgp import Score, Selection
-from cure_fast.kernels.tables import ChangingList
 from cure_fast.kernels.update import masked_sgd_ref
 
 from .selector import Selectors

@@ -120,7 +120,7 @@ def test_masks_agree_but_where_rounding_decides():
         before = runs.snapshot(both.fast)
         both.step(both.fast.loader.batches[both.fast.batch])
         otherwise = runs.masked_otherwise(both, before)
-        (selector,) = both.fast.engine.prepared.update.selectors.values()
+        (selector,) = both.fast.engine.prepared.update.selectors.built.values()
         space = selector.workspace
         names = both.fast.policies[0].names
         for name, scores, limit in zip(names, space.scores, space.thresholds, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -57,6 +59,23 @@ def test_gradients_in_another_memory_order_or_spread_by_strides_are_taken(monkey
         assert torch.equal(found.scores[0], single.scores[0])
     for ours, theirs in zip(found[1:], single[1:], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("engine", ["eager", "fast"])
+def test_no_table_holds_a_step_s_gradients_through_the_next(engine):
+    run = runs.make_run("cure", engine)
+    gone, add = [], run.add_gradients
+
+    def noted(name, grads):
+        gone.extend(map(weakref.ref, grads))
+        add(name, grads)
+
+    run.add_gradients = noted
+    next_step(run, *run.loader.batches[0])
+    gone += [weakref.ref(p.grad) for p in run.model.parameters() if p.grad is not None]
+    run.optimizer.zero_grad(set_to_none=True)
+    run.gradients.clear()
+    assert gone and all(grad() is None for grad in gone)
 
 
 def test_the_eager_engine_keeps_one_selection_until_its_tensors_are_replaced():

@@ -18,6 +18,7 @@ from cure_fast.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    tidy_checkpoints,
 )
 from cure_fast.cli import main
 from cure_fast.errors import InputError
@@ -87,6 +88,43 @@ def test_killed_at_any_call_inside_a_save(tmp_path, step, half):
         names = {path.name for path in folder.iterdir()}
         assert len(names) == 3 and not any(n.startswith(".tmp") or n.endswith("~") for n in names)
     assert call > 15 and found == {True, False}
+
+
+def test_tidying_finishes_what_a_killed_save_left_undone(tmp_path):
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    for step in (1, 2, 3):
+        save_checkpoint(whole, step, state(step), {})
+        save_checkpoint(folder, step, state(step), {})
+    wanted = sorted(path.name for path in whole.iterdir())
+    shutil.copytree(folder / "checkpoint-000000002", folder / "checkpoint-000000001")
+    shutil.copytree(folder / "checkpoint-000000002", folder / "checkpoint-000000003~")
+    (folder / ".tmp-checkpoint-000000004").mkdir()
+    (folder / ".tmp-latest").symlink_to("checkpoint-000000003")
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("checkpoint-000000001")
+    tidy_checkpoints(folder, 3)
+    assert sorted(path.name for path in folder.iterdir()) == wanted
+    assert (folder / "latest").readlink().as_posix() == "checkpoint-000000003"
+    assert is_state(load_checkpoint(folder)[0], 3)
+
+
+@pytest.mark.parametrize("tidied", [True, False])
+def test_a_replaced_checkpoint_stays_where_what_took_its_place_is_damaged(tmp_path, tidied):
+    save_checkpoint(tmp_path, 2, state(2), {})
+    final = tmp_path / "checkpoint-000000002"
+    shutil.copytree(final, tmp_path / "checkpoint-000000002~")
+    weights = bytearray((final / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (final / "weights.safetensors").write_bytes(weights)
+    loaded, skipped = load_checkpoint(tmp_path)
+    assert is_state(loaded, 2) and len(skipped) == 1
+    if tidied:
+        tidy_checkpoints(tmp_path, 2)
+    else:
+        save_checkpoint(tmp_path, 3, state(3), {})
+        shutil.rmtree(tmp_path / "checkpoint-000000003")
+    assert is_state(load_checkpoint(tmp_path)[0], 2) and load_checkpoint(tmp_path)[1] == []
+    assert not (tmp_path / "checkpoint-000000002~").exists()
 
 
 def failing_at(monkeypatch, number, error):

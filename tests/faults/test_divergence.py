@@ -269,7 +269,13 @@ def test_a_divergence_of_the_natural_start_names_its_own_rate(tmp_path, monkeypa
     monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
     with pytest.raises(DivergedError, match="no step of epoch 1") as caught:
         train(tiny(tmp_path, pretrain={"pretrain_epochs": 1, "pretrain_lr": 0.25}))
-    assert "Try a lower --pretrain-lr than 0.25. No checkpoint" in str(caught.value)
+    assert str(caught.value).endswith(
+        "Try a lower --pretrain-lr than 0.25. --resume --override takes such a change, and the "
+        "natural start begins anew."
+    )
+    monkeypatch.undo()
+    again = tiny(tmp_path, pretrain={"pretrain_epochs": 1, "pretrain_lr": 0.1})
+    assert (train(again, resume=True, override=True) / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

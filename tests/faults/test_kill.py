@@ -71,14 +71,15 @@ def test_a_run_killed_at_any_change_of_its_files_ends_as_an_unbroken_one(tmp_pat
         killed = partial(signal_at_change, number, signal.SIGKILL)
         return kill_and_resume(cwd, unbroken, [60.0], prepare=killed)
 
-    faults, number, ended = {}, 0, False
+    faults, killed = {}, [True]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        while not ended:
-            numbers = range(number + 1, number + 1 + 8 * AT_ONCE)
+        # Beyond its last change a run ends by itself.
+        while all(killed):
+            numbers = range(len(killed), len(killed) + 8 * AT_ONCE)
             for number, found in zip(numbers, pool.map(outcome, numbers), strict=True):
                 faults |= {number: found.faults()} if found.faults() else {}
-                ended = ended or not found.phases
-    assert faults == {} and number > 100
+                killed.append(bool(found.phases))
+    assert faults == {} and killed.index(False) > 100
 
 
 def test_a_run_killed_before_its_natural_stage_was_cleared_up_clears_it_up(tmp_path, unbroken):

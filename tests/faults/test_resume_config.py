@@ -327,9 +327,14 @@ def test_a_damaged_record_of_the_environment(run, capsys, text):
 def test_a_run_that_has_ended_takes_no_other_settings(run, capsys):
     assert resume() == 0
     before = (run / "config.json").read_bytes()
+    leftover = run / "checkpoints/.tmp-latest"
+    leftover.symlink_to("checkpoint-000000001")
     assert resume("--override", "--lr", "0.05") == 2
     assert "nothing is left to train with optim.lr" in capsys.readouterr().err
     assert (run / "config.json").read_bytes() == before
+    # A refused command changes nothing; one that goes on clears up.
+    assert leftover.is_symlink()
+    assert resume() == 0 and not leftover.is_symlink()
 
 
 def test_another_radius_chooses_the_best_epoch_anew(run, capsys):

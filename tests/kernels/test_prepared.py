@@ -92,6 +92,17 @@ def test_gradients_are_let_go_between_steps(triton_kernels):
     assert len(gone) == 48 and all(grad() is None for grad in gone)
 
 
+def test_gradients_are_let_go_after_an_error(triton_kernels):
+    rgp = RGP(model().named_parameters(), percentile=40, alpha=0.2)
+    nat, grads = gradients(rgp.parameters, 1), gradients(rgp.parameters, 2)
+    gone = [weakref.ref(grad) for grad in (*nat, *grads)]
+    for wrong, error in (([None] * len(nat), TypeError), (nat[:-1], ValueError)):
+        with pytest.raises(error):
+            rgp.mask_(nat, wrong, grads)
+    del nat, grads, wrong
+    assert all(grad() is None for grad in gone)
+
+
 def test_gradients_of_another_kind_get_tables_of_their_own(triton_kernels):
     rgp = RGP(model().named_parameters(), percentile=40, alpha=0.2)
     nat, adv = gradients(rgp.parameters, 1), gradients(rgp.parameters, 2)
