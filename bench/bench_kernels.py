@@ -3,8 +3,9 @@
     python -m pytest bench/bench_kernels.py --benchmark-only
 
 On a CUDA GPU it takes some minutes and writes bench/results/<gpu>-kernels.json and .md, after each
-row, so that what was measured stays. Run the tests marked ``gpu`` before. Without a GPU it
-rehearses: tiny shapes, Triton's interpreter, no CUDA graphs, and no file is written.
+row, so that what was measured stays; CURE_FAST_BENCH_OUT names another folder. Run the tests marked
+``gpu`` before. Without a GPU it rehearses: tiny shapes, Triton's interpreter, no CUDA graphs, and
+neither file is written.
 
 Every result is compared with the reference before it is timed; a provider that differs fails and
 gets no figure. How the times are taken: device_timing.py. Who competes: kernel_providers.py.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +25,16 @@ import torch
 from torch import Tensor
 
 from bench.device_timing import DeviceTimer, copy_bandwidth, rounds_within, spread
-from bench.gpu_results import Row, verdicts, write_results
+from bench.gpu_results import (
+    FAILED,
+    KERNELS,
+    OUT,
+    SECONDS,
+    Row,
+    keep_row,
+    without_folders,
+    write_results,
+)
 from bench.kernel_cases import Case
 from bench.kernel_operations import all_cases
 from bench.kernel_providers import Step
@@ -37,16 +47,28 @@ if not GPU:
     # Read when a kernel is defined, so it is set before any is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def in_turn(cases: Iterable[Case]) -> list[tuple[Case, str]]:
+    """Return cases with their providers: the kernels of all, then rivals, what compiles last.
+
+    Where time runs out it is the slow rivals that are missing, and no kernel.
+    """
+
+    def turn(item: tuple[Case, str]) -> int:
+        return 0 if item[1].startswith(KERNELS) else 2 if item[1].startswith("compile") else 1
+
+    return sorted(((case, name) for case in cases for name in case.providers), key=turn)
+
+
 TIMER = DeviceTimer(DEVICE)
-CASES = all_cases(rehearsal=not GPU)
-ITEMS = [(case, name) for case in CASES for name in case.providers]
+ITEMS = in_turn(all_cases(rehearsal=not GPU))
 # Seconds that the timed rounds of one row may take, cold and warm each, and how many rounds.
 BUDGET, MOST, LEAST = 0.4, 200, 3
 REHEARSED = 2
 # A step longer than this is timed cold alone: it does not fit into the cache anyway.
 LONG = 0.05
-# What has not begun by then is reported as not measured.
-DEADLINE = 400
+# What has not begun after so many seconds is reported as not measured.
+DEADLINE = float(os.environ.get(SECONDS) or 400)
 # These round the threshold or the scores otherwise (interpolation or a rank in float32, fused
 # multiplication and addition), so that weights whose score is next to the threshold may fall on
 # the other side: this share of a tensor's elements, and at least one, may differ.
@@ -69,9 +91,11 @@ class Results:
     expected: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, row: Row, about: dict[str, Any]) -> None:
-        """Keep a row, and on a GPU write the files anew."""
+    def add(self, row: Row, about: dict[str, Any], times: Sequence[float] = ()) -> None:
+        """Keep a row, with its cold times for a caller who asks for them; write the files anew."""
         self.rows.append(row)
+        if os.environ.get(OUT):
+            keep_row(row, times)
         if GPU:
             write_results(self.rows, about, planned=len(ITEMS))
 
@@ -162,8 +186,8 @@ def bench_kernel(benchmark, monkeypatch, results: Results, about, case: Case, na
     benchmark.group = f"{case.operation}, {case.shapes}"
     row = partial(Row, case.operation, case.shapes, name)
     if time.monotonic() - results.began > DEADLINE:
-        results.add(row(note=f"not measured: {DEADLINE} s had passed"), about)
-        pytest.skip(f"{DEADLINE} s have passed")
+        results.add(row(note=f"not measured: {DEADLINE:.0f} s had passed"), about)
+        pytest.skip(f"{DEADLINE:.0f} s have passed")
     try:
         expected = results.of_reference(case, monkeypatch)
         inputs, step = ready_step(case, name, monkeypatch)
@@ -172,8 +196,9 @@ def bench_kernel(benchmark, monkeypatch, results: Results, about, case: Case, na
         cold, warm = measure(step, benchmark)
     except Exception as error:
         refused = "too large" in str(error)
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        results.add(row(note=f"{'refused' if refused else 'FAILED'}: {first_line}"), about)
+        lines = without_folders(str(error)).strip().splitlines()
+        first_line = (lines or [type(error).__name__])[0]
+        results.add(row(note=f"{'refused' if refused else FAILED}: {first_line}"), about)
         if refused:
             pytest.skip(f"{name} refuses these shapes: {first_line}")
         raise
@@ -185,7 +210,7 @@ def bench_kernel(benchmark, monkeypatch, results: Results, about, case: Case, na
         floor_bytes=case.floor_bytes(inputs),
         bandwidth=results.bandwidth,
     )
-    results.add(found, about)
+    results.add(found, about, cold)
     benchmark.extra_info |= {
         "device": str(DEVICE),
         "floor_bytes": found.floor_bytes,
@@ -193,6 +218,5 @@ def bench_kernel(benchmark, monkeypatch, results: Results, about, case: Case, na
         "times_floor": found.of_floor,
         "cold_20_50_80": found.cold,
         "warm_20_50_80": found.warm,
-        "targets": [verdict.text() for verdict in verdicts(found, results.rows)],
         "note": note,
     }

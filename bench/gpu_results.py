@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "results"
+# Variables of the environment by which a caller says where results go, and how many seconds after
+# the beginning rows may begin. There is a file of rows then, for a caller who ends this process.
+OUT, SECONDS = "CURE_FAST_BENCH_OUT", "CURE_FAST_BENCH_SECONDS"
+FOLDER = Path(os.environ.get(OUT) or Path(__file__).parent / "results")
+ROWS = "kernels-rows.jsonl"
 KERNELS = "triton"
+# What the note of a row begins with whose provider failed.
+FAILED = "FAILED"
+# The folders of an absolute path, which name a machine or a person; not those of an address.
+FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/'\":,]+/)+")
 
 # Times of the 28 byte floor that the update may take, with the floor at a copy's bandwidth.
 FLOOR_TARGETS = {("update", "resnet18"): 1.6, ("update", "wrn34-10"): 1.5}
@@ -96,6 +104,11 @@ class Verdict:
         return f"{self.target} {self.wanted:g}x: {self.found:.2f}x, {word} by {factor:.2f}x"
 
 
+def without_folders(text: str) -> str:
+    """Return ``text`` with each absolute path cut to its last name."""
+    return FOLDERS.sub("", text)
+
+
 def verdicts(row: Row, rows: Sequence[Row]) -> list[Verdict]:
     """Return the targets of ``row`` with what was measured; none for rivals.
 
@@ -168,6 +181,23 @@ def write_results(rows: Sequence[Row], about: dict[str, Any], *, planned: int) -
     _replace(path.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     _replace(path.with_suffix(".md"), markdown(rows, about, planned=planned))
     return path.with_suffix(".md")
+
+
+def keep_row(row: Row, times: Sequence[float]) -> None:
+    """Append a row with all of its cold times to :data:`ROWS`."""
+    with (FOLDER / ROWS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"row": asdict(row), "times": list(times)}) + "\n")
+
+
+def kept_rows(folder: Path) -> list[tuple[Row, tuple[float, ...]]]:
+    """Return the rows that :func:`keep_row` left in a folder, with their cold times.
+
+    A last one that was cut off, as its process was ended, is not among them.
+    """
+    path = folder / ROWS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(Row(**each["row"]), tuple(each["times"])) for each in found]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.capture import captured
 from bench.kernel_inputs import LAYOUTS, ModelTensors, model_tensors
 from bench.kernel_providers import (
     DECAY,
     Step,
-    captured,
     compiled,
     compiled_bisect,
     compiled_each,
@@ -44,7 +44,7 @@ class Case:
         floor_bytes: of the inputs, the bytes that must be moved: each input read once, each output
             written once.
         reference: the operation by its public functions.
-        providers: by name, in the order of the results.
+        providers: by name.
         tolerance: of a result's element, relative to the element plus its tensor's largest; 0 asks
             for the same bits.
     """

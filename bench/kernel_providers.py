@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.capture import captured
 from bench.kernel_inputs import ModelTensors, in_memory_order
 from cure_fast.kernels import RGP, TensorList, masked_sgd_, rgp_mask_, rgp_select
 
@@ -35,27 +36,6 @@ R = TypeVar("R")
 Step = Callable[[], Sequence[Tensor]]
 # From the prominence [n] of a tensor's weights to its threshold, a number or a 0-d tensor.
 Threshold = Callable[[Tensor], Tensor | float]
-
-
-def captured(step: Step) -> Step:
-    """Return ``step`` as the replay of a CUDA graph; ``step`` itself where there is no GPU."""
-    if not torch.cuda.is_available():
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-
-    def replay() -> Sequence[Tensor]:
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
+from bench import bench_kernels
 from bench.gpu import __main__ as command
-from bench.gpu import gate, plan
+from bench.gpu import gate, kernel_part, plan
 from bench.gpu.plan import Plan
 from bench.gpu.record import Row
 from bench.gpu.sources import CODE, digest_of
@@ -106,6 +110,71 @@ def test_each_of_several_parts_is_a_process_and_one_failure_is_told(
     assert [call[0][-1] for call in ran] == parts
     assert all(seconds == 7 + command.GRACE for _, seconds in ran)
     assert capsys.readouterr().err == "error: see the failures in feeds\n"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_nothing_that_is_written_names_the_machine_or_its_folders(
+    tmp_path, monkeypatch, named
+) -> None:
+    def part(plan, record) -> None:
+        record.add(Row({"engine": "fast"}, rounds=(0.016,)))
+        record.add(Row({"engine": "eager"}, "left out", f"no {tmp_path}/deep/a.so"))
+        raise FileNotFoundError(2, "No such file", str(tmp_path / "deep" / "b.so"))
+
+    def run_process(arguments, seconds) -> int:
+        return command.main(arguments[3:])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "default_folder", lambda device, tiny: tmp_path / "own")
+    monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
+    monkeypatch.setattr(command, "run_process", run_process)
+    for module, name in ((platform, "node"), (socket, "gethostname")):
+        monkeypatch.setattr(module, name, lambda: "name-of-this-machine")
+    for name in ("ceilings", "feeds"):
+        monkeypatch.setitem(command.PARTS, name, part)
+    arguments = ["--part", "ceilings", "feeds", "--tiny", "--device", "cpu"]
+    assert command.main([*arguments, *(("--out", "own") if named else ())]) == 1
+    texts = {path.name: path.read_text() for path in (tmp_path / "own").iterdir()}
+    names = {f"{part}.{ending}" for part in ("ceilings", "feeds") for ending in ("json", "md")}
+    assert set(texts) == {*names, "summary.md"}
+    found = json.loads(texts["feeds.json"])
+    assert found["about"]["command"] == (
+        "python -m bench.gpu --part feeds --out own --device cpu --seconds-per-part 450 --tiny"
+    )
+    assert [row["note"] for row in found["rows"]] == [
+        "", "no a.so", "FileNotFoundError: [Errno 2] No such file: 'b.so'",
+    ]  # fmt: skip
+    for private in (str(tmp_path), str(gate.ROOT), str(Path.home()), "name-of-this-machine"):
+        assert not [name for name, text in texts.items() if private in text]
+
+
+def test_kernels_rehearsed_on_the_cpu_leave_their_record_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
+    monkeypatch.setattr(kernel_part, "REHEARSED", "mask and sort")
+    arguments = ["--part", "kernels", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kernels.json",
+        "kernels.md",
+        "summary.md",
+    }
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    wanted = {"operation": "mask", "shapes": "rehearsal", "provider": "torch-sort"}
+    assert row["key"] == wanted and len(row["rounds"]) == bench_kernels.REHEARSED
+    assert row["figures"]["bytes_per_second"] > 0
+
+
+def test_a_gpu_of_another_number_becomes_the_current_one(tmp_path, monkeypatch) -> None:
+    def red(plan) -> None:
+        raise gate.RedTestsError("the tests fail")
+
+    chosen = []
+    monkeypatch.setattr(command, "device_of", torch.device)
+    monkeypatch.setattr(command, "require_green_tests", red)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda", "cuda:1"):
+        command.main(["--device", name, "--out", str(tmp_path)])
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_a_part_that_hangs_is_stopped(capsys) -> None:

@@ -81,6 +81,8 @@ def test_green_tests_run_once_per_state_of_the_sources(tiny, tmp_path, monkeypat
     gate.require_green_tests(tiny, root=root)
     kept = json.loads((tiny.out / "tests.json").read_text())
     assert kept["passed"] == 2 and kept["state"]["device"] == "cpu"
+    # Pytest's report names the machine, so it is not left among the results.
+    assert [path.name for path in tiny.out.glob("*.*")] == ["tests.json"]
     ran = []
     monkeypatch.setattr(gate, "run_tests", lambda *arguments: ran.append(arguments) or False)
     gate.require_green_tests(tiny, root=root)

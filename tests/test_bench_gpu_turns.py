@@ -16,6 +16,8 @@ from bench.gpu import feeds, robin
 from bench.gpu.engines import (
     BatchCutError,
     Case,
+    CompiledLateError,
+    CompiledStep,
     Work,
     WrongEngineError,
     check_run,
@@ -260,6 +262,67 @@ def test_a_fast_engine_that_lost_a_feature_or_its_memory_is_noticed(tiny, tmp_pa
     run.engine.give_up(obstacle)
     with pytest.raises(BatchCutError, match=r"eager instead of fast: .*memory"):
         check_run(run, case)
+
+
+# Steps of networks that are compiled.
+
+
+def settings() -> tuple[bool, bool, bool]:
+    """Return which of the compiler's settings are in force."""
+    from torch._dynamo import config as dynamo_config
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    return (
+        dynamo_config.fail_on_recompile_limit_hit,
+        inductor_config.triton.cudagraph_or_error,
+        not functorch_config.donated_buffer,
+    )
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_compilers_settings_are_set_where_it_compiles(graphs) -> None:
+    found, outside = [], settings()
+    step = CompiledStep(lambda: found.append(settings()), compiling=2, graphs=graphs)
+    for _ in range(4):
+        step()
+        assert settings() == outside == (False, False, False)
+    # Graphs ask in each step whether they can be had.
+    assert found == [(True,) * 3] * 2 + [(graphs, graphs, True)] * 2
+
+
+@pytest.mark.parametrize("limit", [1, 8], ids=["beyond the limit", "below the limit"])
+def test_a_timed_step_that_has_something_to_compile_is_noticed(limit) -> None:
+    from torch._dynamo import config as dynamo_config
+
+    torch.compiler.reset()
+    double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    sizes = iter([2, 2, 2, 3])
+    step = CompiledStep(lambda: double(torch.ones(next(sizes))), compiling=1, graphs=False)
+    with dynamo_config.patch(recompile_limit=limit):
+        for _ in range(3):
+            step()
+        with pytest.raises(CompiledLateError, match="step 4 had something to compile"):
+            step()
+
+
+def test_a_timed_step_may_go_back_twice_through_what_was_compiled_for_once() -> None:
+    """As what torch's cache has of another method's step may be."""
+    torch.compiler.reset()
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    network = torch.compile(layer, backend="aot_eager", dynamic=False)
+    twice = iter([False, True])
+
+    def take() -> None:
+        out = network(torch.ones(1, 2)).sum()
+        if next(twice):
+            out.backward(retain_graph=True)
+        out.backward()
+
+    step = CompiledStep(take, compiling=1, graphs=False)
+    step()
+    step()
+    assert step.taken == 2
 
 
 def test_feeds_go_on_from_epoch_to_epoch_with_whole_batches() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,9 +18,11 @@ from hypothesis import strategies as st
 
 from bench import bench_kernels, gpu_results, kernel_cases, kernel_providers
 from bench.device_timing import DeviceTimer, rounds_within, spread
-from bench.gpu_results import Row, markdown, verdicts, write_results
+from bench.gpu.sources import ROOT
+from bench.gpu_results import OUT, ROWS, SECONDS, Row, kept_rows, markdown, verdicts, write_results
 from bench.kernel_cases import Case
 from bench.kernel_inputs import LAYOUTS, model_tensors, plain_layout
+from bench.kernel_operations import all_cases
 
 CPU = torch.device("cpu")
 ABOUT = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
@@ -239,6 +245,82 @@ def test_what_begins_after_the_deadline_is_not_measured(monkeypatch):
             FakeBenchmark(), monkeypatch, results, ABOUT, toy_case(mine=None), "mine"
         )
     assert results.rows[0].note.startswith("not measured")
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_kernels_come_first_and_what_compiles_last(rehearsal):
+    items = bench_kernels.in_turn(all_cases(rehearsal=rehearsal))
+    kinds = "".join(
+        "k" if name.startswith("triton") else "c" if name.startswith("compile") else "r"
+        for _, name in items
+    )
+    assert re.fullmatch("k+r+c+", kinds)
+    # Among rivals those of the model's selection are the slow ones.
+    for kind in "krc":
+        models = [
+            case.operation in ("mask", "update", "update+ema")
+            for (case, _), other in zip(items, kinds, strict=True)
+            if other == kind
+        ]
+        assert models == sorted(models) and not models[0] and models[-1]
+
+
+def test_the_caller_says_where_results_go_and_in_what_time(tmp_path):
+    script = (
+        "from bench import bench_kernels, gpu_results; "
+        "print(gpu_results.FOLDER, bench_kernels.DEADLINE)"
+    )
+    for named, folder, seconds in (
+        ({}, gpu_results.__file__.replace("gpu_results.py", "results"), "400.0"),
+        ({OUT: str(tmp_path), SECONDS: "7"}, str(tmp_path), "7.0"),
+    ):
+        environment = {k: v for k, v in os.environ.items() if k not in (OUT, SECONDS)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env={**environment, **named},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.split() == [folder, seconds]
+
+
+def test_each_row_is_kept_for_a_caller_and_a_cut_one_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_results, "FOLDER", tmp_path)
+    results, missing = bench_kernels.Results(1e9), row("numpy", None, note="FAILED: x")
+    results.add(row("triton", 120), ABOUT, [1e-4, 2e-4])
+    assert kept_rows(tmp_path) == []
+    monkeypatch.setenv(OUT, str(tmp_path))
+    results.add(row("triton", 120), ABOUT, [1e-4, 2e-4])
+    results.add(missing, ABOUT)
+    with (tmp_path / ROWS).open("a") as file:
+        file.write('{"row": {"operation": "upd')
+    (first, times), (second, none) = kept_rows(tmp_path)
+    assert times == (1e-4, 2e-4) and first.of_floor == pytest.approx(1.2)
+    assert (second, none) == (missing, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("no file '/data/someone/a b/x.so': none", "no file 'a b/x.so': none"),
+        ("in /tmp/torchinductor_me/ab/cd.py, line 3", "in cd.py, line 3"),
+        ("see https://pytorch.org/docs/x.html", "see https://pytorch.org/docs/x.html"),
+        ("tests/engine: 3 images/s of ~/runs/a", "tests/engine: 3 images/s of ~/runs/a"),
+        ('File "/lib/a.py"', 'File "a.py"'),
+    ],
+)
+def test_folders_of_a_machine_are_cut(text, wanted):
+    assert gpu_results.without_folders(text) == wanted
+
+
+def test_a_failures_note_names_no_folder(monkeypatch):
+    def broken(x):
+        raise RuntimeError("cannot open /data/someone/libx.so")
+
+    results = bench_kernels.Results(1e9)
+    with pytest.raises(RuntimeError):
+        bench_kernels.bench_kernel(
+            FakeBenchmark(), monkeypatch, results, ABOUT, toy_case(mine=broken), "mine"
+        )
+    assert results.rows[0].note == "FAILED: cannot open libx.so"
 
 
 # Times.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import subprocess
@@ -95,6 +96,9 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if plan.on_gpu and plan.device.index is not None:
+        # Streams, events and graphs are those of the current GPU.
+        torch.cuda.set_device(plan.device)
     try:
         require_green_tests(plan)
     except RedTestsError as error:
@@ -107,7 +111,9 @@ def main(arguments: Sequence[str]) -> int:
     plan = plan_of(options, arguments)
     parts = parts_of(options.part)
     try:
-        return run_part(parts[0], plan) if len(parts) == 1 else run_parts(parts, plan)
+        if len(parts) == 1:
+            return run_part(parts[0], plan)
+        return run_parts(parts, plan, folder=options.out or Path(os.path.relpath(plan.out)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -204,12 +210,19 @@ def run_part(part: str, plan: Plan) -> int:
     return 1 if record.failed else 0
 
 
-def run_parts(parts: Sequence[str], plan: Plan) -> int:
-    """Measure each part in a process of its own, so that none suffers from one before it."""
+def run_parts(parts: Sequence[str], plan: Plan, *, folder: Path) -> int:
+    """Measure each part in a process of its own, so that none suffers from one before it.
+
+    Args:
+        parts: which.
+        plan: what was asked for.
+        folder: of the results, as typed: each part's record says what it was called with, and the
+            folders of this machine are nobody else's business.
+    """
     failed = []
     for part in parts:
         command = [
-            *(sys.executable, "-m", "bench.gpu", "--part", part, "--out", str(plan.out)),
+            *(sys.executable, "-m", "bench.gpu", "--part", part, "--out", str(folder)),
             *("--device", str(plan.device), "--seconds-per-part", f"{plan.seconds:g}"),
             *(("--tiny",) if plan.tiny else ()),
         ]

@@ -52,6 +52,10 @@ class WrongEngineError(Exception):
     """A run has another engine than the one that was asked for, or not all of its features."""
 
 
+class CompiledLateError(Exception):
+    """A step that is timed had something to compile, as if it were another than those before."""
+
+
 @dataclass
 class Work:
     """What is timed.
@@ -110,15 +114,57 @@ def build(case: Case, plan: Plan, loader: Loader) -> Work:
         return Work(lambda: next_step(run, x, y), lambda: check_run(run, case))
     graphs = case.engine == "eager+reduce-overhead"
     compile_networks(run, plan, graphs=graphs)
+    step = CompiledStep(lambda: next_step(run, x, y), compiling=plan.sizes.warmups, graphs=graphs)
+    return Work(step, lambda: check_run(run, case))
 
-    def step() -> None:
-        with compiler_settings():
-            if graphs:
+
+@dataclass
+class CompiledStep:
+    """A step of networks that torch compiles when they are first called.
+
+    The settings of the compiler take longer to set than some kernels to run, so they are set for
+    the first steps alone, in which all is compiled. A later step that finds something to compile
+    may go on uncompiled, and an error says so.
+
+    Attributes:
+        take: takes the step.
+        compiling: how many steps may compile.
+        graphs: whether compiled parts are replayed as CUDA graphs, which asks in each step whether
+            one had to go without.
+        taken: steps so far.
+    """
+
+    take: Callable[[], Any]
+    compiling: int
+    graphs: bool
+    taken: int = 0
+
+    def __call__(self) -> None:
+        """Take a step.
+
+        Raises:
+            CompiledLateError: if it found something to compile after the first steps.
+        """
+        settled, before = self.taken >= self.compiling, compilations()
+        with kept_buffers() if settled and not self.graphs else compiler_settings():
+            if self.graphs:
                 # What a step's passes return lives until its end, in the graphs' memory.
                 torch.compiler.cudagraph_mark_step_begin()
-            next_step(run, x, y)
+            self.take()
+        self.taken += 1
+        if settled and compilations() > before:
+            raise CompiledLateError(f"step {self.taken} had something to compile")
 
-    return Work(step, lambda: check_run(run, case))
+
+def compilations() -> int:
+    """Return how often torch was about to compile in this process, whether it then did or not.
+
+    Beyond its limit of compilations it does not, and goes on uncompiled.
+    """
+    # The compiler takes seconds to import, as in the functions below.
+    from torch._dynamo.utils import counters
+
+    return counters["frames"]["total"]
 
 
 def _authors(case: Case, plan: Plan, x: Tensor, y: Tensor) -> Work:
@@ -180,17 +226,33 @@ def compiler_settings() -> Iterator[None]:
     eight; beyond a limit it would silently go on without, as it would where it can take no CUDA
     graph.
     """
-    # The compiler takes seconds to import.
     from torch._dynamo import config as dynamo_config
-    from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
 
     with (
         inductor_config.patch({"triton.cudagraph_or_error": True}),
         dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
-        functorch_config.patch(donated_buffer=False),
+        kept_buffers(),
     ):
         yield
+
+
+@contextmanager
+def kept_buffers() -> Iterator[None]:
+    """Have compiled backward passes give away no buffers.
+
+    They ask for that whenever they run, not only when they are compiled: one from torch's cache
+    refuses to go back twice where it was compiled for a step that goes back once.
+    """
+    from torch._functorch import config as functorch_config
+
+    # Plain assignments, as `patch` would take some of the time of the steps that are timed.
+    former = functorch_config.donated_buffer
+    functorch_config.donated_buffer = False
+    try:
+        yield
+    finally:
+        functorch_config.donated_buffer = former
 
 
 def check_run(run: Run, case: Case) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
-from pathlib import Path
-from typing import Any
 
+from bench import gpu_results
 from bench.gpu.plan import Plan
-from bench.gpu.record import Record, Row, Status
+from bench.gpu.record import Record, Row
+from bench.gpu.sources import ROOT
+from bench.gpu_results import FAILED, OUT, ROWS, SECONDS, kept_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = "bench/bench_kernels.py"
 # Enough of a rehearsal: the whole takes minutes under Triton's interpreter.
 REHEARSED = "mask and (numpy or sort)"
-
-# What pytest's report calls what did not pass.
-OUTCOMES: dict[str, Status] = {"failure": "failed", "error": "failed", "skipped": "left out"}
+# Of the part's time, in which rows may begin: pytest's start comes before, and the last row, which
+# may compile for a minute, ends after.
+BEGINNING = 0.7
+# What pytest returns where a test failed.
+RED = 1
 
 COLUMNS = (
     ("bytes_per_second", "GB/s", 1e-9),
@@ -32,59 +33,61 @@ each provider by itself. GB/s counts the bytes that any implementation has to mo
 
 
 def measure_kernels(plan: Plan, record: Record) -> None:
-    """Run the kernel benchmark and keep its figures."""
+    """Run the kernel benchmark and keep its figures, also those of one that has to be ended."""
     record.columns, record.text = COLUMNS, TEXT
-    report, figures = (plan.out / f"kernels-pytest.{ending}" for ending in ("xml", "json"))
-    for path in (report, figures):
-        path.unlink(missing_ok=True)
+    kept = plan.out / ROWS
+    kept.unlink(missing_ok=True)
+    code: int | None = None
+    try:
+        code = run_benchmark(plan)
+    finally:
+        # Also after Ctrl-C: what was measured is worth keeping.
+        for row, times in kept_rows(plan.out):
+            record.add(row_of(row, times))
+        kept.unlink(missing_ok=True)
+    if code is None:
+        problem = f"not done in {plan.seconds:.0f} s, with {len(record.rows)} rows at their end"
+    elif code and not (code == RED and record.failed):
+        problem = f"pytest ended with {code}"
+    else:
+        return
+    record.add(Row({"operation": "all"}, "failed", problem))
+
+
+def run_benchmark(plan: Plan) -> int | None:
+    """Return the exit code of the kernel benchmark; None where it had to be ended."""
     command = [
         *(sys.executable, "-m", "pytest", BENCHMARK, "--benchmark-only", "-q"),
-        *("-p", "no:cacheprovider", f"--junitxml={report}", f"--benchmark-json={figures}"),
+        *("-p", "no:cacheprovider"),
         *(("-k", REHEARSED) if plan.tiny else ()),
     ]
+    asked = {OUT: str(plan.out), SECONDS: f"{BEGINNING * plan.left:.0f}"}
     try:
-        subprocess.run(command, cwd=ROOT, timeout=plan.left, check=False)
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **asked}, timeout=plan.left, check=False
+        ).returncode
     except subprocess.TimeoutExpired:
-        record.add(Row({"operation": "all"}, "failed", f"not done in {plan.seconds:.0f} s"))
-        return
-    add_rows(record, report, figures)
+        return None
 
 
-def add_rows(record: Record, report: Path, figures: Path) -> None:
-    """Add a row per benchmark of pytest's report, with its figures where it passed."""
-    if not report.exists():
-        record.add(Row({"operation": "all"}, "failed", "pytest wrote no report"))
-        return
-    found = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
-    measured = {each["name"]: each for each in found.get("benchmarks", ())}
-    cases = list(ET.parse(report).getroot().iter("testcase"))
-    for case in cases:
-        record.add(_row(case, measured.get(case.get("name", ""))))
-    if not cases:
-        record.add(Row({"operation": "all"}, "failed", "pytest found no benchmark"))
+def row_of(row: gpu_results.Row, times: tuple[float, ...]) -> Row:
+    """Return the row of this benchmark for one of the kernel benchmark.
 
-
-def _row(case: ET.Element, figures: dict[str, Any] | None) -> Row:
-    name = case.get("name", "").removeprefix("bench_kernel[").removesuffix("]")
-    for kind, status in OUTCOMES.items():
-        problem = case.find(kind)
-        if problem is not None:
-            first = (problem.get("message") or kind).splitlines()[0]
-            return Row({"kernel": name}, status, first)
-    if figures is None:
-        return Row({"kernel": name}, "failed", "passed, but pytest-benchmark has no figures of it")
-    extra = figures["extra_info"]
-    operation, shapes = figures["group"].split(", ", 1)
+    Args:
+        row: from there.
+        times: all of its cold times in seconds; none where it was not measured.
+    """
+    key: dict[str, str | int] = {
+        "operation": row.operation, "shapes": row.shapes, "provider": row.provider,
+    }  # fmt: skip
+    if row.seconds is None:
+        return Row(key, "failed" if row.note.startswith(FAILED) else "left out", row.note)
     return Row(
-        {
-            "operation": operation,
-            "shapes": shapes,
-            "provider": name.removeprefix(f"{operation}-{shapes}-"),
-        },
-        note=extra["note"],
-        rounds=tuple(figures["stats"]["data"]),
+        key,
+        note=row.note,
+        rounds=times,
         figures={
-            "times_floor": extra["times_floor"],
-            "bytes_per_second": extra["gigabytes_per_s"] * 1e9,
+            "times_floor": row.of_floor,
+            "bytes_per_second": row.floor_bytes / row.seconds,
         },
     )

@@ -115,7 +115,7 @@ class Plan:
         tiny: whether shapes are tiny, so that figures say nothing about speed.
         seconds: that a part may take.
         out: folder of the results.
-        command: as it was typed.
+        command: as it was typed; for one of several parts, that part's, with paths as typed.
         started: reading of ``time.monotonic`` at the start.
     """
 

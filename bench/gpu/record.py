@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from bench.device_timing import spread
 from bench.gpu.plan import Plan
 from bench.gpu.sources import CODE, ROOT, digest_of
+from bench.gpu_results import without_folders
 from cure_fast.environment import environment
 from cure_fast.files import replacing, write_json
 
@@ -91,7 +92,8 @@ class Record:
         return [row for row in self.rows if row.status == "failed"]
 
     def add(self, row: Row) -> None:
-        """Keep a row and say so."""
+        """Keep a row and say so; its note names no folder of this machine."""
+        row = replace(row, note=without_folders(row.note))
         self.rows.append(row)
         said = f"{1e3 * row.median:,.3f} ms" if row.rounds else f"{row.status}: {row.note}"
         print(f"{self.part}: {row.name}: {said}", flush=True)

@@ -41,7 +41,8 @@ matrix products in bf16; its share counts the passes over the network that the m
 least (natural 3, PGD-AT 23, TRADES 27, CURE 33 at 10 attack steps), whatever an engine computes.\
 """
 ENGINES_TEXT = """
-*fast* and *eager* are this project's engines, the latter plain PyTorch under autocast.
+*fast* and *eager* are this project's engines, the latter plain PyTorch under autocast but for the
+kernels of the attack's step, selection, mask and averages, which it shares with *fast*.
 *eager+compile* is the eager engine with torch.compile in its default mode for each network;
 *eager+reduce-overhead* has that mode instead, which replays the compiled parts as CUDA graphs, and
 is measured for CURE alone. *authors* computes as the public code does: float32 with TF32
