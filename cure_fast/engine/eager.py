@@ -38,7 +38,6 @@ class Engine:
         name: as ``--engine`` takes it.
         skip: 0-d bool tensor that tells whether the step under way moves nothing, where that is
             decided on the device; None where only finite steps come as far as the policies.
-        selectors: memory and tables of the eager engine's selections, kept from step to step.
     """
 
     name = "eager"
@@ -48,7 +47,7 @@ class Engine:
         self.reason = reason
         self.skip: Tensor | None = None
         # A GPU's host would spend some milliseconds a step, by estimate, on building tables anew.
-        self.selectors = Selectors(fused=True)
+        self._selectors = Selectors(fused=True)
         self._masked = ChangingList()
 
     @property
@@ -87,7 +86,7 @@ class Engine:
 
     def forget(self) -> None:
         """Give up what was prepared for the run's tensors, as they are replaced."""
-        self.selectors, self._masked = Selectors(fused=True), ChangingList()
+        self._selectors, self._masked = Selectors(fused=True), ChangingList()
 
     def backward(
         self, total: Tensor, further: Mapping[str, Tensor], parameters: Sequence[Tensor]
@@ -110,6 +109,11 @@ class Engine:
             )
             run.add_gradients(name, list(grads))
         run.scale(total).backward()
+
+    @property
+    def selectors(self) -> Selectors:
+        """Memory and tables of the selections, kept from step to step."""
+        return self._selectors
 
     def select(
         self,

@@ -26,7 +26,6 @@ from torch import Tensor
 from cure_fast.config import EngineFeature
 from cure_fast.console import warn
 from cure_fast.kernels import Selection
-from cure_fast.kernels.rgp import Score
 from cure_fast.memory import is_out_of_memory
 from cure_fast.method import Terms
 from cure_fast.step import no_memory_for_update
@@ -36,6 +35,7 @@ from .eager import Engine
 from .graph import CapturedStep
 from .passes import UnsupportedLossError
 from .prepared import Prepared
+from .selector import Selectors
 
 if TYPE_CHECKING:
     from cure_fast.trainer import Run
@@ -211,20 +211,10 @@ class FastEngine(Engine):
         """Add the gradients of all losses in one way back; see :meth:`Engine.backward`."""
         self.prepare().backward(total, further, parameters)
 
-    def select(
-        self,
-        parameters: Sequence[Tensor],
-        natural: Sequence[Tensor],
-        adversarial: Sequence[Tensor],
-        *,
-        percentile: float,
-        alpha: float,
-        score: Score,
-    ) -> Selection:
-        """Return which weights may move, in memory that the next call overwrites."""
-        return self.prepare().update.select(
-            parameters, natural, adversarial, percentile=percentile, alpha=alpha, score=score
-        )
+    @property
+    def selectors(self) -> Selectors:
+        """Memory and tables of the selections, which the captured steps use."""
+        return self.prepare().update.selectors
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the update mask by ``selection``; ``.grad`` stays as it is."""

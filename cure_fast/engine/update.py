@@ -12,7 +12,7 @@ from cure_fast.config import OptimConfig
 from cure_fast.kernels import TensorList, masked_sgd_
 from cure_fast.kernels.changing import ChangingList
 from cure_fast.kernels.layout import memory_order
-from cure_fast.kernels.rgp import Score, Selection
+from cure_fast.kernels.rgp import Selection
 from cure_fast.kernels.update import masked_sgd_ref
 
 from .selector import Selectors
@@ -57,21 +57,6 @@ class Update:
         self.selectors = Selectors(fused=fused)
         self.parts: dict[object, list[Part]] = {}
         self.masked: tuple[Sequence[Tensor], Selection] | None = None
-
-    def select(
-        self,
-        parameters: Sequence[Tensor],
-        natural: Sequence[Tensor],
-        adversarial: Sequence[Tensor],
-        *,
-        percentile: float,
-        alpha: float,
-        score: Score,
-    ) -> Selection:
-        """Return which weights may move; see :meth:`cure_fast.engine.Engine.select`."""
-        return self.selectors.select(
-            parameters, natural, adversarial, percentile=percentile, alpha=alpha, score=score
-        )
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the next :meth:`apply` mask these parameters by ``selection``."""
