@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cure_fast.errors import InputError, StoppedError
 from cure_fast.files import user_path
 from cure_fast.loaders import Loader
 from cure_fast.methods import find_method
-from cure_fast.models import MODELS, ImageClassifier
+from cure_fast.models import ImageClassifier
 from cure_fast.results import evaluate_run, print_results
 from cure_fast.runs import (
     check_device,
@@ -69,11 +68,7 @@ def train(
         again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
-    with (
-        stop.orderly(),
-        own_folder(config, resume=resume) as folder,
-        careful_convolutions(data, config, device),
-    ):
+    with stop.orderly(), own_folder(config, resume=resume) as folder:
         begin = record_when_sure(folder, config, loader.reason, device, changes)
         stage = Stage("train", config, data, folder, device, stop, begin)
         try:
@@ -191,25 +186,3 @@ def check_model(config: Config) -> None:
     """Raise ``InputError`` for a model that cannot be built, before any data is read."""
     with torch.device("meta"):
         new_model(config, num_classes=2)
-
-
-@contextmanager
-def careful_convolutions(data: Data, config: Config, device: torch.device) -> Iterator[None]:
-    """Switch oneDNN off where its weight gradients were seen to corrupt memory.
-
-    Convolutions with fewer than ten channels on images above 40 pixels crashed with torch 2.11 on
-    a CPU with AVX-512, and never without oneDNN (docs/log.md).
-    """
-    size = data.train.images.shape[1]
-    width = MODELS[config.model.model].default_width
-    width = config.model.width if config.model.width is not None else width
-    wide = config.model.model.startswith("wrn")
-    risky = device.type == "cpu" and size > 40 and width < 16 and not wide
-    if risky:
-        say(f"oneDNN is off: it is not safe for width {width} on {size}-pixel images; slower")
-    former = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = former and not risky
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = former

@@ -18,7 +18,7 @@ from cure_fast.loaders import Loader
 from cure_fast.log import RunLog
 from cure_fast.method import Method, Policy, Terms
 from cure_fast.methods import find_method
-from cure_fast.models import ImageClassifier
+from cure_fast.models import ImageClassifier, protect_pointwise
 from cure_fast.progress import track
 from cure_fast.random_state import random_state, restore_random_state
 from cure_fast.schedules import lr_at
@@ -213,6 +213,8 @@ class Run:
 def build_run(config: Config, model: ImageClassifier, loader: Loader, device: torch.device) -> Run:
     """Return a run at its first step: optimiser, random sources, further networks and policies."""
     model.train()
+    # A network of the user's own has not come through build_model.
+    protect_pointwise(model)
     fp16 = model.compute_dtype is torch.float16
     run = Run(
         config=config,

@@ -9,12 +9,13 @@ import math
 import operator
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from cure_fast.models import ImageClassifier
+from cure_fast.models import ImageClassifier, thin_first
 
 from .tape_base import (
     Ask,
@@ -45,6 +46,7 @@ class Convolution(Layer):
         self.names = names_of(name, module)
         self.geometry = (module.stride, module.padding, module.dilation)
         self.groups = module.groups
+        self.thin = thin_first(module)
 
     def forward(
         self, weights: Mapping[str, Tensor], parts: int, *inputs: Tensor
@@ -52,7 +54,8 @@ class Convolution(Layer):
         """Return features [N, O, H', W'] of features [N, I, H, W]."""
         (x,) = inputs
         weight, bias = tensors_of(weights, self.names)
-        y = F.conv2d(x, weight, bias, *self.geometry, self.groups)
+        read, geometry = self._read(x)
+        y = F.conv2d(read, weight, bias, *geometry, self.groups)
         return y, partial(self._backward, x, weight)
 
     def _backward(self, x: Tensor, weight: Tensor, gradient: Stack, ask: Ask) -> Stack | None:
@@ -73,9 +76,20 @@ class Convolution(Layer):
         self, rows: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [len(weight)] if len(self.names) > 1 else None
-        return aten.convolution_backward(
-            rows, x, weight, sizes, *self.geometry, False, (0, 0), self.groups, mask
+        read, geometry = self._read(x)
+        to_input, *others = aten.convolution_backward(
+            rows, read, weight, sizes, *geometry, False, (0, 0), self.groups, mask
         )
+        if mask[0] and self.thin is not None and read is not x:
+            to_read, to_input = to_input, torch.zeros_like(x)
+            self.thin.thinned(to_input).copy_(to_read)
+        return to_input, *others
+
+    def _read(self, x: Tensor) -> tuple[Tensor, tuple[Any, Any, Any]]:
+        """Return what the convolution reads of its input, and its geometry there."""
+        if self.thin is None or x.device.type != "cpu":
+            return x, self.geometry
+        return self.thin.thinned(x), ((1, 1), self.geometry[1], self.geometry[2])
 
 
 class Linear(Layer):

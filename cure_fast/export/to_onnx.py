@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import warnings
@@ -16,6 +17,7 @@ from cure_fast.errors import InputError
 from cure_fast.export.source import Source, describe
 from cure_fast.export.verify import check_equal
 from cure_fast.files import replacing
+from cure_fast.models import restore_pointwise
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -44,11 +46,13 @@ def export_onnx(source: Source, images: Tensor, out: Path) -> float:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx
 
+    model = copy.deepcopy(source.model)
+    restore_pointwise(model)
     with warnings.catch_warnings():
         # Of torch's exporter to itself; users can do nothing about them.
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.onnx.export(
-            source.model,
+            model,
             (images[:2],),
             dynamo=True,
             verbose=False,

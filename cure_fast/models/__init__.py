@@ -13,6 +13,7 @@ import torch
 from cure_fast.errors import InputError
 
 from .base import ImageClassifier, Normalize, block_first_convs
+from .pointwise import protect_pointwise, restore_pointwise, thin_first
 from .preact_resnet import PreActResNet
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .wide_resnet import WideResNet
@@ -24,6 +25,9 @@ __all__ = [
     "Normalize",
     "block_first_convs",
     "build_model",
+    "protect_pointwise",
+    "restore_pointwise",
+    "thin_first",
 ]
 
 
@@ -120,6 +124,7 @@ def build_model(
     model = info.build(num_classes=num_classes, width=width, **choice)
     if normalize is not None:
         model.normalize = _normalization(*normalize)
+    protect_pointwise(model)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

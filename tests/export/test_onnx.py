@@ -53,6 +53,16 @@ def test_it_is_one_file_that_describes_itself_and_not_this_machine(exported: Pat
         assert trace.encode() not in content
 
 
+def test_convolutions_keep_their_strides(exported: Path) -> None:
+    import onnx
+
+    nodes = onnx.load(str(exported)).graph.node
+    settings = [setting for node in nodes for setting in node.attribute if node.op_type == "Conv"]
+    strides = [tuple(setting.ints) for setting in settings if setting.name == "strides"]
+    assert strides.count((2, 2)) == 4
+    assert not [node for node in nodes if node.op_type == "Slice"]
+
+
 @pytest.mark.parametrize("absent", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_the_command(
     run: Path, tmp_path: Path, monkeypatch, capsys, absent: str
