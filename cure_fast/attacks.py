@@ -15,19 +15,26 @@ Start = Literal["normal", "uniform", "zero"]
 
 
 def start_point(
-    x: Tensor, *, eps: float, start: Start | Tensor, generator: torch.Generator | None = None
+    x: Tensor,
+    *,
+    eps: float,
+    start: Start | Tensor,
+    clamp_start: bool = True,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return ``x`` plus the first perturbation, inside the eps-ball and [0, 1], without gradient.
+    """Return ``x`` plus the first perturbation, inside the eps-ball, without gradient.
 
     Args:
         x: images [N, C, H, W] in [0, 1].
         eps: radius of the L-inf ball in pixel units.
         start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball,
             ``zero`` adds nothing; a tensor shaped as ``x`` is the perturbation itself.
+        clamp_start: whether the result is clamped to [0, 1].
         generator: source of the noise, on the device of ``x``; None takes torch's default.
     """
     if isinstance(start, Tensor):
-        return (x.detach() + start.clamp(-eps, eps)).clamp_(0, 1)
+        moved = x.detach() + start.clamp(-eps, eps)
+        return moved.clamp_(0, 1) if clamp_start else moved
     if start == "zero":
         return x.detach().clone(memory_format=torch.preserve_format)
     noise = torch.empty_like(x)
@@ -35,7 +42,8 @@ def start_point(
         noise.normal_(0, NORMAL_START, generator=generator).clamp_(-eps, eps)
     else:
         noise.uniform_(-eps, eps, generator=generator)
-    return noise.add_(x.detach()).clamp_(0, 1)
+    moved = noise.add_(x.detach())
+    return moved.clamp_(0, 1) if clamp_start else moved
 
 
 def pgd(
@@ -47,9 +55,12 @@ def pgd(
     step_size: float,
     steps: int,
     start: Start | Tensor = "uniform",
+    clamp_start: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the last iterate of projected gradient ascent on ``objective(model(x_adv))``.
+
+    It lies inside the eps-ball and [0, 1].
 
     The mode of the model (train or eval) and whether its parameters take gradients are the
     caller's; no ``.grad`` of a parameter is touched.
@@ -63,9 +74,16 @@ def pgd(
         step_size: length of one step in pixel units.
         steps: number of steps; 0 returns the start.
         start: first perturbation; see :func:`start_point`.
+        clamp_start: whether the first gradient too is taken inside [0, 1].
         generator: source of the start's noise.
     """
-    x_adv = start_point(x, eps=eps, start=start, generator=generator)
+    x_adv = start_point(
+        x,
+        eps=eps,
+        start=start,
+        clamp_start=clamp_start or steps == 0,
+        generator=generator,
+    )
     for _ in range(steps):
         with torch.enable_grad():
             leaf = x_adv.requires_grad_()

@@ -110,6 +110,9 @@ class AttackConfig:
     """Number of attack steps, 0 to 1000."""
     start: Literal["normal", "uniform", "zero"] = "normal"
     """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
+    clamp_start: bool = True
+    """Clamp the perturbed images to [0, 1] before the first step too. The public codes of TRADES
+    and CURE take their first gradient where the noise leads, and clamp from the first step on."""
     attack_mode: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics (eval) or the batch's own (train)."""
     attack_ramp: float = 0.0

@@ -154,6 +154,7 @@ class Run:
             step_size=attack.step_size,
             steps=self.attack_steps,
             start=attack.start,
+            clamp_start=attack.clamp_start,
             generator=self.generators["attack"],
         )
 

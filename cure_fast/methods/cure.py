@@ -33,6 +33,7 @@ from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.method import Method, Policy, Terms, backward_total
 from cure_fast.methods import natural
 from cure_fast.methods.conserve import Conserve
+from cure_fast.methods.trades import unclamped_start
 from cure_fast.policies import Revision, revision_rate
 
 if TYPE_CHECKING:
@@ -321,6 +322,7 @@ def _paper(config: Config) -> Config:
 
 
 def _official(config: Config) -> Config:
+    config = unclamped_start(config)
     if config.attack.eps == 8 / 255:
         # The code trains within 0.031 and tests within 8/255.
         config = replace(
@@ -345,7 +347,7 @@ def _efficient(config: Config) -> Config:
 
 
 def _efficient_official(config: Config) -> Config:
-    return _set(_efficient(config), objective="rgp", revision=False)
+    return _set(_efficient(unclamped_start(config)), objective="rgp", revision=False)
 
 
 CURE_PAPER = replace(

@@ -1,20 +1,21 @@
 """TRADES (Zhang et al., ICML 2019, arXiv 1901.08573; official code yaodongyu/TRADES).
 
 L = CE(x, y) + beta * KL(p(x) || p(x')), gradient through both p(x) and p(x').
-The attack raises the same KL. The official code recomputes the logits of x in every attack
-step; the weights do not move meanwhile, so here they are computed once, with equal result.
+The attack raises the same KL, from a start that is not clamped to [0, 1], as in the official code.
+That code recomputes the logits of x in every attack step; the weights do not move meanwhile, so
+here they are computed once, with equal result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cure_fast.checks import check_range
-from cure_fast.config import MethodSettings
+from cure_fast.config import Config, MethodSettings
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.method import Method, Terms
 
@@ -48,6 +49,11 @@ def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
     return {"total": natural_ce + run.settings.beta * kl, "natural_ce": natural_ce, "kl": kl}
 
 
+def unclamped_start(config: Config) -> Config:
+    """Return ``config`` with the attack's start as the noise leads, also outside of [0, 1]."""
+    return replace(config, attack=replace(config.attack, clamp_start=False))
+
+
 TRADES = Method(
     name="trades",
     label="TRADES",
@@ -56,4 +62,5 @@ TRADES = Method(
     settings=TradesSettings(),
     attack=kl_attack,
     loss=loss,
+    preset=unclamped_start,
 )

@@ -50,6 +50,7 @@ DECISIVE = {
         "step_size": "training attack's step size",
         "attack_steps": "training attack's steps",
         "start": "training attack's start",
+        "clamp_start": "clamping of the training attack's start",
         "attack_mode": "BatchNorm in the training attack",
     },
     "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},

@@ -72,10 +72,10 @@ def _losses(config, engine, dtype):
     assert run.engine.name == engine
     real = attacks.start_point
 
-    def start_point(x, *, eps, start, generator):
+    def start_point(x, *, eps, start, clamp_start, generator):
         # In float32, as other dtypes draw other numbers.
         noise = torch.empty(x.shape).uniform_(-eps, eps, generator=generator)
-        return real(x, eps=eps, start=noise.to(x.dtype))
+        return real(x, eps=eps, start=noise.to(x.dtype), clamp_start=clamp_start)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attacks, "start_point", start_point)

@@ -200,7 +200,8 @@ def test_presets_are_the_columns_of_the_table():
 
 def test_percentile_zero_and_gamma_zero_is_trades():
     batches = tiny.tiny_batches(4)
-    cure = tiny.tiny_run("cure", batches=batches, percentile=0, gamma=0, beta=6)
+    attack = {"clamp_start": False}
+    cure = tiny.tiny_run("cure", batches=batches, attack=attack, percentile=0, gamma=0, beta=6)
     trades = tiny.tiny_run("trades", batches=batches, beta=6)
     for x, y in batches:
         train_step(cure, x, y)

@@ -97,7 +97,10 @@ def test_what_does_not_change_the_experiment_is_not_listed(
 def test_another_method_is_named() -> None:
     config = find_recipe("cifar10-resnet18")
     trades = differences(to_dict(select_method(config, "trades")), results())
-    assert trades == ["method TRADES instead of CURE"]
+    assert trades == [
+        "method TRADES instead of CURE",
+        "clamping of the training attack's start off instead of on",
+    ]
     efficient = differences(to_dict(select_method(config, "cure_eff")), results())
     assert efficient == [
         "method CURE_Eff instead of CURE",

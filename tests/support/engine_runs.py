@@ -95,7 +95,10 @@ def make_run(
             **{"engine": engine, "engine_without": tuple(without), "log_every": 1} | (run or {})
         ),
     )
+    given = config.attack.clamp_start
     config = select_method(config, method)
+    # Presets leave the normal start unclamped, whose noise is a hundred times smaller.
+    config = replace(config, attack=replace(config.attack, clamp_start=given))
     if settings:
         config = replace(config, settings=replace(config.settings, **settings))
     if isinstance(model, str):
