@@ -3,7 +3,8 @@
 L = CE(x, y) + beta * KL(p(x) || p(x')), gradient through both p(x) and p(x').
 The attack raises the same KL, from a start that is not clamped to [0, 1], as in the official code.
 That code recomputes the logits of x in every attack step; the weights do not move meanwhile, so
-here they are computed once, with equal result.
+here they are computed once, with equal result. It computes them twice in the loss too, which moves
+BatchNorm's running statistics once more: ``natural_twice``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class TradesSettings(MethodSettings):
 
     beta: float = 6.0
     """Weight of the KL term, 0 or more (paper: 1 and 6); more of it trades natural for robust."""
+    natural_twice: bool = False
+    """Pass the natural images once more, behind the adversarial, for the KL's p(x) (official code).
+    Same loss and gradients, slower; BatchNorm's running statistics count natural images twice."""
 
     def __post_init__(self) -> None:
         check_range(self, "beta", 0)
@@ -45,7 +49,8 @@ def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
     """Return CE(x, y) + beta * KL(p(x) || p(x'))."""
     logits, logits_adv = run.model(x), run.model(x_adv)
     natural_ce = cross_entropy(logits, y).mean()
-    kl = kl_divergence(logits, logits_adv).mean()
+    target = run.model(x) if run.settings.natural_twice else logits
+    kl = kl_divergence(target, logits_adv).mean()
     return {"total": natural_ce + run.settings.beta * kl, "natural_ce": natural_ce, "kl": kl}
 
 
