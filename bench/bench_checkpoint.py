@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from bench.bench_step import BATCH, DEVICE, GPU, MODEL, make_run, random_batch
-from cure_fast.checkpoint import load_checkpoint, save_checkpoint
 from cure_fast.config import Config
-from cure_fast.config_json import to_dict
+from cure_fast.config.values import to_dict
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
-from cure_fast.step import train_step
-from cure_fast.trainer import Run, build_run
+from cure_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from cure_fast.step.train_step import train_step
+from cure_fast.training.trainer import Run, build_run
 
 IMAGES, STEPS_TIMED, WARMUP = 50_000, 5, 2
 

@@ -38,8 +38,8 @@ from bench.gpu_results import (
 from bench.kernel_cases import Case
 from bench.kernel_operations import all_cases
 from bench.kernel_providers import Step
-from cure_fast.environment import environment
 from cure_fast.kernels.dispatch import VARIABLE
+from cure_fast.runs.environment import environment
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

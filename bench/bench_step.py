@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from cure_fast.config import AttackConfig, Config, OptimConfig
-from cure_fast.environment import choose_dtype
 from cure_fast.kernels import ema_update_, rgp_mask_
 from cure_fast.loaders import ImageSet, Loader, make_loader
-from cure_fast.method import attack_mode
 from cure_fast.methods import select_method
-from cure_fast.methods.conserve import maskable_parameters
 from cure_fast.models import build_model
-from cure_fast.step import train_step
-from cure_fast.trainer import Run, build_run
+from cure_fast.models.modes import attack_mode
+from cure_fast.policies.conserve import maskable_parameters
+from cure_fast.runs.environment import choose_dtype
+from cure_fast.step.train_step import train_step
+from cure_fast.training.trainer import Run, build_run
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cure_fast.engine.graph import CapturedStep
-from cure_fast.method import Terms
+from cure_fast.step.method import Terms
 
 R = TypeVar("R")
 # Calls before the capture, in which kernels are compiled and algorithms chosen.

@@ -13,7 +13,7 @@ def main() -> int:
     open_missing_streams()
     try:
         with StopSignals() as stop, stop.at_once():
-            from cure_fast.cli import main as run
+            from cure_fast.cli.main import main as run
 
             code = run()
     except Interrupted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class CureFastError(Exception):
     """Base of the errors below: the command line prints the message alone and exits with `code`."""
@@ -31,3 +33,29 @@ class StoppedError(CureFastError):
     """A signal asked the run to stop; it can be continued with ``--resume``."""
 
     code = 75
+
+
+# What torch's plain RuntimeErrors say: its CPU allocator, CUDA outside of torch's own allocator
+# (streams, pinned memory), and cuBLAS, cuDNN and oneDNN for their workspaces.
+MESSAGES = (
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "could not allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error says that memory ran out, on the GPU or the host.
+
+    Does not import torch: where it is not loaded, no error can come from it.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)

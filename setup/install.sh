@@ -94,7 +94,7 @@ pip_install() {
         -c constraints.txt "$@" >&2
 }
 
-doctor() { "$venv/bin/python" -c "from cure_fast.doctor import *; $1"; }
+doctor() { "$venv/bin/python" -c "from cure_fast.cli.doctor import *; $1"; }
 
 # FFCV has no wheel: it compiles one file against OpenCV and libjpeg-turbo. The distribution's
 # complete OpenCV costs about 320 to 390 MB of download and 45 s on a bare Debian 12 or 13. A

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from cure_fast.cli import main
-from cure_fast.listing import print_all
+from cure_fast.cli.listing import print_all
+from cure_fast.cli.main import main
 from cure_fast.recipes import RECIPES, find_recipe
-from cure_fast.schedules import lr_at
+from cure_fast.training.schedules import lr_at
 
 NAME = "cifar10-resnet18-fast"
 TRAINING_IMAGES = 50_000

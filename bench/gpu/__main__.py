@@ -23,8 +23,8 @@ from bench.gpu.plan import BATCHES, MODELS, STEP_PARTS, Plan
 from bench.gpu.record import Record, Row, describe, reason
 from bench.gpu.steps import measure_steps
 from bench.gpu.summary import write_summary
-from cure_fast.environment import choose_device
 from cure_fast.errors import InputError
+from cure_fast.runs.environment import choose_device
 
 STEPS = dict.fromkeys(STEP_PARTS, measure_steps)
 # In the order of their turn: what targets name comes first.

@@ -16,11 +16,11 @@ from bench.authors import AuthorsSettings, build_authors
 from bench.gpu.plan import LEARNING_RATE, Plan
 from cure_fast.config import AttackConfig, Config, OptimConfig
 from cure_fast.engine.fast import FastEngine
-from cure_fast.environment import choose_dtype
 from cure_fast.loaders import ImageSet, Loader, make_loader
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
-from cure_fast.trainer import Run, build_run, next_step
+from cure_fast.runs.environment import choose_dtype
+from cure_fast.training.trainer import Run, build_run, next_step
 
 COMPILED = ("eager+compile", "eager+reduce-overhead")
 

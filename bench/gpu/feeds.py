@@ -22,7 +22,7 @@ from bench.gpu.robin import Contender, RoundRobin
 from bench.gpu.steps import COLUMNS, TEXT, start, step_figures
 from cure_fast.loaders import Loader
 from cure_fast.loaders.ffcv_reader import ffcv_problem
-from cure_fast.trainer import Run, next_step
+from cure_fast.training.trainer import Run, next_step
 
 MODEL, METHODS = "resnet18", ("natural", "cure")
 FEEDS = ("ffcv", "resident", "static")

@@ -25,8 +25,8 @@ from bench.gpu.plan import Plan
 from bench.gpu.record import TESTED
 from bench.gpu.sources import CODE, ROOT, TESTS, digest_of
 from bench.gpu.summary import read_results, write_summary
-from cure_fast.environment import environment
 from cure_fast.files import write_json
+from cure_fast.runs.environment import environment
 
 # What has to pass, and pytest's words for it, a process each: with ``-m gpu`` kernels are compiled.
 AUTHORS = "tests/test_bench_authors.py"

@@ -14,8 +14,8 @@ from bench.device_timing import spread
 from bench.gpu.plan import Plan
 from bench.gpu.sources import CODE, ROOT, digest_of
 from bench.gpu_results import without_folders
-from cure_fast.environment import environment
 from cure_fast.files import replacing, write_json
+from cure_fast.runs.environment import environment
 
 FORMAT = "cure-fast gpu benchmark 1"
 # How the tests stand that come first.

@@ -21,8 +21,7 @@ from bench.device_timing import rounds_within
 from bench.gpu.engines import BatchCutError, Work
 from bench.gpu.plan import Plan
 from bench.gpu.record import Record, Row, reason
-from cure_fast.errors import MemoryExhaustedError
-from cure_fast.memory import is_out_of_memory
+from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
 
 # Seconds that a contender's turn should take.
 TURN = 0.1

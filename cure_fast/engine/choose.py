@@ -15,7 +15,7 @@ from .fast import FastEngine
 from .trace import UnsupportedNetworkError, reaching, trace
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 def open_engine(run: Run) -> Engine:

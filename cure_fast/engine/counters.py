@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cure_fast.errors import DivergedError
-from cure_fast.method import Terms
+from cure_fast.step.method import Terms
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 class Counters:

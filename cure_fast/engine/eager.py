@@ -15,13 +15,13 @@ from torch import Tensor
 from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.changing import ChangingList
 from cure_fast.kernels.rgp import Score
-from cure_fast.method import Terms
-from cure_fast.step import train_step
+from cure_fast.step.method import Terms
+from cure_fast.step.train_step import train_step
 
 from .selector import Selectors
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 class Engine:

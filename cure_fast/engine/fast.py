@@ -25,10 +25,10 @@ from torch import Tensor
 
 from cure_fast.config import EngineFeature
 from cure_fast.console import warn
+from cure_fast.errors import is_out_of_memory
 from cure_fast.kernels import Selection
-from cure_fast.memory import is_out_of_memory
-from cure_fast.method import Terms
-from cure_fast.step import no_memory_for_update
+from cure_fast.step.method import Terms
+from cure_fast.step.train_step import no_memory_for_update
 
 from .compile import failed_feature
 from .eager import Engine
@@ -38,7 +38,7 @@ from .prepared import Prepared
 from .selector import Selectors
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 # Steps of a kind that are computed before one is captured: libraries choose algorithms in the
 # first, and tables of addresses settle in the second.

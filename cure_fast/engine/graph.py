@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from cure_fast.method import Terms
+from cure_fast.step.method import Terms
 
 
 class CapturedStep:

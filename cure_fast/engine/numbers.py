@@ -11,7 +11,7 @@ from torch import Tensor
 from cure_fast.kernels.tables import is_capturing
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 # Numbers of one run: learning rate, step, and what policies ask for.
 CAPACITY = 64

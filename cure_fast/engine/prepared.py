@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.kernels import TensorList, copy_where_
-from cure_fast.method import Terms, around, attack_mode
 from cure_fast.models import ImageClassifier
-from cure_fast.step import Undo
+from cure_fast.models.modes import attack_mode
+from cure_fast.step.method import Terms, around
+from cure_fast.step.train_step import Undo
 
 from .counters import Counters
 from .folded import FoldedNetwork
@@ -26,7 +27,7 @@ from .update import Update
 from .working import WorkingCopies, WorkingNetwork
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
     from .fast import FastEngine
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from cure_fast.memory import is_out_of_memory
+from cure_fast.errors import is_out_of_memory
 from cure_fast.models import ImageClassifier
 
 from .compile import CompiledPassError, compile_static

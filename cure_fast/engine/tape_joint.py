@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cure_fast.step import Undo
+from cure_fast.step.train_step import Undo
 
 from .passes import Passes
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 # Places of the images among (natural, adversarial), in the order of their passes; empty where they
 # cannot be one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cure_fast.arguments import ExportArgs
+from cure_fast.config.arguments import ExportArgs
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.export.source import Source, read_source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cure_fast.checks import format_pixel
+from cure_fast.config.checks import format_pixel
 from cure_fast.errors import InputError
 from cure_fast.export.source import Source
 from cure_fast.methods import METHODS

@@ -9,11 +9,11 @@ from typing import Any
 
 from cure_fast.config import Config
 from cure_fast.errors import InputError
+from cure_fast.evaluation.results import load_model
 from cure_fast.files import file_hash
 from cure_fast.models import ImageClassifier, Normalize
-from cure_fast.results import load_model
-from cure_fast.runs import load_config
-from cure_fast.weights import WEIGHTS_FILE, read_metadata
+from cure_fast.models.weights import WEIGHTS_FILE, read_metadata
+from cure_fast.runs.folder import load_config
 
 
 @dataclass(frozen=True)

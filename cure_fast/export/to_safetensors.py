@@ -1,4 +1,4 @@
-"""Weights and a description of the model as safetensors, which :mod:`cure_fast.weights` reads."""
+"""Weights and a description of the model as safetensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cure_fast.evaluation.results import load_model
 from cure_fast.export.source import Source, describe
 from cure_fast.export.verify import check_equal
 from cure_fast.files import replacing
-from cure_fast.results import load_model
-from cure_fast.weights import read_metadata, save_weights
+from cure_fast.models.weights import read_metadata, save_weights
 
 
 def export_safetensors(source: Source, images: Tensor, out: Path) -> float:

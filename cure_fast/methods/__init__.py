@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from cure_fast.config import Config
 from cure_fast.errors import InputError
-from cure_fast.method import Method
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.pgd_at import PGD_AT
 from cure_fast.methods.trades import TRADES
+from cure_fast.step.method import Method
 
 METHODS: dict[str, Method] = {
     method.name: method

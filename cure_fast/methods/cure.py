@@ -27,17 +27,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from cure_fast.checks import check, check_literals, check_range
 from cure_fast.config import Config, MethodSettings
+from cure_fast.config.checks import check, check_literals, check_range
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.method import Method, Policy, Terms, backward_total
 from cure_fast.methods import natural
-from cure_fast.methods.conserve import Conserve
 from cure_fast.methods.trades import unclamped_start
-from cure_fast.policies import Revision, revision_rate
+from cure_fast.policies.average import Revision, revision_rate
+from cure_fast.policies.conserve import Conserve
+from cure_fast.step.method import Method, Policy, Terms, backward_total
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 @dataclass(frozen=True, kw_only=True)

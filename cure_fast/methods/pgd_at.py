@@ -8,10 +8,10 @@ from torch import Tensor
 
 from cure_fast.config import MethodSettings
 from cure_fast.losses import cross_entropy
-from cure_fast.method import Method, Terms
+from cure_fast.step.method import Method, Terms
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 def attack(run: Run, x: Tensor, y: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cure_fast.checks import check_range
 from cure_fast.config import Config, MethodSettings
+from cure_fast.config.checks import check_range
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.method import Method, Terms
+from cure_fast.step.method import Method, Terms
 
 if TYPE_CHECKING:
-    from cure_fast.trainer import Run
+    from cure_fast.training.trainer import Run
 
 
 @dataclass(frozen=True, kw_only=True)

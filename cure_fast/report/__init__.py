@@ -19,7 +19,7 @@ def rewrite_report(run_dir: Path) -> Path:
         InputError: if another process runs in the folder, which writes the report itself at its
             end; and as :func:`write_report`.
     """
-    from cure_fast.runs import held
+    from cure_fast.runs.folder import held
 
     # What is no run gets no lock file, and the message that says so.
     if not (run_dir / "config.json").is_file():

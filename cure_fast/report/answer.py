@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cure_fast.checks import format_pixel
+from cure_fast.config.checks import format_pixel
 from cure_fast.report.html import Html, bullets, callout, code, element, join, paragraph
 from cure_fast.report.record import ModelScores, Record, Results, Score
 from cure_fast.report.text import (

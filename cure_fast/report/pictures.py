@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cure_fast.checks import format_pixel
+from cure_fast.config.checks import format_pixel
 from cure_fast.report.examples import Examples
 from cure_fast.report.html import Html, code, element, paragraph, scroll, section
 from cure_fast.report.record import Record

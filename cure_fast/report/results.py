@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cure_fast.checks import format_pixel
+from cure_fast.config.checks import format_pixel
 from cure_fast.report.html import Html, code, element, join, paragraph, section, table
 from cure_fast.report.record import Record, Results, Score
 from cure_fast.report.text import (
@@ -261,7 +261,7 @@ def differences(config: dict[str, Any], results: Results) -> list[str]:
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the recipe for the configuration's data set and model as plain values."""
-    from cure_fast.config_json import to_dict
+    from cure_fast.config.values import to_dict
     from cure_fast.recipes import RECIPES
 
     pair = (config["data"]["data"], config["model"]["model"])

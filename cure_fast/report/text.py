@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cure_fast.checks import format_pixel
+from cure_fast.config.checks import format_pixel
 from cure_fast.report.record import Score
 
 # 97.5 % quantile of the standard normal.

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine_runs as runs
 from cure_fast.engine.working import HALF_LAYERS
 from cure_fast.kernels import TensorList, tables, workspace
-from cure_fast.method import Policy
 from cure_fast.methods import METHODS
-from cure_fast.trainer import next_step
+from cure_fast.step.method import Policy
+from cure_fast.training.trainer import next_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

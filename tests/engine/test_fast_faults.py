@@ -17,7 +17,7 @@ from cure_fast.errors import DivergedError, MemoryExhaustedError
 from cure_fast.kernels import pgd_step_
 from cure_fast.methods import METHODS
 from cure_fast.models import ImageClassifier
-from cure_fast.trainer import next_step
+from cure_fast.training.trainer import next_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_policies_do_before_a_loss_that_is_not_finite_stands(order):
-    """As in the eager engine: see cure_fast/step.py."""
+    """As in the eager engine: see cure_fast/step/train_step.py."""
     both = runs.pair("cure", data=runs.batches(2), **ORDERS[order])
     for place in range(3):
         for run in (both.fast, both.eager):

@@ -15,7 +15,7 @@ import engine_runs as runs
 from cure_fast.engine import fast as fast_engine
 from cure_fast.engine.fast import WARM_UP, FastEngine
 from cure_fast.kernels.layout import memory_order
-from cure_fast.log import read_rows
+from cure_fast.runs.log import read_rows
 from killing import same_end
 from moments import signal_at
 from processes import finish

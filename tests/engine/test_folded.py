@@ -10,7 +10,7 @@ from torch import nn
 
 from cure_fast.engine.folded import FoldedNetwork
 from cure_fast.engine.trace import UnsupportedNetworkError
-from cure_fast.model_state import state_hashes
+from cure_fast.evaluation.model_state import state_hashes
 from cure_fast.models import MODELS, ImageClassifier, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

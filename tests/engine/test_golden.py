@@ -22,7 +22,7 @@ from cure_fast.config import Config
 from cure_fast.methods import METHODS, select_method
 from cure_fast.models import build_model
 from cure_fast.recipes import RECIPES, find_recipe
-from cure_fast.trainer import build_run
+from cure_fast.training.trainer import build_run
 from tiny_step import FixedLoader
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,11 +16,11 @@ import torch
 import engine_runs as runs
 from cure_fast.engine.fast import COMPILED, WARM_UP
 from cure_fast.engine.graph import CapturedStep
+from cure_fast.evaluation.trust import full_precision
 from cure_fast.kernels.ema import flip_coin_ref
 from cure_fast.loaders import ImageSet, make_loader
 from cure_fast.loaders.ffcv_reader import ffcv_problem
-from cure_fast.trainer import Run, next_step
-from cure_fast.trust import full_precision
+from cure_fast.training.trainer import Run, next_step
 from gpu_cases import no_waiting
 
 pytestmark = pytest.mark.gpu

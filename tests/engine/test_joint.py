@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine_runs as runs
+from cure_fast.cli.words import flags_of
 from cure_fast.config import RunConfig
 from cure_fast.engine import tape_joint
 from cure_fast.engine.tape import Tape
 from cure_fast.engine.tape_joint import order_of
-from cure_fast.flags import flags_of
 from cure_fast.losses import cross_entropy, kl_divergence
-from cure_fast.trainer import next_step
+from cure_fast.training.trainer import next_step
 from tape_cases import Counting
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import torch
 import engine_runs as runs
 from cure_fast.engine.selector import Selectors
 from cure_fast.kernels import rgp_select
-from cure_fast.trainer import next_step
+from cure_fast.training.trainer import next_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

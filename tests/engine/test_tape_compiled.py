@@ -16,7 +16,7 @@ from cure_fast.engine.fast import FastEngine
 from cure_fast.engine.tape import Tape
 from cure_fast.engine.tape_compiled import CompiledNetwork, CompiledTape
 from cure_fast.models import ImageClassifier, block_first_convs
-from cure_fast.trainer import next_step
+from cure_fast.training.trainer import next_step
 from tape_cases import (
     BOUND,
     CLASSES,

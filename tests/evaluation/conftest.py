@@ -59,7 +59,7 @@ class ConvNet(nn.Module):
 @pytest.fixture
 def short_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Square stop after 50 of its 5,000 queries, where its strength is not the question."""
-    monkeypatch.setattr("cure_fast.autoattack.SQUARE_QUERIES", 50)
+    monkeypatch.setattr("cure_fast.evaluation.autoattack.SQUARE_QUERIES", 50)
 
 
 @pytest.fixture

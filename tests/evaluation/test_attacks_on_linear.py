@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cure_fast.evaluate import adversarial_examples, evaluate, parse_attack
-from cure_fast.measurement import Measurement, uniform_start
-from cure_fast.trust import Guard
+from cure_fast.config.attack_names import parse_attack
+from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
+from cure_fast.evaluation.measurement import Measurement, uniform_start
+from cure_fast.evaluation.trust import Guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from cure_fast.autoattack import (
+from cure_fast.evaluation.autoattack import (
     attack_batch,
     autoattack_settings,
     note,
     planned_attacks,
     run_autoattack,
 )
-from cure_fast.trust import Guard
+from cure_fast.evaluation.trust import Guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

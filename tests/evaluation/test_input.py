@@ -11,16 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from cure_fast.config.attack_names import ATTACKS, parse_attack
 from cure_fast.errors import CureFastError, DivergedError, InputError
-from cure_fast.evaluate import (
-    ATTACKS,
-    AttackResult,
-    adversarial_examples,
-    evaluate,
-    nrr,
-    parse_attack,
-)
-from cure_fast.trust import check_perturbation
+from cure_fast.evaluation.attack_result import AttackResult, nrr
+from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
+from cure_fast.evaluation.trust import check_perturbation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

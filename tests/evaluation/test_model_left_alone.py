@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cure_fast.errors import CureFastError, InputError, StoppedError
-from cure_fast.evaluate import adversarial_examples, evaluate
-from cure_fast.model_state import Watch, state_hashes
+from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
+from cure_fast.evaluation.model_state import Watch, state_hashes
 from cure_fast.models.base import ImageClassifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,7 +270,7 @@ def test_weights_are_read_only_where_results_are_kept(data, tmp_path, monkeypatc
         read.append(1)
         return state_hashes(model)
 
-    monkeypatch.setattr("cure_fast.model_state.state_hashes", counted)
+    monkeypatch.setattr("cure_fast.evaluation.model_state.state_hashes", counted)
     attacks = ["natural", "pgd2"]
     folder = tmp_path if stored else None
     evaluate(model, images, labels, num_classes=4, attacks=attacks, state_dir=folder, **COMMON)

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cure_fast
-from cure_fast.autoattack import autoattack_settings, run_autoattack
 from cure_fast.errors import InputError, StoppedError
-from cure_fast.evaluate import evaluate
-from cure_fast.evaluation_state import read_state, write_state
-from cure_fast.measurement import Measurement
-from cure_fast.model_state import layers_hash
-from cure_fast.trust import Guard
+from cure_fast.evaluation.autoattack import autoattack_settings, run_autoattack
+from cure_fast.evaluation.evaluate import evaluate
+from cure_fast.evaluation.measurement import Measurement
+from cure_fast.evaluation.model_state import layers_hash
+from cure_fast.evaluation.state import read_state, write_state
+from cure_fast.evaluation.trust import Guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

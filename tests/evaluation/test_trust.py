@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from cure_fast.evaluate import AttackResult, evaluate, trust_warnings
+from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.evaluate import evaluate
+from cure_fast.evaluation.trust import trust_warnings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

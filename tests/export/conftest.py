@@ -10,9 +10,9 @@ from torch import nn
 
 from cure_fast.export.source import Source
 from cure_fast.files import file_hash
-from cure_fast.job import train
 from cure_fast.models import ImageClassifier, build_model
-from cure_fast.weights import save_weights
+from cure_fast.models.weights import save_weights
+from cure_fast.training.job import train
 from tiny_job import tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cure_fast.cli import main
+from cure_fast.cli.main import main
 from cure_fast.errors import InputError
 from cure_fast.export.verify import check_equal, trial_images
 

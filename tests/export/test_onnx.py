@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cure_fast.cli import main
+from cure_fast.cli.main import main
+from cure_fast.evaluation.results import load_model
 from cure_fast.loaders import read_dataset
-from cure_fast.results import load_model
-from cure_fast.weights import read_metadata
+from cure_fast.models.weights import read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cure_fast.cli import main
-from cure_fast.config_json import to_dict
+from cure_fast.cli.main import main
+from cure_fast.config.values import to_dict
 from cure_fast.errors import InputError
 from cure_fast.export import to_robustbench
 from cure_fast.export.source import read_source
 from cure_fast.export.to_robustbench import ARCHITECTURES, TESTED, export_robustbench, find_package
 from cure_fast.files import write_json
 from cure_fast.models import MODELS, build_model
+from cure_fast.models.weights import load_into, read_weights
 from cure_fast.recipes import find_recipe
-from cure_fast.weights import load_into, read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_robustbench = pytest.mark.skipif(

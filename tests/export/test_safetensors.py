@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cure_fast.cli import main
+from cure_fast.cli.main import main
+from cure_fast.evaluation.results import load_model
 from cure_fast.export import to_safetensors
 from cure_fast.export.source import describe
-from cure_fast.results import load_model
-from cure_fast.weights import read_metadata
+from cure_fast.models.weights import read_metadata
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import bad_input
 from bad_input import answer, prepared
 from bad_input_cases import CASES
-from cure_fast.cli import COMMANDS, parameters
-from cure_fast.flag_config import sections
-from cure_fast.flags import alternatives, flags_of
+from cure_fast.cli.configure import sections
+from cure_fast.cli.main import COMMANDS, parameters
+from cure_fast.cli.words import alternatives, flags_of
 from cure_fast.methods import METHODS
 from cure_fast.recipes import find_recipe
 

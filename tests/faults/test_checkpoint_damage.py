@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cure_fast.checkpoint import load_checkpoint, save_checkpoint
-from cure_fast.cli import main
-from cure_fast.config_json import digest
+from cure_fast.cli.main import main
+from cure_fast.config.values import digest
 from cure_fast.errors import InputError
+from cure_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from small_state import is_state, state
 
 RUN = Path(__file__).parent / "data" / "run-format-1"

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cure_fast.checkpoint import (
+from cure_fast.cli.main import main
+from cure_fast.errors import InputError
+from cure_fast.runs.checkpoint import (
     has_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     tidy_checkpoints,
 )
-from cure_fast.cli import main
-from cure_fast.errors import InputError
-from cure_fast.runs import load_config, own_folder
+from cure_fast.runs.folder import load_config, own_folder
 from moments import signal_at_change
 from small_state import is_state, state
 

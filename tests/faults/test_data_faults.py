@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cure_fast.cli import main
-from cure_fast.job import train
-from cure_fast.log import read_rows
+from cure_fast.cli.main import main
+from cure_fast.runs.log import read_rows
+from cure_fast.training.job import train
 from tiny_job import tiny
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from cure_fast.job import set_determinism
+from cure_fast.training.job import set_determinism
 from processes import finish, start
 from tiny_command import differences, tiny_words
 

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import tiny_step
-from cure_fast import saving
-from cure_fast.cli import main
+from cure_fast.cli.main import main
 from cure_fast.engine import eager
 from cure_fast.errors import DivergedError
-from cure_fast.job import train
 from cure_fast.kernels import pgd_step_
-from cure_fast.log import read_rows
 from cure_fast.methods import METHODS
-from cure_fast.stages import advice
-from cure_fast.step import ordinal, train_step
-from cure_fast.weights import read_weights
+from cure_fast.models.weights import read_weights
+from cure_fast.runs.log import read_rows
+from cure_fast.step.train_step import ordinal, train_step
+from cure_fast.training import saving
+from cure_fast.training.job import train
+from cure_fast.training.stages import advice
 from tiny_job import tiny
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import strange
-from cure_fast.log import read_rows
+from cure_fast.runs.log import read_rows
 from environments import QUICK, TINY, check_same, fresh, quick_run
 from processes import finish
 from tiny_job import same_weights
@@ -119,7 +119,7 @@ def test_a_fresh_program_without_any_of_them(plain, tmp_path):
     path = os.pathsep.join([str(site), str(Path(strange.__file__).parent)])
     cache = str(plain.parent / "cache")
     code = (
-        "from cure_fast.cli import main\n"
+        "from cure_fast.cli.main import main\n"
         f"codes = [main({TINY!r} + ['--cache', {cache!r}, '--out', 'run'])]\n"
         "codes += [main(['report', 'run']), main(['list'])]\n"
         "print('codes', codes)\n"

@@ -17,15 +17,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cure_fast.cli import main
-from cure_fast.errors import DivergedError, InputError, MemoryExhaustedError, StoppedError
-from cure_fast.evaluate import adversarial_examples, evaluate
+from cure_fast.cli.main import main
+from cure_fast.errors import (
+    DivergedError,
+    InputError,
+    MemoryExhaustedError,
+    StoppedError,
+    is_out_of_memory,
+)
+from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
+from cure_fast.evaluation.measurement import Measurement
+from cure_fast.evaluation.trust import Guard
 from cure_fast.loaders import read_dataset
-from cure_fast.measurement import Measurement
-from cure_fast.memory import is_out_of_memory
 from cure_fast.models import build_model
-from cure_fast.trust import Guard
-from cure_fast.weights import save_weights
+from cure_fast.models.weights import save_weights
 
 GRADIENT_ATTACKS = ("natural", "fgsm", "pgd5", "cw5")
 COMMON: dict[str, Any] = {
@@ -94,8 +99,8 @@ def net(trained) -> Net:
 @pytest.fixture
 def short_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let AutoAttack's attacks be short where their strength is not the question."""
-    monkeypatch.setattr("cure_fast.autoattack.SQUARE_QUERIES", 10)
-    monkeypatch.setattr("cure_fast.autoattack.TARGET_CLASSES", 1)
+    monkeypatch.setattr("cure_fast.evaluation.autoattack.SQUARE_QUERIES", 10)
+    monkeypatch.setattr("cure_fast.evaluation.autoattack.TARGET_CLASSES", 1)
 
 
 def counts(results) -> dict[str, int]:

@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bad_input import answer, prepared
-from cure_fast.cli import COMMANDS, parameters
-from cure_fast.config_json import to_dict
+from cure_fast.cli.configure import sections
+from cure_fast.cli.main import COMMANDS, parameters
+from cure_fast.cli.words import flag_words, flags_of
+from cure_fast.config.values import to_dict
 from cure_fast.errors import InputError
-from cure_fast.flag_config import sections
-from cure_fast.flags import flag_words, flags_of
 from cure_fast.methods import METHODS, select_method
 from cure_fast.recipes import RECIPES, find_recipe
-from cure_fast.runs import config_from_dict
+from cure_fast.runs.folder import config_from_dict
 
 KINDS = {
     *(type(part) for part in sections(find_recipe("quickstart")).values()),

@@ -14,9 +14,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cure_fast.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
 from cure_fast.errors import InputError
-from cure_fast.runs import load_config
+from cure_fast.runs.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from cure_fast.runs.folder import load_config
 
 FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
 JSON = st.recursive(

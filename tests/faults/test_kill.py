@@ -128,7 +128,7 @@ def test_a_run_killed_after_it_went_on_in_mid_epoch_ends_the_same(tmp_path, meth
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_kill_before_the_configuration_is_written_leaves_a_name_to_use(tmp_path, number):
     """The folder is made and locked by then, but there is nothing yet to resume."""
-    place = ("cure_fast.runs:write_json", "cure_fast.files:flush")[number - 1]
+    place = ("cure_fast.runs.folder:write_json", "cure_fast.files:flush")[number - 1]
     killed = start(tiny_words(), tmp_path, prepare=partial(signal_at, place, 1, signal.SIGKILL))
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "config.json").exists()

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cure_fast import log
 from cure_fast.errors import InputError
-from cure_fast.job import train
-from cure_fast.log import RowWriter, RunLog, read_rows
-from cure_fast.log_sinks import TensorBoard, WandB, new_events, open_sinks, wandb_id
+from cure_fast.runs import log
+from cure_fast.runs.log import RowWriter, RunLog, read_rows
+from cure_fast.runs.sinks import TensorBoard, WandB, new_events, open_sinks, wandb_id
+from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
 
@@ -260,7 +260,7 @@ def test_events_are_read_back_in_order_whatever_the_clock(tmp_path, monkeypatch)
     times = iter([2e9, 1e9, 1e9])
     for start in (0, 2, 4):
         now = next(times)
-        monkeypatch.setattr("cure_fast.log_sinks.time.time", lambda now=now: now)
+        monkeypatch.setattr("cure_fast.runs.sinks.time.time", lambda now=now: now)
         writer = TensorBoard(tmp_path / "events", start, {})
         for step in (start, start + 1):
             writer.scalars(step, {"a": step / 2, "b": float("nan")})

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny_step
-from cure_fast import attacks, memory, step
+from cure_fast import attacks, errors
 from cure_fast.errors import MemoryExhaustedError, StoppedError
-from cure_fast.job import train
 from cure_fast.methods import METHODS
 from cure_fast.signals import StopSignals
-from cure_fast.step import pieces_of, split, train_step
+from cure_fast.step import train_step as step
+from cure_fast.step.train_step import pieces_of, split, train_step
+from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
 
@@ -203,5 +204,5 @@ def test_pieces_are_near_equal_and_never_one_image(count, size):
     ],
 )
 def test_what_counts_as_out_of_memory(error, expected):
-    assert memory.is_out_of_memory(error) is expected
-    assert step.is_out_of_memory is memory.is_out_of_memory
+    assert errors.is_out_of_memory(error) is expected
+    assert step.is_out_of_memory is errors.is_out_of_memory

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cure_fast import job
-from cure_fast.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
-from cure_fast.cli import main
-from cure_fast.environment import environment
+from cure_fast.cli.main import main
 from cure_fast.errors import InputError
 from cure_fast.files import locked
-from cure_fast.log import read_rows
-from cure_fast.runs import check_position, check_same_run, load_config, start_record
-from cure_fast.trainer import Run
-from cure_fast.weights import read_metadata, read_weights
+from cure_fast.models.weights import read_metadata, read_weights
+from cure_fast.runs.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from cure_fast.runs.environment import environment
+from cure_fast.runs.folder import check_position, check_same_run, load_config, start_record
+from cure_fast.runs.log import read_rows
+from cure_fast.training import job
+from cure_fast.training.trainer import Run
 
 # A run of the code that wrote format 1, stopped in the middle of its second epoch of two.
 FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
@@ -117,7 +117,7 @@ def test_another_configuration_is_refused_with_a_diff(run, capsys, flags):
 
 @pytest.mark.parametrize("flags", ["--loader torch", "--limit 5", "--tensorboard", "--workers 1"])
 def test_how_and_what_is_measured_may_change(run, flags):
-    from cure_fast.flag_config import read_config
+    from cure_fast.cli.configure import read_config
 
     config, _ = read_config("run", flags.split(), "x", {})
     assert config != load_config(run) and check_same_run(run, config) == {}

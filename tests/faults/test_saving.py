@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from cure_fast import saving
 from cure_fast.errors import InputError, StoppedError
-from cure_fast.job import train
 from cure_fast.signals import StopSignals
+from cure_fast.training import saving
+from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
 

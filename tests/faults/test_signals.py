@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cure_fast.checkpoint import check_checkpoint
 from cure_fast.files import locked
+from cure_fast.runs.checkpoint import check_checkpoint
 from killing import Unbroken, measure_unbroken, pretraining
 from moments import quick_autoattack, signal_after, signal_and_sleep_at, signal_at
 from processes import Running, finish, start
@@ -31,10 +31,10 @@ PHASES = {
     "pre-training": ("torch.optim:SGD.step", 2, 2, None),
     "training step": ("torch.optim:SGD.step", 5, None, 2),
     "inside the attack": ("cure_fast.attacks:pgd_step_", 3, None, 2),
-    "saving": ("cure_fast.saving:save_checkpoint", 2, None, 4),
-    "validation": ("cure_fast.measurement:Measurement.under_attack", 1, None, 3),
-    "evaluation": ("cure_fast.measurement:Measurement.under_attack", 3, None, 6),
-    "pictures": ("cure_fast.results:attacked_examples", 1, None, 6),
+    "saving": ("cure_fast.training.saving:save_checkpoint", 2, None, 4),
+    "validation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 1, None, 3),
+    "evaluation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 3, None, 6),
+    "pictures": ("cure_fast.evaluation.results:attacked_examples", 1, None, 6),
     "report": ("cure_fast.report:write_report", 1, None, 6),
 }
 

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 import strange
-from cure_fast.cli import main
+from cure_fast.cli.main import main
 from environments import QUICK, check_same, fresh, quick_run
 from processes import finish, start
 
@@ -82,7 +82,7 @@ def test_a_pipe_that_breaks_inside_the_work_is_an_error(monkeypatch, capsys):
     def broken(*_arguments: object, **_settings: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("cure_fast.job.train", broken)
+    monkeypatch.setattr("cure_fast.training.job.train", broken)
     assert main(["train", "quickstart"]) == 2
     assert capsys.readouterr().err.startswith("cure-fast: Broken pipe. A program that was to read")
 

@@ -179,7 +179,7 @@ def test_importing_needs_no_triton_and_starts_nothing():
         "import torch; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
         "RGP([('p', p)], percentile=50, alpha=0.1).mask_([p.detach()], [p.detach()])\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print([m for m in ('triton', 'ffcv', 'cure_fast.trainer') if m in sys.modules])"
+        "print([m for m in ('triton', 'ffcv', 'cure_fast.training.trainer') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -14,8 +14,8 @@ from cure_fast.attacks import pgd, start_point
 from cure_fast.config import Config, OptimConfig
 from cure_fast.methods import METHODS, select_method
 from cure_fast.models import block_first_convs
-from cure_fast.step import train_step
-from cure_fast.trainer import build_run
+from cure_fast.step.train_step import train_step
+from cure_fast.training.trainer import build_run
 
 BLACK = torch.zeros(2, 3, 8, 8)
 

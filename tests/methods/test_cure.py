@@ -12,11 +12,11 @@ import torch
 import numpy_cure as oracle
 import tiny_step as tiny
 from cure_fast.kernels.philox import COIN, philox_uniform
-from cure_fast.method import attack_mode
 from cure_fast.methods import select_method
-from cure_fast.policies import Revision, revision_rate
+from cure_fast.models.modes import attack_mode
+from cure_fast.policies.average import Revision, revision_rate
 from cure_fast.recipes import find_recipe
-from cure_fast.step import train_step
+from cure_fast.step.train_step import train_step
 
 PRESETS = ("cure", "cure_paper", "cure_official", "cure_eff", "cure_eff_official")
 SETTINGS = (

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import tiny_step as tiny
-from cure_fast.method import attack_mode
 from cure_fast.methods import METHODS
 from cure_fast.methods.cure import rate_at
 from cure_fast.models import build_model
-from cure_fast.policies import Revision
-from cure_fast.step import train_step
+from cure_fast.models.modes import attack_mode
+from cure_fast.policies.average import Revision
+from cure_fast.step.train_step import train_step
 
 DECAY = 0.9
 

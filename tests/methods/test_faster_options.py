@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tiny_step
-from cure_fast import attacks, trainer
+from cure_fast import attacks
 from cure_fast.errors import InputError
-from cure_fast.methods.conserve import Conserve
 from cure_fast.methods.cure import CureSettings
 from cure_fast.models import build_model
-from cure_fast.trainer import next_step
+from cure_fast.policies.conserve import Conserve
+from cure_fast.training import trainer
+from cure_fast.training.trainer import next_step
 
 # With neither momentum nor weight decay a masked weight does not move.
 PLAIN = {"momentum": 0.0, "weight_decay": 0.0}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tiny_step as tiny
-from cure_fast.environment import choose_dtype
-from cure_fast.method import Policy
 from cure_fast.methods import METHODS
 from cure_fast.models import build_model
-from cure_fast.step import train_step
+from cure_fast.runs.environment import choose_dtype
+from cure_fast.step.method import Policy
+from cure_fast.step.train_step import train_step
 
 CPU = torch.device("cpu")
 CURE = (

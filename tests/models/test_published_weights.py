@@ -11,7 +11,7 @@ import torch
 from cure_fast.attacks import pgd
 from cure_fast.losses import cross_entropy
 from cure_fast.models import build_model
-from cure_fast.weights import load_into, read_weights
+from cure_fast.models.weights import load_into, read_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cure_fast.errors import InputError
 from cure_fast.models import build_model
-from cure_fast.weights import load_into, read_metadata, read_weights, save_weights
+from cure_fast.models.weights import load_into, read_metadata, read_weights, save_weights
 
 SUFFIXES = (".safetensors", ".pt")
 

@@ -108,9 +108,10 @@ def machine(tmp_path: Path) -> Machine:
     made.put("python3", PYTHON)
     made.put("apt-get", APT)
     package = made.checkout / "cure_fast"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "doctor.py").write_text(DOCTOR, encoding="utf-8")
+    (package / "cli").mkdir(parents=True)
+    for folder in (package, package / "cli"):
+        (folder / "__init__.py").touch()
+    (package / "cli" / "doctor.py").write_text(DOCTOR, encoding="utf-8")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, made.checkout)
     shutil.copytree(ROOT / "setup", made.checkout / "setup")
@@ -316,9 +317,9 @@ def test_two_set_ups_at_once_install_once(machine: Machine) -> None:
 
 def test_the_real_doctor_names_what_is_missing(machine: Machine) -> None:
     """No compiler and no pkg-config on the PATH, and no right to install them."""
-    shutil.copy(ROOT / "cure_fast" / "doctor.py", machine.checkout / "cure_fast")
-    for name in ("__init__", "errors", "versions"):
-        shutil.copy(ROOT / "cure_fast" / f"{name}.py", machine.checkout / "cure_fast")
+    (machine.checkout / "cure_fast" / "runs").mkdir()
+    for name in ("__init__", "errors", "cli/doctor", "runs/__init__", "runs/versions"):
+        shutil.copy(ROOT / f"cure_fast/{name}.py", machine.checkout / f"cure_fast/{name}.py")
     machine.uid = 1000
     code, output, calls = machine.setup()
     assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])

@@ -21,7 +21,7 @@ from cure_fast.config import (
     OptimConfig,
     PretrainConfig,
 )
-from cure_fast.config_json import to_dict
+from cure_fast.config.values import to_dict
 from cure_fast.report import write_report
 
 VOID = {"br", "col", "hr", "img", "link", "meta"}

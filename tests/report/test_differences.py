@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cure_fast.config_json import to_dict
+from cure_fast.config.values import to_dict
 from cure_fast.methods import select_method
 from cure_fast.recipes import PAPER_ROWS, RECIPES, find_recipe
 from cure_fast.report.record import ModelScores, Results, Score

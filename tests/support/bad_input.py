@@ -49,13 +49,13 @@ def no_training() -> Iterator[None]:
 
     opened = datasets._open_torchvision
     stand_ins = {
-        "cure_fast.job.run_stages": reached,
-        "cure_fast.evaluation_job.measure_run": reached,
-        "cure_fast.evaluation_job.attack_model": reached,
+        "cure_fast.training.job.run_stages": reached,
+        "cure_fast.cli.evaluate.measure_run": reached,
+        "cure_fast.cli.evaluate.attack_model": reached,
         "cure_fast.loaders.beton.ensure_beton": reached,
         "cure_fast.export.command._make_folder": reached,
-        "cure_fast.doctor.doctor": lambda: 0,
-        "cure_fast.runs.environment": dict,
+        "cure_fast.cli.doctor.doctor": lambda: 0,
+        "cure_fast.runs.folder.environment": dict,
         "cure_fast.loaders.choose.ffcv_problem": lambda: "FFCV is not installed",
         "cure_fast.loaders.datasets._open_torchvision": offline,
         "cure_fast.loaders.datasets._read_digits": functools.cache(datasets._read_digits),
@@ -74,7 +74,7 @@ def answer(words: list[str], *, as_nobody: bool = False) -> tuple[int | None, st
         words: the command line without the program's name.
         as_nobody: run it as a user without rights where this process is root.
     """
-    from cure_fast.cli import main
+    from cure_fast.cli.main import main
 
     code: Any
     errors = io.StringIO()
@@ -98,10 +98,10 @@ def prepare(folder: Path) -> None:
     """Write the files and folders that the cases name into an empty folder."""
     import torch
 
-    from cure_fast.config_json import to_dict
-    from cure_fast.model_build import build_for_data
+    from cure_fast.config.values import to_dict
+    from cure_fast.models.building import build_for_data
+    from cure_fast.models.weights import save_weights
     from cure_fast.recipes import find_recipe
-    from cure_fast.weights import save_weights
 
     for name in ("empty-folder", "full/kept", "photos/train/cat", "photos/train/dog"):
         (folder / name).mkdir(parents=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cure_fast.config import AttackConfig, Config, OptimConfig, RunConfig
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
-from cure_fast.trainer import Run, build_run, next_step
+from cure_fast.training.trainer import Run, build_run, next_step
 from tiny_step import FixedLoader
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cure_fast.checkpoint import load_checkpoint
+from cure_fast.runs.checkpoint import load_checkpoint
 from processes import Running, finish, start
 from tiny_command import STEPS_PER_EPOCH, checkpoints, differences, tiny_words
 

@@ -109,7 +109,7 @@ def quick_autoattack(signal_number: int | None = None, number: int = 0) -> None:
 
     The real ones take minutes; what is kept between them and taken up again is the real.
     """
-    from cure_fast import autoattack
+    from cure_fast.evaluation import autoattack
 
     def unbroken(guard: Any, attack: str, x: Any, y: Any, settings: Any) -> tuple[Any, Any, list]:
         for _ in range(3):
@@ -118,7 +118,7 @@ def quick_autoattack(signal_number: int | None = None, number: int = 0) -> None:
 
     autoattack.attack_batch = unbroken
     if signal_number is not None:
-        signal_at("cure_fast.autoattack:attack_batch", number, signal_number)
+        signal_at("cure_fast.evaluation.autoattack:attack_batch", number, signal_number)
 
 
 def _find(place: str) -> tuple[Any, str]:

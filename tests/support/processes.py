@@ -42,11 +42,11 @@ import pytest
 # A tiny run takes a second or two; this is what a machine with other work on it may need.
 PATIENCE_S = 240.0
 PRELOADED = (
-    "cure_fast.cli",
-    "cure_fast.job",
-    "cure_fast.evaluation_job",
+    "cure_fast.cli.main",
+    "cure_fast.training.job",
+    "cure_fast.cli.evaluate",
     "cure_fast.report",
-    "cure_fast.listing",
+    "cure_fast.cli.listing",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "pyautoattack",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cure_fast.weights import read_weights
+from cure_fast.models.weights import read_weights
 from tiny_job import stable_rows
 
 # Of the tiny run, in both of its stages.

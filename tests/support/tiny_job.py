@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from cure_fast.log import read_rows
 from cure_fast.methods import select_method
+from cure_fast.models.weights import read_weights
 from cure_fast.recipes import find_recipe
-from cure_fast.weights import read_weights
+from cure_fast.runs.log import read_rows
 
 
 def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):

@@ -11,7 +11,7 @@ from torch import nn
 from cure_fast.config import AttackConfig, Config, OptimConfig
 from cure_fast.methods import select_method
 from cure_fast.models import ImageClassifier
-from cure_fast.trainer import build_run
+from cure_fast.training.trainer import build_run
 
 CHANNELS, HIDDEN, CLASSES = 5, 7, 4
 

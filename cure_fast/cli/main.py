@@ -1,0 +1,390 @@
+"""The command line: ``cure-fast train | eval | report | export | data | list | show | doctor``.
+
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable.
+Heavy imports wait inside the commands, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from cure_fast.cli.words import flag_words, flags_of, read_words
+from cure_fast.config import Config
+from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
+from cure_fast.config.checks import SHOWN, format_pixel, nearest, parse_fraction, shown
+from cure_fast.console import discard, say, tell
+from cure_fast.errors import (
+    CureFastError,
+    InputError,
+    MemoryExhaustedError,
+    StoppedError,
+    is_out_of_memory,
+)
+from cure_fast.signals import Interrupted, StopSignals
+
+HELP = {"-h", "--help"}
+# Commands whose output is all that they do: a reader that has had enough of it is no failure.
+PRINTING = {"list", "show", "doctor"}
+# What to do about an error of the operating system.
+ADVICE = {
+    errno.ENOSPC: "Free some space, or name a folder on another disk.",
+    errno.EDQUOT: "Free some space, or name a folder on another disk.",
+    errno.EACCES: "Name a path that you may use, or change its permissions.",
+    errno.EPERM: "Name a path that you may use, or change its permissions.",
+    errno.EROFS: "Name a folder that can be written to.",
+    errno.EMFILE: "Allow more open files: ulimit -n 4096.",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.EPIPE: "A program that was to read from this one has ended; try again.",
+}
+# A path that no system takes: its beginning is enough of it in a message.
+LONG_WORD = re.compile(r"\S{1000,}")
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable."
+)
+
+
+def registry() -> tyro.constructors.ConstructorRegistry:
+    """Return tyro rules of this project: numbers may be fractions, lists have commas."""
+    rules = tyro.constructors.ConstructorRegistry()
+
+    @rules.primitive_rule
+    def number(info: tyro.constructors.PrimitiveTypeInfo):
+        if info.type is not float:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NUMBER",
+            instance_from_str=lambda words: parse_fraction(words[0]),
+            is_instance=lambda value: isinstance(value, int | float),
+            str_from_instance=lambda value: [show_number(value)],
+        )
+
+    @rules.primitive_rule
+    def commas(info: tyro.constructors.PrimitiveTypeInfo):
+        if get_origin(info.type) is not tuple or get_args(info.type)[-1] is not Ellipsis:
+            return None
+        item = str if get_args(info.type)[0] is str else parse_fraction
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="A,B,...",
+            instance_from_str=lambda words: tuple(
+                item(w) for w in words[0].replace(" ", "").split(",") if w
+            ),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(map(str, value))],
+        )
+
+    return rules
+
+
+def show_number(value: float) -> str:
+    """Return a short text: as a fraction of 255 where the decimals would not end."""
+    return format_pixel(value) if len(f"{value:.9g}") > 8 else f"{value:g}"
+
+
+def show_flags(recipe: str, words: Sequence[str], prog: str) -> NoReturn:
+    """Print the help of ``train`` or ``show``: every field of the configuration is a flag."""
+    from cure_fast.cli.configure import base_config
+    from cure_fast.recipes import RECIPES
+
+    about = inspect.getdoc(RECIPES[recipe]) if recipe in RECIPES else f"The run in {recipe}."
+    tyro.cli(
+        OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
+        default=base_config(recipe, words),
+        args=["--help"],
+        prog=prog,
+        description=f"{about}\n\nEvery field of the configuration is a flag. With train, --resume "
+        "continues the run in --out, or the newest of this recipe, method and seed; --override "
+        f"with it accepts flags that differ from the run's. {EXIT_CODES}",
+        registry=registry(),
+    )
+    sys.exit(0)
+
+
+def train(recipe: Positional[str], resume: bool = False, override: bool = False) -> None:
+    """Train, attack and report. `cure-fast train RECIPE --help` lists all flags.
+
+    Args:
+        recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
+        resume: Continue the run: the one in --out, or the newest of this recipe, method and seed.
+        override: With resume: continue although flags differ from what the run was made with.
+    """
+
+
+def show(recipe: Positional[str]) -> None:
+    """Print the resolved configuration of a recipe; takes the same flags as train.
+
+    Args:
+        recipe: Name of a recipe (see `cure-fast list`), or a run folder.
+    """
+
+
+def evaluate(target: Positional[str], args: OmitArgPrefixes[EvalArgs]) -> None:
+    """Attack the model of a run, or a file of weights, on the test images; always float32.
+
+    Args:
+        target: Run folder, or a file of weights (.safetensors, or a .pt of plain tensors).
+        args: How to attack.
+    """
+    from cure_fast.cli.evaluate import evaluate_file, evaluate_folder
+
+    path = Path(target)
+    if path.is_dir():
+        evaluate_folder(path, args)
+    else:
+        evaluate_file(path, args)
+
+
+def report(run: Positional[str]) -> None:
+    """Write report.html of a run again.
+
+    Args:
+        run: Run folder.
+    """
+    from cure_fast.report import rewrite_report
+
+    say(f"report: {rewrite_report(Path(run))}")
+
+
+def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
+    """Export the model of a run, or a file of weights, for other programs; verified when written.
+
+    Args:
+        target: Run folder, or a .safetensors file that cure-fast wrote.
+        args: Which format, and where to.
+    """
+    from cure_fast.export import export_model
+
+    export_model(Path(target), args)
+
+
+def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> None:
+    """Write the training images of a data set as a checked FFCV file, ahead of training.
+
+    Training reads the file of its own training split: with the same flags as here it finds this
+    one, and with others it writes its own on first use.
+
+    Args:
+        data: Data set: cifar10, cifar100, svhn, digits or folder:PATH.
+        args: Which images, and where to.
+    """
+    from cure_fast.cli.listing import write_data
+
+    write_data(data, args)
+
+
+def list_all() -> None:
+    """List recipes, methods, models, data sets and attacks."""
+    from cure_fast.cli.listing import print_all
+
+    print_all()
+
+
+def doctor() -> None:
+    """Check versions, GPU, Triton and FFCV, and say how to mend what is missing."""
+    from cure_fast.cli.doctor import doctor as check
+
+    sys.exit(check())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "export": export,
+    "data write": data_write,
+    "list": list_all,
+    "show": show,
+    "doctor": doctor,
+}
+
+
+def dispatch(words: Sequence[str]) -> None:
+    """Run the command that ``words`` name.
+
+    Raises:
+        InputError: for an unknown command, or words that it does not take.
+    """
+    if any("\0" in word for word in words):
+        raise InputError("expected words without null characters, got one; leave it out.")
+    if words[0] in HELP:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=["--help"],
+            prog="cure-fast",
+            description="Train image classifiers that stay accurate and resist attacks. "
+            f"Start with `cure-fast train quickstart`. {EXIT_CODES}",
+            registry=registry(),
+        )
+    command, rest = find_command(words)
+    prog = f"cure-fast {command}"
+    named = command in ("train", "show") and rest and not rest[0].startswith("-")
+    if HELP & set(rest):
+        if named:
+            show_flags(rest[0], rest[1:], f"{prog} {rest[0]}")
+        tyro.cli(COMMANDS[command], args=["--help"], prog=prog, registry=registry())
+    if command not in ("train", "show"):
+        COMMANDS[command](*read_arguments(COMMANDS[command], rest, prog))
+        return
+    switches = {name: kind for name, kind in parameters(COMMANDS[command]).items() if kind is bool}
+    # `train --resume RUN` is what one writes who thinks of the switch first.
+    first = [word for word in rest if word in flag_words(switches)] if not named else []
+    rest = [word for word in rest if word not in first] + first
+    if not rest or rest[0].startswith("-"):
+        came = f"got {shown(rest[0])} first" if rest else "got nothing"
+        raise InputError(
+            f"{command}: expected the name of a recipe or a run folder before the flags, {came}, "
+            f"such as: {prog} quickstart. `cure-fast list` shows the recipes."
+        )
+    from cure_fast.cli.configure import read_config
+
+    config, given = read_config(rest[0], rest[1:], f"{prog} {rest[0]}", switches)
+    if command == "show":
+        from cure_fast.cli.listing import print_config
+
+        print_config(config)
+    else:
+        from cure_fast.training.job import train as run_job
+
+        if given.get("override") and not given.get("resume"):
+            raise InputError(
+                "--override: expected --resume with it, got --override alone. "
+                "Add --resume to continue a run, or leave --override out."
+            )
+        run_job(config, **given)
+
+
+def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the command that ``words`` begin with, which may be of two words, and the rest."""
+    for count in (2, 1):
+        if " ".join(words[:count]) in COMMANDS:
+            return " ".join(words[:count]), list(words[count:])
+    longer = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
+    if longer and HELP & set(words[1:]):
+        return longer[0], list(words[1:])
+    if longer:
+        came = shown(words[1]) if len(words) > 1 else "nothing"
+        raise InputError(
+            f"{words[0]}: expected `cure-fast {longer[0]}`, got {came} after {words[0]}. "
+            f"`cure-fast {longer[0]} --help` explains it."
+        )
+    raise InputError(
+        f"expected one of the commands {', '.join(COMMANDS)}, got {shown(words[0])}."
+        f"{nearest(words[0], COMMANDS)} `cure-fast --help` explains them."
+    )
+
+
+def parameters(function: Callable[..., None]) -> dict[str, Any]:
+    """Return the plain type of each parameter of a command by its name."""
+    return {k: v for k, v in get_type_hints(function).items() if k != "return"}
+
+
+def read_arguments(function: Callable[..., None], words: Sequence[str], prog: str) -> list[Any]:
+    """Return what a command is called with: text for each word, and its dataclass of flags.
+
+    Raises:
+        InputError: for words that it does not take, or that are missing.
+    """
+    wanted = parameters(function)
+    names = [name for name, kind in wanted.items() if kind is str]
+    kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
+    try:
+        free, values = read_words(words, flags_of(*kinds))
+        if len(free) != len(names) or not all(map(str.strip, free)):
+            takes = " ".join(name.upper() for name in names) or "no word"
+            came = " ".join(map(shown, free)) or "nothing"
+            raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")
+        return [*free, *(kind(**values) for kind in kinds)]
+    except InputError as error:
+        raise InputError(f"{error} `{prog} --help` explains it.") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    # Read when torch is loaded. By default a waiting OpenMP thread spins for milliseconds and keeps
+    # its core from whoever else computes: see docs/log.md for the measurement.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path that the terminal's character set lacks is printed with escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        # Commands with a state to save catch signals themselves, and poll for them.
+        with StopSignals() as stop, stop.at_once():
+            run_command(words or ["--help"])
+    except CureFastError as error:
+        return fail(error)
+    except Interrupted:
+        return fail(StoppedError("interrupted."))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and only_prints(words):
+            # The reader of our output has gone (`| head`): nothing is left to say.
+            discard(sys.stdout)
+            return 0
+        return fail(InputError(system_message(error)))
+    except Exception as error:
+        if is_out_of_memory(error):
+            return fail(
+                MemoryExhaustedError(
+                    f"{error} Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
+                )
+            )
+        raise
+    return 0
+
+
+def only_prints(words: Sequence[str]) -> bool:
+    """Return whether a command's output is all that it does."""
+    return not words or words[0] in PRINTING or not HELP.isdisjoint(words)
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run the command that ``words`` name, and write what it printed."""
+    try:
+        dispatch(words)
+    except SystemExit:
+        write_out()
+        raise
+    write_out()
+
+
+def write_out() -> None:
+    """Write what standard output still holds, unless its reader has gone: the work is done.
+
+    Raises:
+        OSError: if it cannot be written for another reason.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Else Python would try again at its exit, and answer with a code of its own.
+        discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def fail(error: CureFastError) -> int:
+    """Print the error in a line and return its exit code."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
+    tell(f"cure-fast: {line}")
+    return error.code
+
+
+def system_message(error: OSError) -> str:
+    """Return what the operating system refused, and what to do about it."""
+    path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
+    advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
+    return f"{path}{error.strerror or error}. {advice}"

@@ -1,0 +1,60 @@
+"""Attacks on a finished model by name, as ``--attacks`` takes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cure_fast.config.checks import nearest, shown
+from cure_fast.errors import InputError
+
+# What `attacks` takes, for listings.
+ATTACKS = {
+    "natural": "no attack",
+    "fgsm": "one step of length eps along the sign of the gradient of the cross-entropy",
+    "pgdK": "K steps (1 to 1000) on the cross-entropy, uniform start, last iterate",
+    "cwK": "K steps (1 to 1000) on the margin loss (Carlini, Wagner), uniform start, last iterate",
+    "aa": "AutoAttack, version standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square",
+}
+MAX_STEPS = 1000
+# A wrong name is compared with these.
+EXAMPLES = ("natural", "fgsm", "pgd20", "cw20", "aa")
+
+Family = Literal["natural", "fgsm", "pgd", "cw", "aa"]
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """An attack by name.
+
+    Attributes:
+        name: as the user writes it.
+        family: kind of attack.
+        steps: number of gradient steps; 0 for natural and aa.
+    """
+
+    name: str
+    family: Family
+    steps: int = 0
+
+
+def parse_attack(text: str) -> AttackSpec:
+    """Return the attack that ``text`` names, such as ``pgd20``.
+
+    Raises:
+        InputError: if it names none; the message lists the valid forms.
+    """
+    if text == "natural":
+        return AttackSpec(text, "natural")
+    if text == "fgsm":
+        return AttackSpec(text, "fgsm", 1)
+    if text == "aa":
+        return AttackSpec(text, "aa")
+    found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,3})", text)
+    if found and int(found[2]) <= MAX_STEPS:
+        return AttackSpec(text, "pgd" if found[1] == "pgd" else "cw", int(found[2]))
+    raise InputError(
+        f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to {MAX_STEPS} (such as pgd20), "
+        f"with commas between, got {shown(text)}.{nearest(text, EXAMPLES)}"
+    )

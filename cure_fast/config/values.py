@@ -1,0 +1,73 @@
+"""Configurations as JSON values and back, with every wrong entry refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from cure_fast.config.checks import check, field_types, shown
+from cure_fast.errors import InputError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the dataclass as nested plain dicts, lists, strings and numbers (JSON types)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify a JSON-like mapping, whatever its key order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], **narrow: type) -> T:
+    """Build the dataclass ``kind`` from nested mappings, as :func:`to_dict` writes them.
+
+    Args:
+        kind: dataclass type to build.
+        values: one entry per field; missing fields take their defaults.
+        narrow: for a field annotated with a base class, the subclass to build.
+
+    Raises:
+        InputError: for an unknown key or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"configuration: expected a table for {kind.__name__}, got {values!r}.")
+    hints = {**field_types(kind), **narrow}
+    names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise InputError(
+            f"configuration: unknown {', '.join(map(shown, unknown))} in {kind.__name__}; "
+            f"it has {', '.join(names)}."
+        )
+    return kind(**{name: _convert(name, hints[name], value) for name, value in values.items()})
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
+    """Return the JSON ``value`` as the field type ``hint``, or raise :class:`InputError`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)  # pyright: ignore[reportArgumentType]
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(name, next(a for a in arguments if a is not type(None)), value)
+    if origin is Literal:
+        check(value in arguments, name, value, f"one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        check(isinstance(value, list | tuple), name, value, "a list")
+        return tuple(_convert(name, arguments[0], item) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        check(abs(value) <= sys.float_info.max, name, value, "a number that a float can hold")
+        return float(value)
+    right = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
+    check(right, name, value, f"a value of type {hint.__name__}")
+    return value

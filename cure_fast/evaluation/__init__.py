@@ -1,0 +1,3 @@
+"""Attacks on a finished model, and what they measured."""
+
+from __future__ import annotations

@@ -1,0 +1,351 @@
+"""One model measured on one set of images: what attacks share, and what is kept between calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cure_fast
+from cure_fast.attacks import pgd
+from cure_fast.config.attack_names import AttackSpec
+from cure_fast.console import warn
+from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
+from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.autoattack import Outcome, autoattack_settings, run_autoattack
+from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
+from cure_fast.evaluation.state import read_state, write_state
+from cure_fast.evaluation.trust import (
+    Guard,
+    check_perturbation,
+    find_instability,
+    find_masking,
+)
+from cure_fast.losses import cross_entropy, margin
+from cure_fast.progress import track
+
+# Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
+PROBE_IMAGES = 64
+# Steps that add up to less than this share of eps cannot explore the ball.
+SHORTEST_PATH = 0.9
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """One model on one set of images, and what several attacks share.
+
+    Attributes:
+        batch_size: images per batch, as asked for; AutoAttack's result depends on it.
+        fitting_size: images per batch of everything else, halved whenever memory ran out.
+    """
+
+    guard: Guard
+    images: Tensor
+    labels: Tensor
+    device: torch.device
+    eps: float
+    step_size: float
+    batch_size: int
+    seed: int
+    aa_images: int = 0
+    state_dir: Path | None = None
+    name: str = "model"
+    fitting_size: int = field(init=False)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fitting_size = min(self.batch_size, len(self.images))
+        # Only a result that is kept for later needs the weights themselves.
+        self.watch = Watch(self.guard.model, thorough=self.state_dir is not None)
+
+    def load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [n, C, H, W] in [0, 1] and labels [n], both on the device."""
+        x = self.images[indices].to(self.device).permute(0, 3, 1, 2)
+        scale = 255 if x.dtype == torch.uint8 else 1
+        return x.to(self.guard.dtype) / scale, self.labels[indices].to(self.device)
+
+    def result(self, spec: AttackSpec) -> AttackResult:
+        """Return the stored result of the attack, or run it and store it."""
+        settings = self.settings(spec)
+        count = self.aa_images if spec.family == "aa" else len(self.images)
+        path, identity, state = None, {}, {}
+        if self.state_dir is not None:
+            path = self.state_dir / f"{spec.name}.json"
+            identity = self.identity(spec, settings, count)
+            state = read_state(path, identity)
+        if "result" in state:
+            return AttackResult.from_dict(state["result"])
+
+        def save(*, thorough: bool = True, **part: Any) -> None:
+            self.watch.check(thorough=thorough)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_state(path, {"identity": identity, **part})
+
+        natural, seconds = self.natural
+        warnings = self.instability
+        if spec.family == "aa":
+            outcome = self.under_autoattack(
+                natural[:count],
+                settings,
+                state.get("progress"),
+                # Between the batches of one attack the look that costs nothing has to do.
+                lambda p: save(progress=p, thorough=p["batches"] == 0),
+            )
+            robust, seconds = outcome.robust, outcome.seconds
+            warnings += self.masking + outcome.warnings
+            # For ratios to the natural accuracy, where aa sees a part of the images.
+            settings = settings | {
+                "robust_after": outcome.robust_after,
+                "natural_correct": int(natural[:count].sum()),
+            }
+        elif spec.family == "natural":
+            robust = natural
+        else:
+            started = time.perf_counter()
+            robust = self.under_attack(spec, natural)
+            seconds = time.perf_counter() - started
+            warnings += self.masking + self.step_warnings(spec)
+        result = AttackResult(
+            attack=spec.name,
+            correct=int(robust.sum()),
+            count=count,
+            seconds=seconds,
+            settings=settings,
+            warnings=warnings,
+            reliable=not warnings,
+            precision=self.precision,
+        )
+        save(result=result.to_dict())
+        return result
+
+    @cached_property
+    def natural(self) -> tuple[Tensor, float]:
+        """Which images are classified right, bool [N], and the seconds that took."""
+        started = time.perf_counter()
+        correct = torch.zeros(len(self.images), dtype=torch.bool)
+        with track(f"{self.name} natural", len(correct)) as advance:
+
+            def classify(indices: Tensor) -> None:
+                x, y = self.load(indices)
+                self.guard.at(x, indices)
+                correct[indices] = (self.guard(x).argmax(dim=1) == y).cpu()
+                advance(len(indices))
+
+            self.each_batch(torch.arange(len(correct)), classify)
+        return correct, time.perf_counter() - started
+
+    @cached_property
+    def instability(self) -> tuple[str, ...]:
+        """What the first images say against the model's answers."""
+        return self.fitting(lambda: find_instability(self.guard, self.first_batches()))
+
+    @cached_property
+    def masking(self) -> tuple[str, ...]:
+        """What the first images say against the model's gradients."""
+        return self.fitting(lambda: find_masking(self.guard, self.first_batches()))
+
+    def first_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images that are looked at for signs of a wrong evaluation, and their labels."""
+        for indices in torch.arange(min(PROBE_IMAGES, len(self.images))).split(self.fitting_size):
+            x, y = self.load(indices)
+            self.guard.at(x, indices)
+            yield x, y
+
+    def each_batch(self, indices: Tensor, work: Callable[[Tensor], None]) -> None:
+        """Call ``work`` with the indices [N] in batches, in order, smaller ones from where it must.
+
+        ``work`` is called again with fewer of the same indices if memory ran out in it.
+        """
+        left = indices
+        while len(left):
+            left = left[self.fitting(partial(self._next_batch, left, work)) :]
+
+    def _next_batch(self, left: Tensor, work: Callable[[Tensor], None]) -> int:
+        batch = left[: self.fitting_size]
+        work(batch)
+        return len(batch)
+
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns, called anew with batches half as large if memory ran out.
+
+        Raises:
+            MemoryExhaustedError: if one image is too much.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _told(error)
+            # Here the error is gone, and with it the frames that hold the batch.
+            self._halve(reason)
+
+    def _halve(self, reason: str) -> None:
+        size = self.fitting_size
+        if size == 1:
+            raise MemoryExhaustedError(
+                f"{self.name}: one image takes more memory than there is ({reason}); end other "
+                "programs on the device, or use --device cpu."
+            )
+        self.fitting_size = size // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks that were cut for the former size
+        warn(
+            f"{self.name}: {size} images did not fit into memory; from here {self.fitting_size} "
+            f"images per pass, which changes no result ({reason})"
+        )
+
+    def under_attack(self, spec: AttackSpec, correct: Tensor) -> Tensor:
+        """Return which images [N] stay right under a gradient attack, given which are right now."""
+        robust, pending = correct.clone(), correct.nonzero().flatten()
+        with track(f"{self.name} {spec.name}", len(correct)) as advance:
+            advance(len(correct) - len(pending))
+
+            def attack(indices: Tensor) -> None:
+                x, y = self.load(indices)
+                self.guard.at(x, indices, spec.name)
+                x_adv = self.perturb(spec, x, y, indices)
+                robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
+                advance(len(indices))
+
+            self.each_batch(pending, attack)
+        return robust
+
+    def under_autoattack(
+        self,
+        correct: Tensor,
+        settings: dict[str, Any],
+        progress: dict[str, Any] | None,
+        save: Callable[[dict[str, Any]], None],
+    ) -> Outcome:
+        """Return what AutoAttack leaves of the images that are right now; see its module."""
+        try:
+            return run_autoattack(
+                self.guard,
+                self.load,
+                correct,
+                settings=settings,
+                progress=progress,
+                save=save,
+                title=f"{self.name} aa",
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = min(self.batch_size, len(correct))
+            remedy = (
+                "which no other batch size can stand in for, as the result depends on it; evaluate "
+                f"with --eval-batch-size {size // 2} (for cure-fast eval: --batch-size)"
+                if size > 1
+                else "the smallest there is; end other programs on the device, or use --device cpu"
+            )
+            raise MemoryExhaustedError(
+                f"{self.name} aa: out of memory with {size} images in a batch, {remedy} "
+                f"({_told(error)})."
+            ) from error
+
+    def perturb(self, spec: AttackSpec, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        """Return the last iterate of fgsm, pgdK or cwK from images [n, C, H, W] and labels [n]."""
+        loss = margin if spec.family == "cw" else cross_entropy
+        fgsm = spec.family == "fgsm"
+        draw = uniform_start(x.shape[1:], indices, spec.family, self.seed).to(x)
+        x_adv = pgd(
+            self.guard,
+            x,
+            # Summed, so that one image's gradient does not depend on how many there are.
+            lambda logits: loss(logits, y).sum(),
+            eps=self.eps,
+            step_size=self.eps if fgsm else self.step_size,
+            steps=spec.steps,
+            start="zero" if fgsm else self.eps * draw,
+        )
+        check_perturbation(x_adv, x, indices, self.eps, spec.name)
+        return x_adv
+
+    def step_warnings(self, spec: AttackSpec) -> tuple[str, ...]:
+        """Return what speaks against the length of the attack's steps."""
+        if spec.family == "fgsm" or self.eps == 0:
+            return ()
+        if self.step_size > 2 * self.eps:
+            return (f"a step of {self.step_size:g} crosses the whole ball of eps {self.eps:g}",)
+        if spec.steps * self.step_size < SHORTEST_PATH * self.eps:
+            return (f"{spec.steps} steps of {self.step_size:g} do not reach eps {self.eps:g}",)
+        return ()
+
+    @property
+    def precision(self) -> str:
+        """Name of the dtype that everything is computed in."""
+        return str(self.guard.dtype).removeprefix("torch.")
+
+    def settings(self, spec: AttackSpec) -> dict[str, Any]:
+        """Return all that decides the result besides model and images, as JSON types."""
+        if spec.family == "natural":
+            return {}
+        if spec.family == "aa":
+            return autoattack_settings(
+                eps=self.eps,
+                num_classes=self.guard.num_classes or 0,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+        settings = {"eps": self.eps, "norm": "Linf", "steps": spec.steps}
+        if spec.family == "fgsm":
+            return settings | {"step_size": self.eps, "loss": "cross-entropy", "start": "zero"}
+        return settings | {
+            "step_size": self.step_size,
+            "loss": "margin" if spec.family == "cw" else "cross-entropy",
+            "start": "uniform",
+            "restarts": 1,
+            "iterate": "last",
+            "seed": self.seed,
+        }
+
+    def identity(self, spec: AttackSpec, settings: dict[str, Any], count: int) -> dict[str, Any]:
+        """Return what must be the same for a stored result to be this one, as flat JSON types."""
+        return {
+            "attack": spec.name,
+            "weights": hashlib.sha256(json.dumps(self.watch.hashes).encode()).hexdigest(),
+            "layers": layers_hash(self.guard.model),
+            "images": tensor_hash(self.images[:count]),
+            "labels": tensor_hash(self.labels[:count]),
+            "precision": self.precision,
+            "cure_fast": cure_fast.__version__,
+            "torch": torch.__version__,
+            **settings,
+        }
+
+
+def uniform_start(shape: Sequence[int], indices: Tensor, family: str, seed: int) -> Tensor:
+    """Return one draw per image from the uniform distribution on [-1, 1), float32 [n, *shape].
+
+    Args:
+        shape: shape of an image.
+        indices: place of each image in its set [n]; the draw depends on it, not on the batch.
+        family: kind of attack; those that differ in the number of steps alone share their starts.
+        seed: seed of the evaluation.
+    """
+    word = hashlib.sha256(f"{family} {seed}".encode()).digest()[:8]
+    draws = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in enumerate(indices.tolist()):
+        key = np.array([int.from_bytes(word, "little"), index], dtype=np.uint64)
+        draws[row] = np.random.Generator(np.random.Philox(key=key)).random(shape, dtype=np.float32)
+    return torch.from_numpy(draws).mul_(2).sub_(1)
+
+
+def _told(error: Exception) -> str:
+    """Return the first sentence or two of an error: which allocator, and how much it was asked."""
+    text = " ".join(str(error).split())
+    return text[:160].rpartition(". ")[0] or text[:160] or type(error).__name__

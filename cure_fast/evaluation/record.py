@@ -1,0 +1,178 @@
+"""The record of a run's results, ``results.json``: what joins it, and what is kept beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cure_fast.config import Config
+from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.values import digest
+from cure_fast.console import say
+from cure_fast.errors import InputError
+from cure_fast.evaluation.attack_result import AttackResult, nrr
+from cure_fast.evaluation.trust import trust_warnings
+from cure_fast.files import replacing, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the results of an evaluation went.
+
+    Attributes:
+        record: ``results.json`` as it is now; None where the results are not the run's own.
+        changed: whether ``results.json`` was written.
+        aside: the file with all that was measured, where not all of it went into the record.
+    """
+
+    record: dict[str, Any] | None
+    changed: bool = False
+    aside: Path | None = None
+
+
+def main_settings(config: Config) -> dict[str, Any]:
+    """Return what all results of a record share: radius and step in pixel units, and the seed."""
+    eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
+    step = config.eval.eval_step_size
+    return {
+        "eps": eps,
+        "step_size": eps / 10 if step is None else step,
+        "seed": config.run.seed,
+    }
+
+
+def keep_results(
+    folder: Path, config: Config, measured: dict[str, Any], examples: dict[str, np.ndarray]
+) -> Kept:
+    """Write results into ``results.json`` where they leave the record no worse, else beside it.
+
+    Results with the settings of the run go into the record. There a result of the same weights is
+    replaced by one of at least as many images. All else goes to ``evaluation/results-*.json``, and
+    so does a record that is of other weights or settings than the run has now.
+
+    Args:
+        folder: of the run.
+        config: of the run, which says the settings of its record.
+        measured: what :func:`measure_run` returned.
+        examples: the pictures that belong to it.
+
+    Raises:
+        InputError: if ``results.json`` is damaged.
+    """
+    own = main_settings(config)
+    if any(measured[key] != value for key, value in own.items()):
+        return Kept(None, aside=write_aside(folder, measured))
+    path, pictures = folder / "results.json", folder / "examples.npz"
+    stored = stored_record(path)
+    if stored is not None and not same_record(stored, measured, own):
+        say(f"earlier results of other weights or settings: {write_aside(folder, stored)}")
+        stored = None
+    merged, complete = merge_results(stored, measured)
+    record = json.loads(json.dumps(merged))
+    changed = record != stored
+    if changed:
+        write_json(path, record)
+    if changed or not pictures.exists():
+        with replacing(pictures) as temporary, temporary.open("wb") as file:
+            np.savez(file, **examples)  # pyright: ignore[reportArgumentType]
+    return Kept(record, changed, None if complete else write_aside(folder, measured))
+
+
+def stored_record(path: Path) -> dict[str, Any] | None:
+    """Return the record in ``results.json``, or None where there is none.
+
+    Raises:
+        InputError: if it is damaged, which would lose what it held if it were replaced.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model_warnings(record["models"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: expected the results of a run, and it is damaged "
+            f"({type(error).__name__}: {error}); move it away and repeat the command, "
+            "which keeps the attacks that are finished."
+        ) from error
+    return record
+
+
+def same_record(stored: dict[str, Any], measured: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Return whether stored results are of the weights just measured and of the run's settings."""
+    # Absent or null in records of earlier versions: the default was taken.
+    default = {"step_size": own["eps"] / 10, "seed": own["seed"]}
+    for key, value in own.items():
+        there = stored.get(key)
+        if (default.get(key) if there is None else there) != value:
+            return False
+    both = stored["models"].keys() & measured["models"].keys()
+    return all(
+        stored["models"][name].get("weights") == measured["models"][name]["weights"]
+        for name in both
+    )
+
+
+def merge_results(
+    stored: dict[str, Any] | None, measured: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Return the record with the new results, and whether it took all of them.
+
+    Args:
+        stored: the record so far, of the same weights and settings; None where there is none.
+        measured: the new results.
+    """
+    models = dict(stored["models"]) if stored else {}
+    complete = True
+    for name, entry in measured["models"].items():
+        attacks = dict(models.get(name, {}).get("attacks", {}))
+        for attack, result in entry["attacks"].items():
+            if attack in attacks and result["count"] < attacks[attack]["count"]:
+                complete = False
+            else:
+                attacks[attack] = result
+        results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
+        models[name] = model_entry(entry["title"], results) | {"weights": entry["weights"]}
+    return measured | {"models": models, "warnings": model_warnings(models)}, complete
+
+
+def write_aside(folder: Path, results: dict[str, Any]) -> Path:
+    """Write results that are not the run's record to a file of their own, and return it."""
+    path = folder / "evaluation" / f"results-{digest(results)}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, results)
+    return path
+
+
+def model_warnings(models: dict[str, Any]) -> list[str]:
+    """Return what speaks against the results of each model, with its name before it."""
+    found = []
+    for name, entry in models.items():
+        attacks = {a: AttackResult.from_dict(result) for a, result in entry["attacks"].items()}
+        found += [f"{name}: {text}" for text in trust_warnings(attacks)]
+    return found
+
+
+def model_entry(title: str, attacks: dict[str, AttackResult]) -> dict[str, Any]:
+    """Return a model's part of ``results.json``: its attacks and the two ratios."""
+    entry: dict[str, Any] = {"title": title, "nrr_cw": None, "nrr_aa": None}
+    entry["attacks"] = {name: result.to_dict() for name, result in attacks.items()}
+    natural, autoattack = attacks.get("natural"), attacks.get("aa")
+    # A ratio of accuracies on different images would mean nothing.
+    same = [r for r in attacks.values() if natural and r.count == natural.count]
+    margin = [r for r in same if parse_attack(r.attack).family == "cw"]
+    if natural and margin:
+        longest = max(margin, key=lambda r: parse_attack(r.attack).steps)
+        entry["nrr_cw"] = nrr(natural.accuracy, longest.accuracy)
+    if autoattack and "natural_correct" in autoattack.settings:
+        right = 100 * autoattack.settings["natural_correct"] / autoattack.count
+        entry["nrr_aa"] = nrr(right, autoattack.accuracy)
+    elif natural and autoattack in same:
+        entry["nrr_aa"] = nrr(natural.accuracy, autoattack.accuracy)
+    return entry

@@ -1,0 +1,3 @@
+"""What a run keeps in its folder."""
+
+from __future__ import annotations

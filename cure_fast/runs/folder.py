@@ -1,0 +1,353 @@
+"""Run folders: their names, their files, and the configuration they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cure_fast.config import Config
+from cure_fast.config.values import from_dict, to_dict
+from cure_fast.console import say, warn
+from cure_fast.errors import InputError
+from cure_fast.files import clear_unfinished, locked, user_path, write_json
+from cure_fast.methods import find_method
+from cure_fast.runs.environment import environment
+
+# What may differ when a run is resumed: where and how it executes, and what is measured at its end.
+FREE_SECTIONS = ("name",)
+BOUND_RUN_FIELDS = ("seed", "amp", "deterministic")
+# What decides which epoch is the best.
+BOUND_EVAL_FIELDS = ("val_every", "val_attack_steps")
+FREE_DATA_FIELDS = ("loader", "workers", "download", "data_root")
+LOCK = "run.lock"
+# What not even --override changes: the state in a checkpoint has the form that these give it.
+FIXED_FIELDS = (
+    "method",
+    "model.model",
+    "model.width",
+    "model.stem",
+    "model.normalize",
+    "optim.optimizer",
+    "run.amp",
+    "settings.natural_share",
+    "settings.revision",
+    "settings.rgp",
+)
+# What decides which images an epoch's batches hold: it may change between two epochs alone.
+EPOCH_FIELDS = (
+    "data.data",
+    "data.split_seed",
+    "data.train_images",
+    "data.val_images",
+    "optim.batch_size",
+    "run.seed",
+)
+# What may change the last bits of a result where it differs from before.
+BITS = ("cure_fast", "torch", "gpu")
+
+
+def load_config(folder: Path) -> Config:
+    """Return the configuration of the run in ``folder``.
+
+    Raises:
+        InputError: if there is none, or it does not fit this version.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected the configuration of a run: {error.strerror}. "
+            "Give the folder of a run, such as runs/quickstart-cure-s0."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not valid JSON: {error}. Copy the run's folder again, or start anew."
+        ) from error
+    try:
+        return config_from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def config_from_dict(values: Any) -> Config:
+    """Return the configuration that :func:`to_dict` turned into ``values``.
+
+    Raises:
+        InputError: for unknown or wrong entries.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("method"), str):
+        raise InputError("configuration: expected a table with the name of a method.")
+    settings = type(find_method(values["method"]).settings)
+    return from_dict(Config, values, settings=settings)
+
+
+def run_folder(config: Config, *, resume: bool) -> Path:
+    """Return the folder for a new run, or of the run to resume; nothing is made yet.
+
+    A folder named with --out is never written over. Without --out the name is made from recipe,
+    method and seed, with a number where it is taken; resuming takes the newest of them.
+
+    Raises:
+        InputError: if the folder exists (new run) or holds no run (resume).
+    """
+    if config.run.out is not None:
+        folder = user_path(config.run.out, "--out")
+        if resume:
+            load_config(folder)
+            return folder
+        if not is_free(folder):
+            raise InputError(
+                f"--out {folder}: expected a folder that is new or empty. "
+                "Add --resume to continue the run in it, or name another."
+            )
+    else:
+        base = Path("runs") / f"{config.name}-{config.method}-s{config.run.seed}"
+        if resume:
+            return newest_run(base)
+        names = (base.with_name(f"{base.name}-{n}") for n in count(2))
+        folder = next(path for path in chain([base], names) if not path.exists())
+    return folder
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether a run may begin in ``folder``: it is absent, or holds nothing of anybody's.
+
+    A run that was killed before it wrote its configuration leaves a lock file, and perhaps an
+    unfinished file of :func:`replacing`; there is nothing in it to resume.
+    """
+    if not folder.is_dir():
+        return not folder.exists()
+    left = (path.name for path in folder.iterdir())
+    return all(name == LOCK or (name.startswith(".") and ".tmp-" in name) for name in left)
+
+
+def newest_run(base: Path) -> Path:
+    """Return the run among ``base``, ``base-2``, ``base-3`` ... with the highest number.
+
+    Raises:
+        InputError: if there is none.
+    """
+    numbers = {1: base} if (base / "config.json").exists() else {}
+    for path in base.parent.iterdir() if base.parent.is_dir() else ():
+        number = path.name.removeprefix(f"{base.name}-")
+        if path.name != number and number.isdecimal() and (path / "config.json").exists():
+            numbers[int(number)] = path
+    if not numbers:
+        raise InputError(f"--resume: there is no run in {base}; name its folder with --out.")
+    return numbers[max(numbers)]
+
+
+@contextmanager
+def own_folder(config: Config, *, resume: bool) -> Iterator[Path]:
+    """Make or find the run's folder and hold it for the block; no other process can run in it.
+
+    Raises:
+        InputError: if it cannot be made, or is in use.
+    """
+    folder = run_folder(config, resume=resume)
+    try:
+        while not resume and config.run.out is None:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                # Another run has just taken this name.
+                folder = run_folder(config, resume=False)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
+    with held(
+        folder,
+        busy="Wait for its end, or name another folder with --out.",
+        denied="Change that, or copy the folder and resume the copy.",
+    ):
+        yield folder
+
+
+@contextmanager
+def held(folder: Path, *, busy: str, denied: str) -> Iterator[None]:
+    """Hold an existing run folder for the block: no other process trains or writes results in it.
+
+    Args:
+        folder: the run's folder.
+        busy: what to do where another process holds it, in a sentence.
+        denied: what to do where the folder cannot be written to, in a sentence.
+
+    Raises:
+        InputError: in these two cases.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK))
+            evaluated = folder / "evaluation"
+            clear_unfinished(folder, evaluated, *(p for p in evaluated.rglob("*") if p.is_dir()))
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another process is running in it. {busy}") from error
+        except OSError as error:
+            raise InputError(
+                f"{folder}: a run must be able to write in its folder: {error.strerror}. {denied}"
+            ) from error
+        yield
+
+
+def start_record(
+    folder: Path, config: Config, loader: str, *, device: torch.device, changes: list[str]
+) -> None:
+    """Write ``config.json`` and ``environment.json``.
+
+    A resumed run keeps the environment it began in, and lists the later ones under ``resumed``.
+
+    Args:
+        folder: the run's folder.
+        config: what runs.
+        loader: one line on how images are fed.
+        device: where it trains; its type is recorded under ``device``.
+        changes: what :func:`check_same_run` returned; recorded under ``changes``.
+
+    Raises:
+        InputError: if the environment that the run began in cannot be read.
+    """
+    path = folder / "environment.json"
+    here = {**environment(), "device": device.type, "loader": loader}
+    if path.exists():
+        first = read_environment(path)
+        warn_of_other_bits(last_environment(first), here)
+        here |= {"changes": changes} if changes else {}
+        here = {**first, "resumed": [*first.get("resumed", []), here]}
+    write_json(folder / "config.json", to_dict(config))
+    write_json(path, here)
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Return what a run recorded of the machines it ran on.
+
+    Raises:
+        InputError: if it is not what a run writes.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("resumed", []), list):
+        raise InputError(
+            f"{path}: expected the record that the run wrote, and it is damaged. "
+            "Delete the file to go on without it."
+        )
+    return values
+
+
+def last_environment(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of :func:`read_environment`'s record that is of the newest start."""
+    newest = [record, *record.get("resumed", [])][-1]
+    return newest if isinstance(newest, dict) else {}
+
+
+def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
+    """Print a warning where a run goes on with other versions, or on another kind of GPU."""
+    names = BITS if here["device"] == "cuda" else [name for name in BITS if name != "gpu"]
+    told = [
+        f"{name} {before[name]} then and {here[name]} now"
+        for name in names
+        if before.get(name) is not None and before[name] != here[name]
+    ]
+    if told:
+        warn(
+            f"the run goes on with {', '.join(told)}: its results may differ in their last bits "
+            "from those of a run that was never stopped"
+        )
+
+
+def check_device(folder: Path, device: torch.device) -> None:
+    """Refuse to continue a run on another type of device than its newest checkpoint is of.
+
+    The random generators of a GPU and of a CPU have states of different forms.
+
+    Raises:
+        InputError: if the run recorded another type, or its record is damaged.
+    """
+    path = folder / "environment.json"
+    trained_on = last_environment(read_environment(path)).get("device") if path.exists() else None
+    # Earlier versions did not record it.
+    if trained_on not in (None, device.type):
+        raise InputError(
+            f"--device: this run was trained on {trained_on}, and a checkpoint cannot follow to "
+            f"{device.type}. Continue it there, or start anew with another --out."
+        )
+
+
+def check_position(changed: Iterable[str], *, batch: int) -> None:
+    """Refuse to go on in the middle of an epoch with other batches than it began with.
+
+    Args:
+        changed: names of the fields that differ, as :func:`bound_fields` has them.
+        batch: 0-based batch of the epoch that comes next.
+
+    Raises:
+        InputError: if the batches would change.
+    """
+    found = [name for name in changed if name in EPOCH_FIELDS]
+    if batch and found:
+        raise InputError(
+            f"--override: {', '.join(found)} can change only between two epochs, and the newest "
+            f"checkpoint is after batch {batch} of one. Leave that as it was, or start anew with "
+            "another --out."
+        )
+
+
+def check_same_run(folder: Path, config: Config, *, override: bool = False) -> dict[str, str]:
+    """Return how the configuration differs from the run's in what is trained; refuse it by default.
+
+    Args:
+        folder: the run's folder.
+        config: what is asked for.
+        override: print the differences and accept them, but for what a checkpoint cannot follow.
+
+    Returns:
+        One line for each field that differs, by its name.
+
+    Raises:
+        InputError: with the fields that differ.
+    """
+    stored, wanted = bound_fields(load_config(folder)), bound_fields(config)
+    changes = {
+        name: f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} asked for"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    }
+    fixed = [line for name, line in changes.items() if name in FIXED_FIELDS]
+    if override and fixed:
+        raise InputError(
+            f"--override: a checkpoint cannot follow {'; '.join(fixed)}. "
+            "Leave that as it was, or start anew with another --out."
+        )
+    if changes and not override:
+        raise InputError(
+            f"--resume {folder}: the configuration differs: {'; '.join(changes.values())}. "
+            f"`cure-fast train {folder} --resume` takes the run's own; "
+            "add --override to go on with the changed one."
+        )
+    for line in changes.values():
+        say(f"--override: {line}")
+    return changes
+
+
+def bound_fields(config: Config) -> dict[str, Any]:
+    """Return the fields that decide what is trained, by ``section.field``."""
+    flat: dict[str, Any] = {}
+    for section, values in to_dict(config).items():
+        if section == "run":
+            flat |= {f"run.{name}": values[name] for name in BOUND_RUN_FIELDS}
+        elif section == "eval":
+            flat |= {f"eval.{name}": values[name] for name in BOUND_EVAL_FIELDS}
+        elif section not in FREE_SECTIONS and isinstance(values, dict):
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+        elif section not in FREE_SECTIONS:
+            flat[section] = values
+    return {k: v for k, v in flat.items() if k.removeprefix("data.") not in FREE_DATA_FIELDS}

@@ -1,0 +1,296 @@
+"""The record of a run: ``metrics.jsonl``, one plain line per epoch, and other receivers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cure_fast.console import say, warn
+from cure_fast.errors import InputError
+from cure_fast.files import replacing
+from cure_fast.runs.sinks import open_sinks
+from cure_fast.step.method import Terms
+
+
+class RunLog:
+    """Writes the rows of one stage of a run; nothing that fails here ends training.
+
+    Every row of ``metrics.jsonl`` is one JSON object with ``event`` (``step`` or ``epoch``) and
+    ``stage``. A row is complete or absent for a reader, but for the last one of a killed run.
+
+    Args:
+        folder: run folder.
+        stage: ``pretrain`` or ``train``.
+        epochs: number of epochs of the stage, for the epoch lines.
+        tensorboard: write TensorBoard events below ``folder/tensorboard`` too.
+        wandb: project of Weights & Biases that receives the numbers too; None for none.
+        upto_step: keep step rows of this stage below this step; a resumed run writes the others
+            again.
+        upto_epoch: keep epoch rows of this stage up to this epoch.
+
+    Raises:
+        InputError: if the rows that are there already are damaged.
+        OSError: if rows must be dropped and cannot be.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        *,
+        epochs: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+        upto_step: int,
+        upto_epoch: int,
+    ) -> None:
+        self.stage = stage
+        self.epochs = epochs
+        path = folder / "metrics.jsonl"
+        drop_rows_from(path, stage, upto_step, upto_epoch)
+        self.rows = RowWriter(path)
+        self.sinks = open_sinks(
+            folder,
+            stage,
+            tensorboard=tensorboard,
+            wandb=wandb,
+            start=upto_step,
+            # A finished epoch has the number of the step that comes next, and is not written again.
+            known=lambda: epoch_at(path, stage, upto_step),
+        )
+
+    def step(
+        self, step: int, epoch: float, lr: float, terms: Terms, *, skipped: int | None = None
+    ) -> None:
+        """Write the row of a logging step; reads the terms from the device.
+
+        Args:
+            step: number of the step in the stage, from 0.
+            epoch: epochs done, with the fraction of the one under way.
+            lr: learning rate.
+            terms: parts of the loss, one value each.
+            skipped: steps left out so far in this epoch; None keeps it out of the row.
+        """
+        values = {name: float(value) for name, value in terms.items()}
+        row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": lr, "terms": values}
+        if skipped is not None:
+            row["skipped"] = skipped
+        self._write("step", row)
+        self._scalars(step, {f"step/{name}": value for name, value in values.items()})
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Write the row of a finished epoch and print its line."""
+        self._write("epoch", row)
+        self._scalars(row["step"], epoch_scalars(row))
+        say(epoch_line(self.stage, self.epochs, row))
+
+    def close(self) -> None:
+        """Close the files and the other receivers."""
+        self.rows.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def _write(self, event: str, row: dict[str, Any]) -> None:
+        self.rows.add({"event": event, "stage": self.stage, **row}, durable=event == "epoch")
+
+    def _scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for sink in self.sinks:
+            sink.scalars(step, scalars)
+
+
+class RowWriter:
+    """Appends rows to a file of JSON lines, and outlives a full disk.
+
+    Rows that cannot be written wait in memory and are tried again with each later one; the start of
+    a line that did not fit is cut off again. The first failure costs one warning.
+
+    Args:
+        path: file, made when absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[bytes] = []
+        self.warned = False
+        self.handle: int | None = None
+        # Bytes of whole rows in the file, known once it is open.
+        self.size = 0
+        # Whether something may follow the whole rows: a part of what was to be written.
+        self.torn = False
+
+    def add(self, row: dict[str, Any], *, durable: bool) -> None:
+        """Write the row behind those that wait; with ``durable`` it survives a power cut."""
+        self.waiting.append(json.dumps(row).encode() + b"\n")
+        self._write_waiting(durable)
+
+    def close(self) -> None:
+        """Try to write what waits for the last time, and say how many rows are lost."""
+        if self.waiting:
+            self._write_waiting(durable=True)
+        if self.waiting:
+            warn(f"{self.path}: {len(self.waiting)} rows could not be written and are lost")
+            self.waiting = []
+        if self.handle is not None:
+            try:
+                os.close(self.handle)
+            except OSError as error:
+                self._warn(error)
+            self.handle = None
+
+    def _write_waiting(self, durable: bool) -> None:
+        data = b"".join(self.waiting)
+        try:
+            if self.handle is None:
+                self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                self.size = os.fstat(self.handle).st_size
+            if self.torn:
+                os.ftruncate(self.handle, self.size)
+            self.torn = True
+            write_all(self.handle, data)
+            if durable:
+                os.fsync(self.handle)
+        except OSError as error:
+            self._warn(error)
+            self._cut_off()
+            return
+        self.torn = False
+        self.size += len(data)
+        self.waiting = []
+
+    def _cut_off(self) -> None:
+        """Take away what follows the whole rows; where that fails too, the next attempt does."""
+        if self.handle is not None and self.torn:
+            try:
+                os.ftruncate(self.handle, self.size)
+            except OSError as error:
+                self._warn(error)
+                return
+            self.torn = False
+
+    def _warn(self, error: OSError) -> None:
+        if not self.warned:
+            self.warned = True
+            warn(
+                f"{self.path}: {error.strerror}; training goes on, and the rows are kept and "
+                "written as soon as that is possible"
+            )
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """Write all bytes to a file descriptor, in as many pieces as the system takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a finished epoch, by the names that other receivers show."""
+    scalars = {f"epoch/{name}": value for name, value in row["terms"].items()}
+    scalars |= {"epoch/lr": row["lr"], "epoch/images_per_s": row["images_per_s"]}
+    if row.get("skipped"):
+        scalars["epoch/skipped"] = row["skipped"]
+    if row["validation"]:
+        scalars |= {
+            f"validation/{name}": row["validation"][name]
+            for name in ("natural", "robust")
+            if row["validation"][name] is not None
+        }
+    return scalars
+
+
+def epoch_at(path: Path, stage: str, step: int) -> dict[str, float]:
+    """Return the numbers of the stage's epoch that ended at ``step``; nothing if none did."""
+    found: dict[str, float] = {}
+    for row in read_rows(path):
+        if row["event"] == "epoch" and row["stage"] == stage and row["step"] == step:
+            found = epoch_scalars(row)
+    return found
+
+
+def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
+    """Return the plain line of a finished epoch."""
+    parts = [f"{stage} epoch {row['epoch']:>3}/{epochs}"]
+    if "total" in row["terms"]:
+        parts.append(f"loss {row['terms']['total']:.3f}")
+    if row.get("skipped"):
+        parts.append(f"skipped {row['skipped']}")
+    validation = row["validation"]
+    if validation:
+        parts.append(f"val natural {validation['natural']:.1f} %")
+        if validation["robust"] is not None:
+            parts.append(f"val {validation['attack']} {validation['robust']:.1f} %")
+    parts += [f"lr {row['lr']:.4f}", f"{row['images_per_s']:,.0f} images/s"]
+    left = (epochs - row["epoch"]) * row["seconds"]
+    if left:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as ``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a ``metrics.jsonl``; a last line that was cut off is left out.
+
+    Raises:
+        InputError: for a complete line that is not a row, with its number.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [read_row(path, n, line) for n, line in enumerate(lines[:-1], 1) if line]
+
+
+def read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Return the row in a line, or raise an ``InputError`` that names file and line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        row = None
+    if (
+        isinstance(row, dict)
+        and isinstance(row.get("stage"), str)
+        and row.get("event") in ("step", "epoch")
+        and isinstance(row.get("step"), int)
+        and (row["event"] == "step" or isinstance(row.get("epoch"), int))
+    ):
+        return row
+    shown = line[:40].decode("utf-8", errors="replace")
+    raise InputError(
+        f"{path}, line {number}: expected a JSON object with event, stage, epoch and step, "
+        f"got {shown!r}; the file is damaged, delete this line to go on without it."
+    )
+
+
+def drop_rows_from(path: Path, stage: str, step: int, epoch: int) -> None:
+    """Rewrite the file without the rows of ``stage`` that a resumed run will write again.
+
+    A last line that was cut off goes too. Nothing is written where there is nothing to drop.
+
+    Args:
+        path: ``metrics.jsonl``.
+        stage: other stages keep all their rows.
+        step: step rows from this 0-based step on go.
+        epoch: epoch rows after this 1-based epoch go.
+
+    Raises:
+        InputError: if the file is damaged.
+        OSError: if it cannot be written.
+    """
+    rows = read_rows(path)
+    kept = [
+        row
+        for row in rows
+        if row["stage"] != stage
+        or (row["step"] < step if row["event"] == "step" else row["epoch"] <= epoch)
+    ]
+    if not path.exists() or (len(kept) == len(rows) and path.read_bytes()[-1:] in (b"", b"\n")):
+        return
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

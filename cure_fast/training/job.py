@@ -1,0 +1,188 @@
+"""The main job: data, natural start, training, attacks, report, each from where it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cure_fast.config import Config
+from cure_fast.console import say
+from cure_fast.errors import InputError, StoppedError
+from cure_fast.evaluation.results import evaluate_run, print_results
+from cure_fast.files import user_path
+from cure_fast.loaders import Loader
+from cure_fast.methods import find_method
+from cure_fast.models import ImageClassifier
+from cure_fast.models.weights import load_into, read_weights
+from cure_fast.runs.checkpoint import has_checkpoints
+from cure_fast.runs.environment import choose_device
+from cure_fast.runs.folder import (
+    check_device,
+    check_position,
+    check_same_run,
+    own_folder,
+    run_folder,
+    start_record,
+)
+from cure_fast.signals import Interrupted, StopSignals
+from cure_fast.training.data import Data, open_loader, read_data
+from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
+from cure_fast.training.trainer import Run
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    stop: StopSignals | None = None,
+) -> Path:
+    """Run the whole job and return its folder.
+
+    Args:
+        config: what to train, on what, and how.
+        resume: continue the run in its folder from the newest valid checkpoint.
+        override: continue it although the configuration differs from the run's.
+        stop: signals that are caught already; None catches them for the call.
+
+    Raises:
+        CureFastError: with the exit code that the command line documents.
+    """
+    if stop is None:
+        with StopSignals() as stop:
+            return train(config, resume=resume, override=override, stop=stop)
+    device = choose_device(config.run.device)
+    set_determinism(config.run.deterministic)
+    find_method(config.method).check(config)
+    check_model(config)
+    named = run_folder(config, resume=resume)
+    changes = check_same_run(named, config, override=override) if resume else {}
+    try:
+        with stop.at_once():
+            data, loader, model = prepare(config, device, named)
+    except Interrupted as error:
+        again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
+        raise StoppedError(f"stopped before training; {again}.") from error
+    # Everything that can be wrong with the input has been seen; only now is anything written.
+    with stop.orderly(), own_folder(config, resume=resume) as folder:
+        begin = record_when_sure(folder, config, loader.reason, device, changes)
+        stage = Stage("train", config, data, folder, device, stop, begin)
+        try:
+            results = run_stages(stage, model, loader)
+            with stop.at_once():
+                finish(folder, results)
+        except (StoppedError, Interrupted) as error:
+            why = error if isinstance(error, StoppedError) else "stopped by a signal"
+            remedy = f"continue with: cure-fast train {folder} --resume"
+            raise StoppedError(f"{why}; {remedy}") from error
+    return folder
+
+
+def record_when_sure(
+    folder: Path, config: Config, loader: str, device: torch.device, changes: dict[str, str]
+) -> Callable[[Run], None]:
+    """Record what runs from here on, and return what the training stage calls once it is set up.
+
+    A run without a checkpoint is recorded at once, so that it can be resumed wherever it ends. One
+    that goes on from a checkpoint is recorded when that has been read and fits: where it is refused
+    the folder stays as it was, and the run can be resumed with its own configuration.
+
+    Raises:
+        InputError: if the run is of another type of device, or its record is damaged.
+    """
+
+    def record() -> None:
+        start_record(folder, config, loader, device=device, changes=list(changes.values()))
+
+    def begin(run: Run) -> None:
+        check_position(changes, batch=run.batch)
+        check_unfinished(run, changes)
+        forget_best(run, changes)
+        record()
+
+    if has_checkpoints(folder / "checkpoints"):
+        check_device(folder, device)
+        return begin
+    record()
+    return lambda run: None
+
+
+def prepare(
+    config: Config, device: torch.device, folder: Path
+) -> tuple[Data, Loader, ImageClassifier]:
+    """Return images, loader and the network with its first weights, having checked all of them."""
+    data = read_data(config)
+    say(
+        f"data: {config.data.data}, {len(data.train):,} training, {len(data.val):,} validation "
+        f"and {len(data.test):,} test images, {len(data.train.classes)} classes"
+    )
+    loader = open_loader(config, data, device)
+    say(f"loader: {loader.reason}")
+    model = new_model(config, len(data.train.classes))
+    if config.model.init_from is not None and not (folder / START).exists():
+        given = user_path(config.model.init_from, "--init-from")
+        load_into(model, read_weights(given), source=str(given))
+    return data, loader, model
+
+
+def check_unfinished(run: Run, changes: Iterable[str]) -> None:
+    """Refuse other settings for a run that has nothing left to train with them.
+
+    Raises:
+        InputError: if something changes and no epoch is left.
+    """
+    if changes and run.epoch >= run.config.optim.epochs and run.pending is None:
+        raise InputError(
+            f"--override: the run is at the end of epoch {run.epoch}, and --epochs is "
+            f"{run.config.optim.epochs}: nothing is left to train with {', '.join(changes)}. Raise "
+            "--epochs as well, or start a new run from its weights with --init-from."
+        )
+
+
+def forget_best(run: Run, changes: Iterable[str]) -> None:
+    """Choose the best epoch anew where validation no longer measures what it did."""
+    measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
+    found = [name for name in changes if name.startswith(measured)]
+    if found and run.best is not None:
+        run.best = None
+        say(f"--override: the best epoch is chosen anew from here, as {', '.join(found)} changed")
+
+
+def run_stages(stage: Stage, model: ImageClassifier, loader: Loader) -> dict[str, Any]:
+    """Take the start, train and evaluate, each from where an earlier call left it."""
+    take_start(stage, model)
+    train_stage(stage, model, loader)
+    return evaluate_run(stage.folder, stage.config, stage.data.test, stage.device, stage.stop)
+
+
+def finish(folder: Path, results: dict[str, Any]) -> None:
+    """Print the results and write the report."""
+    from cure_fast.report import write_report
+
+    print_results(results)
+    say(f"report: {write_report(folder)}")
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Choose between the fastest GPU algorithms and those that give the same result each time."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        # Imports torch's compiler, which takes seconds.
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        # Else torch also fills each tensor that it makes without values, at one more kernel each.
+        fills: Any = torch.utils.deterministic
+        fills.fill_uninitialized_memory = not deterministic
+
+
+def check_model(config: Config) -> None:
+    """Raise ``InputError`` for a model that cannot be built, before any data is read."""
+    with torch.device("meta"):
+        new_model(config, num_classes=2)

@@ -1,0 +1,118 @@
+"""Saving a run while it trains: what is kept when, and what happens when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cure_fast.config import Config
+from cure_fast.config.values import to_dict
+from cure_fast.console import warn
+from cure_fast.errors import DivergedError, InputError
+from cure_fast.models.weights import save_state
+from cure_fast.runs.checkpoint import newest_checkpoint, save_checkpoint
+from cure_fast.training.trainer import Run
+
+
+class Saver:
+    """Stores checkpoints, and the best epoch's weights for evaluation.
+
+    Best weights that could not be written are kept in memory and tried again at each later save;
+    the checkpoint marked as best is then the newest best one that could be written.
+
+    Args:
+        folder: the stage's folder.
+        config: its configuration.
+        metadata: what files of weights say of themselves, beside their epoch.
+    """
+
+    def __init__(self, folder: Path, config: Config, metadata: dict[str, str]) -> None:
+        self.folder = folder
+        self.config = config
+        self.metadata = metadata
+        self.owed: dict[str, dict[str, Tensor]] = {}
+        self.owed_epoch = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def __call__(self, run: Run, best: bool) -> None:
+        """Store the run; with ``best``, its weights as the best ones too.
+
+        Raises:
+            DivergedError: if a weight is not finite; nothing is stored.
+            InputError: if storing fails and ``--on-save-failure`` says stop.
+        """
+        check_weights(run)
+        if best:
+            self.owed = {name: net.state_dict() for name, net in run.all_networks.items()}
+            self.owed_epoch = run.epoch
+        try:
+            self._write_owed()
+            values = to_dict(self.config)
+            save_checkpoint(self.checkpoints, run.step, run.state_dict(), values, best=best)
+        except OSError as error:
+            # The next step moves the networks' own tensors.
+            self.owed = {
+                name: {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
+                for name, state in self.owed.items()
+            }
+            if self.config.run.on_save_failure == "stop":
+                raise self._failure(error) from error
+            warn(f"{self._failure(error)} Training goes on.")
+
+    def finish(self) -> None:
+        """Write what is still owed.
+
+        Raises:
+            InputError: if that fails; without the best weights there is nothing to evaluate.
+        """
+        try:
+            self._write_owed()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def last(self) -> str:
+        """Return a sentence on where the last state is from which training can go on."""
+        newest = newest_checkpoint(self.checkpoints)
+        return f"The last checkpoint is {newest}." if newest else "No checkpoint was saved yet."
+
+    def way_on(self) -> str:
+        """Return a sentence or two on how to go on after a divergence."""
+        if newest_checkpoint(self.checkpoints):
+            return f"{self.last()} --resume goes on from there; to go back further, delete it."
+        return "No checkpoint was saved yet: start again with that in a new folder."
+
+    def _write_owed(self) -> None:
+        if not self.folder.is_dir():
+            # Made anew it would lack the configuration, and nobody would look for it.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
+        metadata = self.metadata | {"epoch": str(self.owed_epoch)}
+        for name in list(self.owed):
+            save_state(self.owed[name], self.folder / f"{name}.safetensors", metadata)
+            del self.owed[name]
+
+    def _failure(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot save to {self.folder}: {error.strerror or error}. {self.last()} Mend that and "
+            "continue with --resume."
+        )
+
+
+def check_weights(run: Run) -> None:
+    """Raise :class:`DivergedError` unless all that a checkpoint stores of the networks is finite.
+
+    Finite gradients can still move a weight past the largest number.
+    """
+    for name, network in run.all_networks.items():
+        values = [value for value in network.state_dict().values() if value.is_floating_point()]
+        if not torch.nn.utils.get_total_norm(values).isfinite():
+            raise DivergedError(
+                f"a weight or statistic of the {name} is not finite after step {run.step}."
+            )

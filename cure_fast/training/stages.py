@@ -1,0 +1,308 @@
+"""The two training stages of a job: the naturally trained start, and the method itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cure_fast
+from cure_fast.config import Config, MethodSettings, PretrainConfig
+from cure_fast.config.values import digest, to_dict
+from cure_fast.console import say
+from cure_fast.engine import engine_asked
+from cure_fast.errors import DivergedError, InputError
+from cure_fast.evaluation.evaluate import evaluate
+from cure_fast.files import clear_unfinished, locked, user_path
+from cure_fast.loaders import ImageSet, Loader
+from cure_fast.models import ImageClassifier
+from cure_fast.models.building import build_for_data
+from cure_fast.models.weights import load_into, read_weights, save_weights
+from cure_fast.runs.checkpoint import has_checkpoints, load_checkpoint, tidy_checkpoints
+from cure_fast.runs.environment import choose_dtype
+from cure_fast.runs.log import RunLog, drop_rows_from
+from cure_fast.runs.random_state import seed_all
+from cure_fast.signals import StopSignals
+from cure_fast.training.data import Data, open_loader
+from cure_fast.training.saving import Saver
+from cure_fast.training.trainer import Run, build_run, fit
+
+# The weights training started from, kept in the run folder: a resumed run needs no other file.
+START = "start.safetensors"
+# Its checkpoints are of no use to other settings, which have a folder of their own in the cache.
+AFRESH = "--resume --override takes such a change, and the natural start begins anew."
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: what it trains on what, and where it keeps its files.
+
+    Attributes:
+        name: ``pretrain`` or ``train``, as in ``metrics.jsonl``.
+        config: configuration of this stage.
+        data: the images.
+        folder: receives metrics, weights and checkpoints.
+        device: where it trains.
+        stop: polled after each step.
+        begin: called with what is trained, once it is set up and before its first step; may refuse
+            with ``InputError``.
+    """
+
+    name: str
+    config: Config
+    data: Data
+    folder: Path
+    device: torch.device
+    stop: StopSignals
+    begin: Callable[[Run], None] = lambda run: None
+
+
+def new_model(config: Config, num_classes: int) -> ImageClassifier:
+    """Return the configured network with weights drawn from the run's seed, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return build_for_data(
+            config.model.model,
+            data=config.data.data,
+            num_classes=num_classes,
+            width=config.model.width,
+            stem=config.model.stem,
+            normalize=config.model.normalize,
+        )
+
+
+def take_start(stage: Stage, model: ImageClassifier) -> None:
+    """Load the weights training starts from, and keep a copy as ``start.safetensors``."""
+    kept, config = stage.folder / START, stage.config
+    if kept.exists():
+        load_into(model, read_weights(kept), source=str(kept))
+        return
+    if config.model.init_from is not None:
+        # Already loaded, when the input was checked.
+        say(f"start: weights of {config.model.init_from}")
+    elif config.pretrain.pretrain_epochs:
+        weights = pretrain(stage)
+        load_into(model, read_weights(weights), source=str(weights))
+    else:
+        return
+    save_weights(model, kept, weights_metadata(config, stage.data))
+
+
+def pretrain(stage: Stage) -> Path:
+    """Train naturally, or take the result from the cache; return the file of weights.
+
+    The cache's key is all that decides the weights. The stage's epochs are copied into the run's
+    metrics, so that its report shows them whether they ran now or earlier.
+    """
+    staged = natural_stage(stage.config)
+    key = pretrain_key(staged, stage.data, stage.device)
+    cached = user_path(staged.run.cache, "--cache") / "pretrained" / key
+    cached.mkdir(parents=True, exist_ok=True)
+    weights, done = cached / "model.safetensors", cached / "done"
+    with lock_of(cached, stage.stop):
+        if done.exists():
+            say(f"start: naturally pre-trained earlier, {weights}")
+        else:
+            model = new_model(staged, len(stage.data.train.classes))
+            loader = open_loader(staged, stage.data, stage.device)
+            natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
+            train_stage(natural, model, loader)
+            done.touch()
+        # Also where an earlier run had finished and was killed before or while it did this.
+        shutil.rmtree(cached / "checkpoints", ignore_errors=True)
+        metrics = stage.folder / "metrics.jsonl"
+        # A run that was killed right here has some of these rows already.
+        drop_rows_from(metrics, "pretrain", 0, 0)
+        with metrics.open("a", encoding="utf-8") as target:
+            target.write((cached / "metrics.jsonl").read_text(encoding="utf-8"))
+    return weights
+
+
+@contextmanager
+def lock_of(cached: Path, stop: StopSignals) -> Iterator[None]:
+    """Hold the cache folder for the block; a signal ends the wait for another run at once."""
+    with ExitStack() as stack:
+        with stop.at_once():
+            wait = "start: waiting for another run that pre-trains it"
+            stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
+        clear_unfinished(cached)
+        yield
+
+
+def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
+    """Return the name of the cache folder: a digest of all that decides the stage's weights."""
+    values = to_dict(staged)
+    return digest(
+        {
+            "model": values["model"],
+            "optim": values["optim"],
+            "seed": staged.run.seed,
+            "deterministic": staged.run.deterministic,
+            "val_every": staged.eval.val_every,
+            "dtype": str(choose_dtype(staged.run.amp, device)),
+            "engine": engine_asked(staged, device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "images": data.train.checksum() + data.val.checksum(),
+            "crop_padding": staged.data.crop_padding,
+            "flip": staged.data.flip,
+            "versions": [torch.__version__, cure_fast.__version__],
+        }
+    )
+
+
+def natural_stage(config: Config) -> Config:
+    """Return the configuration of the natural pre-training stage."""
+    stage = config.pretrain
+    return replace(
+        config,
+        method="natural",
+        settings=MethodSettings(),
+        pretrain=PretrainConfig(),
+        optim=replace(
+            config.optim,
+            epochs=stage.pretrain_epochs,
+            lr=stage.pretrain_lr,
+            weight_decay=stage.pretrain_weight_decay,
+            schedule=stage.pretrain_schedule,
+        ),
+        # What is logged elsewhere belongs to a run, and the cache to none.
+        run=replace(config.run, tensorboard=False, wandb=None),
+    )
+
+
+def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
+    """Train ``model`` to the end, from the newest checkpoint in the folder where there is one."""
+    config, device = stage.config, stage.device
+    # What draws from the global generators, such as dropout, draws the same whatever ran before.
+    seed_all(config.run.seed)
+    model.compute_dtype = choose_dtype(config.run.amp, device)
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    run = build_run(config, model, loader, device)
+    if run.engine.reason is not None:
+        say(f"engine: eager, as the fast one cannot take this run: {run.engine.reason}")
+    elif run.engine.name == "fast":
+        say("engine: fast")
+    checkpoints = stage.folder / "checkpoints"
+    # A folder without a single finished checkpoint is of a run that was killed before its first.
+    resumed = has_checkpoints(checkpoints)
+    if resumed:
+        continue_from(run, checkpoints)
+        say(f"{stage.name}: resumed after step {run.step}")
+    stage.begin(run)
+    if resumed:
+        # Not before: where the run is refused its folder stays as it was.
+        tidy_checkpoints(checkpoints, run.step)
+    log = RunLog(
+        stage.folder,
+        stage.name,
+        epochs=config.optim.epochs,
+        tensorboard=config.run.tensorboard,
+        wandb=config.run.wandb,
+        upto_step=run.step,
+        upto_epoch=run.epoch - (run.pending is not None),
+    )
+    save = Saver(stage.folder, config, weights_metadata(config, stage.data))
+    try:
+        fit(
+            run,
+            log,
+            validate=lambda run: validate(run, stage.data.val, stage.stop),
+            save=save,
+            stop=stage.stop,
+        )
+        save.finish()
+    except DivergedError as error:
+        way_on = AFRESH if stage.name == "pretrain" else save.way_on()
+        raise DivergedError(f"{error} {advice(stage)} {way_on}") from error
+    finally:
+        log.close()
+        # Engine and run hold one another, and graphs hold the memory of a step.
+        run.engine.forget()
+
+
+def advice(stage: Stage) -> str:
+    """Return what to try after a divergence in the stage."""
+    config = stage.config
+    rate = "--pretrain-lr" if stage.name == "pretrain" else "--lr"
+    half = choose_dtype(config.run.amp, stage.device) is not None
+    return f"Try a lower {rate} than {config.optim.lr:g}{', or --amp off' if half else ''}."
+
+
+def continue_from(run: Run, checkpoints: Path) -> None:
+    """Set the run to its newest valid checkpoint; say which were skipped.
+
+    Raises:
+        InputError: if none is valid, or it belongs to another run.
+    """
+    state, skipped = load_checkpoint(checkpoints)
+    for reason in skipped:
+        say(f"warning: skipped {reason}")
+    try:
+        run.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        # torch lists every tensor that differs, in lines of their own.
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{checkpoints}: the newest checkpoint is of another run or version "
+            f"({type(error).__name__}: {detail}). "
+            "Start anew with another --out, or delete the folder."
+        ) from error
+    former = state.get("engine", run.engine.name)
+    if former != run.engine.name:
+        say(
+            f"engine: {former} until step {run.step}, {run.engine.name} from here on: the weights "
+            "will differ in rounding from those of a run that was never stopped"
+        )
+
+
+def validate(run: Run, val: ImageSet, stop: Callable[[], bool]) -> dict[str, Any]:
+    """Return natural and robust accuracy in percent on the validation split.
+
+    Raises:
+        DivergedError: if the model's logits are not finite.
+        StoppedError: if ``stop()`` says so.
+    """
+    robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
+    attack = run.config.attack
+    try:
+        results = evaluate(
+            run.model,
+            torch.from_numpy(val.images),
+            torch.from_numpy(val.labels),
+            num_classes=len(val.classes),
+            attacks=["natural", *([robust] if robust else [])],
+            eps=attack.eps,
+            step_size=attack.step_size,
+            batch_size=run.config.eval.eval_batch_size,
+            device=run.device,
+            seed=run.config.run.seed,
+            stop=stop,
+        )
+    except DivergedError as error:
+        raise DivergedError(f"after epoch {run.epoch}: {error}") from error
+    return {
+        "natural": results["natural"].accuracy,
+        "robust": results[robust].accuracy if robust else None,
+        "attack": robust,
+        "count": results["natural"].count,
+    }
+
+
+def weights_metadata(config: Config, data: Data) -> dict[str, str]:
+    """Return what a file of weights says of itself: enough to rebuild the model and its data."""
+    return {
+        "recipe": config.name,
+        "method": config.method,
+        "data": config.data.data,
+        "model": config.model.model,
+        "width": "" if config.model.width is None else str(config.model.width),
+        "stem": config.model.stem,
+        "normalize": config.model.normalize,
+        "eps": repr(config.attack.eps),
+        "num_classes": str(len(data.train.classes)),
+    }

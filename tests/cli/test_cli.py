@@ -1,0 +1,265 @@
+"""The command line as a user meets it: help, lists, wrong input, exit codes, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import strange
+from cure_fast.cli.configure import resolve_config
+from cure_fast.cli.main import main
+from processes import finish, start
+
+TINY = (
+    "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
+    "--attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 --limit 20 --val-attack-steps 1 "
+    "--loader resident --device cpu --no-tensorboard"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "quickstart", "--help"],
+        ["eval", "--help"],
+        ["report", "--help"],
+        ["data", "--help"],
+        ["list", "--help"],
+        ["show", "--help"],
+        ["doctor", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0 and "usage: cure-fast" in capsys.readouterr().out
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "quickstart", "--help"])
+    text = capsys.readouterr().out
+    config = resolve_config("quickstart", [], "x")
+    for section in ("settings", "data", "model", "pretrain", "attack", "optim", "eval", "run"):
+        for name in vars(getattr(config, section)):
+            assert f"--{name.replace('_', '-')}" in text, name
+    assert "--resume" in text and "Exit codes" in text and "Handwritten digits" in text
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "quickstart",
+        "svhn-resnet18",
+        "cure_official",
+        "pgd_at",
+        "wrn34-10",
+        "digits",
+        "aa",
+    ):
+        assert name in text
+
+
+def test_show_prints_values_and_alternatives(capsys):
+    assert main(["show", "cifar10-wrn34-10", "--method", "cure_official", "--eps", "4/255"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--percentile 50" in text and "--score signed or abs, abs_of_sum" in text
+    assert "--eps 4/255" in text and "--step-size 0.007" in text and "--rgp True or False" in text
+
+
+def test_flags_reach_every_section():
+    words = (
+        "--epochs 7 --batch-size 32 --model wrn28-10 --width 2 --method trades --beta 3 "
+        "--data-root x --train-images 500 --attack-steps 4 --eps 8/255 --device cpu --seed 5 "
+        "--out y --milestones 0.2,1/2 --attacks natural,aa --no-flip"
+    ).split()
+    config = resolve_config("cifar10-resnet18", words, "x")
+    assert (config.optim.epochs, config.optim.batch_size, config.model.model) == (7, 32, "wrn28-10")
+    assert (config.model.width, config.method, config.settings.beta) == (2, "trades", 3)
+    assert (config.data.data_root, config.data.train_images, config.data.flip) == ("x", 500, False)
+    assert (config.attack.attack_steps, config.attack.eps) == (4, 8 / 255)
+    assert (config.run.device, config.run.seed, config.run.out) == ("cpu", 5, "y")
+    assert config.optim.milestones == (0.2, 0.5) and config.eval.attacks == ("natural", "aa")
+
+
+WRONG = {
+    "train": "recipe",
+    "train quikstart": "Perhaps you meant quickstart",
+    "train quickstart --epochs many": "--epochs",
+    "train quickstart --epochs 0": "--epochs",
+    "train quickstart --epsilon 3": "--eps",
+    "train quickstart --eps 8": "--eps",
+    "train quickstart --eps 8/0": "zero",
+    "train quickstart --method cuer": "Perhaps you meant cure",
+    "train quickstart --model resnet19": "resnet18",
+    "train quickstart --data digit": "digits",
+    "train quickstart --data folder:nowhere": "nowhere",
+    "train quickstart --attacks pgd": "pgd20",
+    "train quickstart --device tpu": "--device",
+    "train quickstart --device cuda:99": "usable GPUs",
+    "train quickstart --init-from none.safetensors": "none.safetensors",
+    "train quickstart --val-images 1430": "--val-images",
+    "train quickstart --train-images 100000": "--train-images",
+    "train quickstart --method cure_eff --epochs 1": "--natural-share",
+    "train quickstart --no-revision --evaluate-revision": "--no-revision",
+    "train quickstart --beta 1 --method pgd_at": "beta",
+    "train quickstart --resume": "no run",
+    "train cifar10-resnet18 --no-download --data-root empty": "empty",
+    "eval nowhere": "nowhere",
+    "eval .": "config.json",
+    "report .": "config.json",
+    "fly": "train",
+    "data write nothing": "digits",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_input_exits_with_2_and_says_what_was_expected(words, folder, capsys):
+    try:
+        code = main(
+            [
+                *words.split(),
+                *(
+                    ["--out", "run"]
+                    if "resume" not in words and words.startswith("train q")
+                    else []
+                ),
+            ]
+        )
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    # The parser wraps its boxes at the width of the terminal.
+    text = " ".join((output.err + output.out).replace("│", " ").split())
+    assert code == 2 and WRONG[words] in text and "Traceback" not in text
+    if "init-from" not in words:
+        assert not Path("run").exists()
+
+
+def test_train_eval_and_report_on_a_run(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    assert "report: run/report.html" in capsys.readouterr().out
+    # An attack that the record does not hold goes into it, with its own count.
+    assert main(["eval", "run", "--attacks", "fgsm", "--limit", "10"]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    for model in ("trained", "start"):
+        attacks = results["models"][model]["attacks"]
+        assert list(attacks) == ["natural", "pgd2", "fgsm"]
+        assert [attacks[name]["count"] for name in attacks] == [20, 20, 10]
+    Path("run/report.html").unlink()
+    assert main(["report", "run"]) == 0 and Path("run/report.html").exists()
+
+
+def test_a_run_folder_serves_as_recipe_and_resumes(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    assert main(["show", "run", "--epochs", "9"]) == 0
+    assert "--epochs 9" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", "run", "--resume"]) == 0
+    assert main(["train", "run"]) == 2
+    assert main(["train", "run", "--resume", "--lr", "0.01"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_runs_without_out_get_a_folder_of_their_own(folder):
+    assert main(["train", "quickstart", *TINY]) == 0
+    assert main(["train", "quickstart", *TINY]) == 0
+    assert {p.name for p in Path("runs").iterdir()} == {
+        "quickstart-cure-s0",
+        "quickstart-cure-s0-2",
+    }
+
+
+def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
+    words = ["eval", "run/model.safetensors", "--attacks", "natural", "--limit", "15"]
+    assert main([*words, "--out", "evaluated"]) == 0
+    results = json.loads(Path("evaluated/results.json").read_text())
+    entry = results["models"]["model"]["attacks"]["natural"]
+    assert entry["count"] == 15 and results["model"] == "resnet-small" and results["eps"] == 0.15
+
+
+def test_ctrl_c_saves_exits_with_75_and_resumes(folder):
+    words = ["train", "quickstart", "--out", "run", *TINY, "--epochs", "5000"]
+    run = start(words, folder)
+    run.wait_for("train epoch   2/")
+    run.signal(signal.SIGINT)
+    assert run.wait() == 75, run.output()
+    errors = run.stderr()
+    assert "--resume" in errors and "Traceback" not in errors
+    step = max(int(p.name.split("-")[1]) for p in Path("run/checkpoints").glob("checkpoint-*"))
+    assert step > 0
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    result = subprocess.run(
+        f"{sys.executable} -m cure_fast list | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.startswith("Recipes") and result.stderr == ""
+
+
+def test_out_of_memory_exits_with_4_and_advice(folder, monkeypatch, capsys):
+    import torch
+
+    from cure_fast.training import job
+
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB.")
+
+    monkeypatch.setattr(job, "train_stage", exhausted)
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 4
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_divergence_exits_with_3(folder, capsys):
+    words = [*TINY, "--epochs", "30", "--lr", "1000", "--schedule", "constant"]
+    assert main(["train", "quickstart", "--out", "run", *words]) == 3
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_training_works_without_torchvision(folder):
+    words = ["train", "quickstart", "--out", "run", *TINY]
+    code, output = finish(words, folder, prepare=partial(strange.block, "torchvision"))
+    assert code == 0 and "Traceback" not in output, output
+
+
+def test_data_write_makes_the_file_that_training_reads(folder, capsys):
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    words = "--train-images 60 --val-images 20 --cache kept".split()
+    assert main(["data", "write", "digits", *words]) == 0
+    (path,) = Path("kept/ffcv").glob("*.beton")
+    assert str(path) in capsys.readouterr().out
+    assert main(["train", "quickstart", "--out", "run", *TINY, "--loader", "ffcv", *words]) == 0
+    assert list(Path("kept/ffcv").glob("*.beton")) == [path]
+
+
+def test_a_closed_stop_names_the_command_that_continues(folder, monkeypatch, capsys):
+    from cure_fast.errors import StoppedError
+    from cure_fast.training import job
+
+    def stopped(*arguments):
+        raise StoppedError("stopped by a signal")
+
+    monkeypatch.setattr(job, "train_stage", stopped)
+    assert main(["train", "quickstart", "--out", "run", *TINY]) == 75
+    assert "continue with: cure-fast train run --resume" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""Configuration: checks, fractions, the way to JSON and back, recipes and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cure_fast.config import (
+    AttackConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from cure_fast.config.checks import format_pixel, parse_fraction
+from cure_fast.config.values import digest, from_dict, to_dict
+from cure_fast.errors import InputError
+from cure_fast.methods import METHODS, select_method
+from cure_fast.methods.cure import CureSettings
+from cure_fast.methods.trades import TradesSettings
+from cure_fast.recipes import PAPER_ROWS, RECIPES, find_recipe
+from cure_fast.runs.folder import config_from_dict
+
+SECTIONS = (
+    DataConfig,
+    ModelConfig,
+    PretrainConfig,
+    AttackConfig,
+    OptimConfig,
+    EvalConfig,
+    RunConfig,
+)
+
+
+def test_no_two_fields_share_a_flag():
+    settings = {type(method.settings) for method in METHODS.values()}
+    for kind in settings:
+        names = [f.name for s in (*SECTIONS, kind) for f in dataclasses.fields(s)]
+        names += ["name", "method"]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_recipe_with_every_method_survives_json(recipe, method):
+    config = select_method(find_recipe(recipe), method)
+    again = config_from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config and type(again.settings) is type(config.settings)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "percentile", "alpha", "gamma"),
+    [
+        ("cifar10-resnet18", 30, 0.1, 1),
+        ("cifar100-resnet18", 30, 0.1, 1),
+        ("svhn-resnet18", 30, 0.2, 1),
+        ("cifar10-wrn34-10", 50, 0.3, 0.5),
+        ("cifar100-wrn34-10", 50, 0.3, 0.5),
+        ("cifar10-preactresnet18", 20, 0.2, 1),
+    ],
+)
+def test_recipes_are_the_rows_of_table_9(recipe, percentile, alpha, gamma):
+    config = find_recipe(recipe)
+    s = config.settings
+    assert (s.percentile, s.alpha, s.gamma) == (percentile, alpha, gamma)
+    assert (config.optim.lr, config.optim.epochs, config.optim.milestones) == (
+        0.1,
+        200,
+        (0.5, 0.75),
+    )
+    assert (s.revision_rate, s.revision_decay) == (0.2, 0.999)
+    assert (config.attack.eps, config.attack.step_size) == (8 / 255, 2 / 255)
+    assert recipe == f"{config.data.data}-{config.model.model}"
+    row = PAPER_ROWS.get((config.data.data, config.model.model))
+    docstring = RECIPES[recipe].__doc__
+    if row:
+        published = [v for v in (row.natural, row.pgd20, row.cw20, row.aa) if v is not None]
+        assert all(f"{value:.2f}" in docstring for value in published)
+
+
+def test_choosing_a_method_keeps_the_recipes_settings_where_it_has_them():
+    svhn = find_recipe("svhn-resnet18")
+    assert select_method(svhn, "cure_official").settings.alpha == 0.2
+    assert select_method(svhn, "trades").settings == TradesSettings()
+    eff = select_method(svhn, "cure_eff")
+    assert eff.settings.natural_share == 0.4 and eff.pretrain.pretrain_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.031", 0.031), ("1e-3", 1e-3), ("2", 2.0)]
+)
+def test_fractions_and_decimals(text, value):
+    assert parse_fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "", "a", "1/2/3", "nan", "inf", "-inf", "8/nan", "/3"])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_fraction(text)
+
+
+@given(st.integers(1, 254))
+def test_whole_255ths_are_shown_as_fractions(steps):
+    assert format_pixel(steps / 255) == f"{steps}/255"
+    assert parse_fraction(format_pixel(steps / 255)) == steps / 255
+
+
+BAD = [
+    (OptimConfig, "batch_size", 0),
+    (OptimConfig, "batch_size", -3),
+    (OptimConfig, "lr", 0.0),
+    (OptimConfig, "lr", float("nan")),
+    (OptimConfig, "momentum", 1.0),
+    (OptimConfig, "weight_decay", -1e-4),
+    (OptimConfig, "milestones", (0.75, 0.5)),
+    (OptimConfig, "milestones", (0.5, 100.0)),
+    (OptimConfig, "schedule", "linear"),
+    (AttackConfig, "eps", 8.0),
+    (AttackConfig, "eps", -0.1),
+    (AttackConfig, "attack_steps", -1),
+    (AttackConfig, "start", "gauss"),
+    (DataConfig, "data", " "),
+    (DataConfig, "val_images", 0),
+    (DataConfig, "loader", "gpu"),
+    (ModelConfig, "width", 0),
+    (PretrainConfig, "pretrain_epochs", -1),
+    (EvalConfig, "limit", 0),
+    (EvalConfig, "eval_eps", float("inf")),
+    (RunConfig, "seed", -1),
+    (RunConfig, "amp", "fp8"),
+    (CureSettings, "percentile", 101.0),
+    (CureSettings, "alpha", -0.1),
+    (CureSettings, "revision_rate", 1.5),
+    (CureSettings, "score", "norm"),
+    (TradesSettings, "beta", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), BAD, ids=str)
+def test_a_bad_value_names_its_flag_and_itself(kind, name, value):
+    with pytest.raises(InputError) as caught:
+        kind(**{name: value})
+    assert f"--{name.replace('_', '-')}" in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_nesterov_needs_momentum_and_rgp_needs_its_own_gradient():
+    with pytest.raises(InputError, match="nesterov"):
+        OptimConfig(nesterov=True, momentum=0)
+    with pytest.raises(InputError, match="update"):
+        CureSettings(objective="rgp", update="prominence")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": 1},
+        {"data": {"dta": "x"}},
+        {"data": 3},
+        {"optim": {"epochs": "many"}},
+        {"optim": {"epochs": True}},
+        {"optim": {"milestones": 0.5}},
+        {"data": {"flip": 1}},
+        {"eval": {"limit": "all"}},
+        {"method": "curee"},
+    ],
+    ids=str,
+)
+def test_a_stored_configuration_with_wrong_entries_is_refused(change):
+    values = to_dict(find_recipe("quickstart"))
+    for name, value in change.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    with pytest.raises(InputError):
+        config_from_dict(values)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@given(field=st.sampled_from([f.name for f in dataclasses.fields(Config)]), value=json_values)
+def test_any_json_gives_a_configuration_or_an_input_error(field, value):
+    values = to_dict(find_recipe("quickstart")) | {field: value}
+    try:
+        config = config_from_dict(values)
+    except InputError:
+        return
+    assert to_dict(config)[field] is not None
+
+
+def test_missing_entries_take_their_defaults():
+    assert from_dict(OptimConfig, {"epochs": 3}) == OptimConfig(epochs=3)
+
+
+def test_digest_ignores_order_and_sees_every_value():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_unknown_recipes_and_methods_list_the_valid_ones():
+    with pytest.raises(InputError, match=r"quickstart, cifar10-resnet18.*you meant quickstart"):
+        find_recipe("quikstart")
+    with pytest.raises(InputError, match=r"cure_paper.*you meant trades"):
+        select_method(find_recipe("quickstart"), "trade")

@@ -1,0 +1,351 @@
+"""The main job end to end on the digits: record, reproducibility, resumption, stages, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_step
+from cure_fast.engine import eager
+from cure_fast.errors import DivergedError, InputError, StoppedError
+from cure_fast.files import locked
+from cure_fast.methods import METHODS
+from cure_fast.models.weights import read_weights
+from cure_fast.runs.checkpoint import save_checkpoint
+from cure_fast.runs.folder import load_config
+from cure_fast.runs.log import read_rows
+from cure_fast.signals import StopSignals
+from cure_fast.step.method import Policy
+from cure_fast.training import stages
+from cure_fast.training.job import train
+from killing import same_end
+from moments import hold_at
+from processes import start
+from tiny_command import checkpoints, differences
+from tiny_job import same_weights, stable_rows, tiny
+
+
+def test_a_run_leaves_the_whole_record(tmp_path, capsys):
+    config = tiny(tmp_path, settings={"evaluate_revision": True})
+    folder = train(config)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "evaluation",
+        "examples.npz",
+        "metrics.jsonl",
+        "model.safetensors",
+        "report.html",
+        "results.json",
+        "run.lock",
+        "revision.safetensors",
+        "start.safetensors",
+    }
+    assert load_config(folder) == config
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["models"]) == ["trained", "start", "revision"]
+    for entry in results["models"].values():
+        assert {a["count"] for a in entry["attacks"].values()} == {24}
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [(r["stage"], r["epoch"]) for r in rows if r["event"] == "epoch"] == [
+        ("pretrain", 1),
+        ("train", 1),
+        ("train", 2),
+    ]
+    last = rows[-1]
+    assert set(last["terms"]) == {"total", "natural_ce", "adversarial_ce", "kl", "consistency"}
+    assert "linear.weight" not in last["updated"] and "conv1.weight" in last["updated"]
+    with np.load(folder / "examples.npz") as arrays:
+        assert arrays["natural"].shape == arrays["trained_adversarial"].shape
+    output = capsys.readouterr().out
+    assert "train epoch   2/2" in output and "report:" in output and "trained pgd2:" in output
+
+
+def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path):
+    a, b = (train(tiny(tmp_path, out=name)) for name in ("a", "b"))
+    assert same_weights(a, b) and stable_rows(a) == stable_rows(b)
+    c = train(tiny(tmp_path, out="c", run={"seed": 1}))
+    assert not same_weights(a, c)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_every_loader_trains_the_same_weights(tmp_path, loader):
+    if loader == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed")
+    resident = train(tiny(tmp_path, out="resident", epochs=1))
+    other = train(tiny(tmp_path, out=loader, epochs=1, data={"loader": loader, "workers": 1}))
+    assert same_weights(resident, other)
+
+
+class StopAfter(StopSignals):
+    """Asks for a stop once the step ``number``, from 1, of a stage is done."""
+
+    def __init__(self, number, monkeypatch):
+        super().__init__()
+        self.came = False
+        real = eager.train_step
+
+        def watched(run, x, y):
+            self.came = run.step + 1 == number
+            return real(run, x, y)
+
+        monkeypatch.setattr(eager, "train_step", watched)
+
+    def __call__(self):
+        return self.came
+
+
+def train_in_two_parts(config, monkeypatch):
+    """Stop a run of two epochs in the middle of the second one, and resume it."""
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        train(config, stop=StopAfter(4, patch))
+    folder = train(config, resume=True)
+    assert checkpoints(folder)[-2:] == [4, 6]
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method, monkeypatch):
+    whole = train(tiny(tmp_path, method, out="whole"))
+    resumed = train_in_two_parts(tiny(tmp_path, method, out="broken"), monkeypatch)
+    assert same_weights(whole, resumed) and same_end(whole, resumed)
+    # The broken run took its natural start from the cache, as the whole one had made it.
+    assert stable_rows(whole) == stable_rows(resumed)
+
+
+def test_every_policy_belongs_to_a_method_and_so_is_resumed_above():
+    used = {type(policy) for method in METHODS for policy in tiny_step.tiny_run(method).policies}
+    shipped = {kind for kind in Policy.__subclasses__() if kind.__module__.startswith("cure_fast")}
+    assert used == shipped
+
+
+RESUMED = {
+    "revision before the loss": {
+        "revision_order": "before",
+        "revision_buffers": "average",
+        "revision_mode": "eval",
+        "revision_rate": 0.7,
+        "freeze": "hard",
+    },
+    "prominence": {
+        "mask_scope": "global",
+        "update": "prominence",
+        "score_loss": "kl",
+        "revision_rate": 0.7,
+        "revision_rate_decay": "halve",
+    },
+}
+# Their state is another, or is only there with them.
+RESUMED_OPTIMISERS = {"adam": {"optimizer": "adam", "lr": 0.01}, "loss scale": {}}
+
+
+@pytest.mark.parametrize("case", [*RESUMED, *RESUMED_OPTIMISERS])
+def test_settings_that_change_state_or_order_resume_to_the_same_weights(
+    tmp_path, case, monkeypatch
+):
+    real = stages.build_run
+
+    def scaled(*arguments):
+        run = real(*arguments)
+        # Factors that are no powers of two: another scale rounds otherwise, and so is seen.
+        run.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=777.0, growth_factor=1.7, growth_interval=2
+        )
+        return run
+
+    if case == "loss scale":
+        monkeypatch.setattr(stages, "build_run", scaled)
+    sections = {
+        "settings": RESUMED.get(case, {}),
+        "optim": RESUMED_OPTIMISERS.get(case, {}),
+        "pretrain": {"pretrain_epochs": 0},
+    }
+    whole = train(tiny(tmp_path, out="whole", **sections))
+    resumed = train_in_two_parts(tiny(tmp_path, out="broken", **sections), monkeypatch)
+    assert differences(whole, resumed) == [] and same_end(whole, resumed)
+
+
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch):
+    real = stages.build_run
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    config = tiny(tmp_path, pretrain={"pretrain_epochs": 0})
+    monkeypatch.setattr(stages, "build_run", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        train(config)
+    assert signal.getsignal(signal.SIGTERM) is before
+    names = {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
+    assert "checkpoint-000000001" in names
+
+
+def test_pre_training_is_taken_from_the_cache(tmp_path, capsys):
+    train(tiny(tmp_path, out="a", epochs=1))
+    capsys.readouterr()
+    train(tiny(tmp_path, "trades", out="b", epochs=1))
+    assert "pre-trained earlier" in capsys.readouterr().out
+    stages = [r["stage"] for r in read_rows(tmp_path / "b/metrics.jsonl")]
+    assert stages[0] == "pretrain" and stages[-1] == "train"
+
+
+def test_init_from_takes_the_place_of_pre_training(tmp_path, capsys):
+    first = train(tiny(tmp_path, "natural", out="a", epochs=1))
+    capsys.readouterr()
+    config = tiny(tmp_path, out="b", model={"init_from": str(first / "model.safetensors")})
+    second = train(config)
+    start, given = (
+        read_weights(p) for p in (second / "start.safetensors", first / "model.safetensors")
+    )
+    assert all(torch.equal(start[k], given[k]) for k in given)
+    assert "pretrain epoch" not in capsys.readouterr().out
+
+
+def test_given_weights_are_needed_once_and_may_lie_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = tmp_path / "given.safetensors"
+    first = train(tiny(tmp_path, "natural", out="a", epochs=1))
+    (first / "model.safetensors").rename(given)
+    config = tiny(tmp_path, out="b", model={"init_from": "~/given.safetensors"})
+    folder = train(config)
+    given.unlink()
+    assert train(config, resume=True) == folder
+
+
+def test_training_from_scratch_has_no_start(tmp_path):
+    folder = train(tiny(tmp_path, "trades", epochs=1, pretrain={"pretrain_epochs": 0}))
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["models"]) == ["trained"]
+
+
+def test_another_configuration_cannot_resume(tmp_path):
+    train(tiny(tmp_path, epochs=1))
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.1 in the run, 0\.2 asked for"):
+        train(tiny(tmp_path, epochs=1, optim={"lr": 0.2}), resume=True)
+    with pytest.raises(InputError, match=r"settings\.beta"):
+        train(tiny(tmp_path, epochs=1, settings={"beta": 1.0}), resume=True)
+
+
+def test_a_finished_run_resumes_to_its_results(tmp_path):
+    folder = train(tiny(tmp_path, epochs=1))
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "report.html").unlink()
+    assert train(tiny(tmp_path, epochs=1, data={"loader": "torch"}), resume=True) == folder
+    assert (folder / "report.html").exists()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    train(tiny(tmp_path, epochs=1))
+    with pytest.raises(InputError, match="new or empty"):
+        train(tiny(tmp_path, epochs=1))
+
+
+def test_divergence_is_named_with_advice(tmp_path):
+    with pytest.raises(DivergedError, match=r"not finite.*--lr"):
+        train(
+            tiny(
+                tmp_path,
+                "pgd_at",
+                optim={"lr": 1000.0, "schedule": "constant"},
+                epochs=30,
+                pretrain={"pretrain_epochs": 0},
+            )
+        )
+
+
+def test_damaged_checkpoints_are_skipped_and_said(tmp_path, capsys):
+    folder = train(tiny(tmp_path))
+    newest = sorted((folder / "checkpoints").iterdir())[-1] / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(tiny(tmp_path), resume=True)
+    assert "skipped checkpoint-000000006" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    save_checkpoint(folder / "checkpoints", 99, {"model": {}}, {})
+    with pytest.raises(InputError, match="another run or version"):
+        train(config, resume=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path):
+    config = tiny(tmp_path)
+    whole = train(tiny(tmp_path, out="whole"))
+    folder = train(config)
+    for path in (folder / "checkpoints").iterdir():
+        path.rename(path.with_name(f".tmp-{path.name}"))
+    assert same_weights(whole, train(config, resume=True))
+
+
+def test_what_a_killed_run_left_unfinished_goes(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    (cached,) = (tmp_path / "cache/pretrained").iterdir()
+    (folder / "start.safetensors").unlink()
+    left = [place / ".123.tmp-x" for place in (folder, folder / "evaluation/trained", cached)]
+    others = [place / ".own.tmp-x" for place in (folder, cached)]
+    for path in left + others:
+        path.write_text("x")
+    train(config, resume=True)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_a_cut_off_pre_training_starts_anew(tmp_path):
+    whole = train(tiny(tmp_path, out="whole", epochs=1))
+    (cached,) = (tmp_path / "cache/pretrained").iterdir()
+    (cached / "done").unlink()
+    (cached / "checkpoints/.tmp-checkpoint-000000001").mkdir(parents=True)
+    assert same_weights(whole, train(tiny(tmp_path, epochs=1)))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    config = tiny(tmp_path, epochs=1)
+    folder = train(config)
+    with (
+        locked(folder / "run.lock"),
+        pytest.raises(InputError, match="another process is running"),
+    ):
+        train(config, resume=True)
+
+
+def test_two_runs_at_once_share_one_natural_start(tmp_path):
+    words = (
+        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 2 "
+        "--epochs 1 --attack-steps 1 --attacks natural --limit 20 --loader resident --cache cache "
+        "--no-tensorboard --device cpu"
+    ).split()
+    # The first to pre-train waits until the other has asked for the same.
+    prepare = partial(hold_at, "cure_fast.engine.eager:train_step", 1, tmp_path / "go")
+    both = [start(words, tmp_path, prepare=prepare) for _ in range(2)]
+    while not any("waiting for another run" in run.output() for run in both):
+        assert not any(run.ended() for run in both), [run.output() for run in both]
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    codes = [run.wait() for run in both]
+    assert codes == [0, 0], [run.output() for run in both]
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and same_weights(*folders)
+    for folder in folders:
+        rows = [r for r in read_rows(folder / "metrics.jsonl") if r["event"] == "epoch"]
+        assert [r["epoch"] for r in rows if r["stage"] == "pretrain"] == [1, 2]
+
+
+def test_bad_weights_to_start_from_leave_no_folder(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no weights")
+    with pytest.raises(InputError, match="bad"):
+        train(tiny(tmp_path, model={"init_from": str(bad)}))
+    assert not (tmp_path / "run").exists()
