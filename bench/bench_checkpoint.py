@@ -25,13 +25,14 @@ from cure_fast.config.values import to_dict
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
 from cure_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from cure_fast.step.state import TrainState
 from cure_fast.step.train_step import train_step
-from cure_fast.training.trainer import Run, build_run
+from cure_fast.training.trainer import build_run
 
 IMAGES, STEPS_TIMED, WARMUP = 50_000, 5, 2
 
 
-def resnet18_run() -> Run:
+def resnet18_run() -> TrainState:
     """Return a run of CURE with ResNet-18 whose optimiser has momentum for every weight."""
     config = select_method(Config(), "cure")
     model = build_model("resnet18", num_classes=10).to(DEVICE)
@@ -45,11 +46,11 @@ def resnet18_run() -> Run:
 
 def step_seconds() -> float:
     """Return the median time of a CURE step of bench_step.py's shape."""
-    run, (x, y) = make_run("cure"), random_batch()
+    run, batch = make_run("cure"), random_batch()
     times = []
     for _ in range(WARMUP + STEPS_TIMED):
         started = time.perf_counter()
-        train_step(run, x, y)
+        train_step(run, batch)
         if GPU:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

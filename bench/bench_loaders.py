@@ -65,7 +65,7 @@ def test_loader(benchmark, images, cache, kind, augmentation) -> None:
 
     def epoch() -> int:
         with loader.epoch(0) as batches:
-            seen = sum(len(y) for _, y in batches)
+            seen = sum(len(batch) for batch in batches)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return seen

@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 
+from cure_fast.batch import Batch
+from cure_fast.classifier import attack_mode
 from cure_fast.config import AttackConfig, Config, OptimConfig
 from cure_fast.kernels import ema_update_, rgp_mask_
 from cure_fast.loaders import ImageSet, Loader, make_loader
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
-from cure_fast.models.modes import attack_mode
 from cure_fast.policies.conserve import maskable_parameters
 from cure_fast.runs.environment import choose_dtype
-from cure_fast.step.train_step import train_step
-from cure_fast.training.trainer import Run, build_run
+from cure_fast.step.state import TrainState
+from cure_fast.step.train_step import add_gradients, train_step
+from cure_fast.training.trainer import build_run
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -49,14 +51,15 @@ def one_batch_loader() -> Loader:
     )
 
 
-def random_batch():
+def random_batch() -> Batch:
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.rand(BATCH, 3, 32, 32, generator=generator, device=DEVICE)
     y = torch.randint(10, (BATCH,), generator=generator, device=DEVICE)
-    return x.contiguous(memory_format=torch.channels_last), y
+    index = torch.arange(BATCH, device=DEVICE)
+    return Batch(x.contiguous(memory_format=torch.channels_last), y, index)
 
 
-def make_run(method: str) -> Run:
+def make_run(method: str) -> TrainState:
     torch.manual_seed(0)
     config = select_method(
         Config(attack=AttackConfig(attack_steps=STEPS), optim=OptimConfig(batch_size=BATCH)), method
@@ -80,9 +83,9 @@ def timed(function):
 @pytest.mark.benchmark(group="step")
 @pytest.mark.parametrize("method", ["natural", "pgd_at", "trades", "cure", "cure_official"])
 def bench_step(benchmark, method):
-    run, (x, y) = make_run(method), random_batch()
+    run, batch = make_run(method), random_batch()
     benchmark.extra_info["images_per_step"] = BATCH
-    benchmark.pedantic(timed(lambda: train_step(run, x, y)), rounds=7, warmup_rounds=2)
+    benchmark.pedantic(timed(lambda: train_step(run, batch)), rounds=7, warmup_rounds=2)
 
 
 @pytest.mark.benchmark(group="ablation of CURE")
@@ -92,29 +95,29 @@ def bench_step(benchmark, method):
     ids=str,
 )
 def bench_cure_without(benchmark, settings):
-    run, (x, y) = make_run("cure"), random_batch()
+    run, batch = make_run("cure"), random_batch()
     config = replace(run.config, settings=replace(run.config.settings, **settings))
     run = build_run(config, run.model, run.loader, DEVICE)
-    benchmark.pedantic(timed(lambda: train_step(run, x, y)), rounds=7, warmup_rounds=2)
+    benchmark.pedantic(timed(lambda: train_step(run, batch)), rounds=7, warmup_rounds=2)
 
 
 @pytest.mark.benchmark(group="parts")
 def bench_attack(benchmark):
-    run, (x, y) = make_run("cure"), random_batch()
+    run, batch = make_run("cure"), random_batch()
 
     def part():
         with attack_mode(run.model, "eval"):
-            run.method.attack(run, x, y)
+            run.method.attack(run, batch)
 
     benchmark.pedantic(timed(part), rounds=7, warmup_rounds=2)
 
 
 @pytest.mark.benchmark(group="parts")
 def bench_loss_and_backward(benchmark):
-    run, (x, y) = make_run("cure"), random_batch()
+    run, batch = make_run("cure"), random_batch()
 
     def part():
-        run.method.backward(run, run.method.loss(run, x, x, y))
+        add_gradients(run, batch, 1)
         run.optimizer.zero_grad()
         run.gradients.clear()
 

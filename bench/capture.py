@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
-from cure_fast.engine.graph import CapturedStep
-from cure_fast.step.method import Terms
+from cure_fast.batch import Batch
+from cure_fast.engine.cuda_graph import CapturedStep
+from cure_fast.step.run import Terms
 
 R = TypeVar("R")
 # Calls before the capture, in which kernels are compiled and algorithms chosen.
@@ -43,13 +43,12 @@ class Captured(Generic[R]):
         torch.cuda.current_stream().wait_stream(side)
         results: list[R] = []
 
-        def compute(x: Tensor, y: Tensor) -> Terms:
+        def compute(batch: Batch) -> Terms:
             results.append(work())
             return {}
 
-        nothing = empty_on_gpu()
         # The engine's own way to record, as it gives back what a capture that fails leaves behind.
-        self._graph = CapturedStep(compute, nothing, nothing, ()).graph
+        self._graph = CapturedStep(compute, empty_on_gpu(), ()).graph
         self._results = results[0]
         # A replay reads the tables and tensors that the work was prepared with, and the graph does
         # not keep them: it knows addresses alone.
@@ -60,6 +59,7 @@ class Captured(Generic[R]):
         return self._results
 
 
-def empty_on_gpu() -> Tensor:
-    """Return a tensor without elements on the current GPU: the work has its inputs already."""
-    return torch.empty(0, device=torch.device("cuda", torch.cuda.current_device()))
+def empty_on_gpu() -> Batch:
+    """Return a batch without images on the current GPU: the work has its inputs already."""
+    nothing = torch.empty(0, device=torch.device("cuda", torch.cuda.current_device()))
+    return Batch(nothing, nothing, nothing)

@@ -6,17 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.capture import captured
 from bench.kernel_cases import Case, Provider, ema_case, model_cases, without_graph
 from bench.kernel_providers import Step, compiled
-from cure_fast.kernels import TensorList
 from cure_fast.kernels.augment import augment_crop_flip, augment_crop_flip_ref
-from cure_fast.kernels.batchnorm import fold_batchnorm, fold_batchnorm_ref
 from cure_fast.kernels.pgd import pgd_step_, pgd_step_ref
 from cure_fast.kernels.softmax import softmax_losses, softmax_losses_ref
-from cure_fast.models import build_model
 
 
 def _call_case(
@@ -142,57 +139,6 @@ def _losses_case(batch: int, *, rehearsal: bool) -> Case:
     )
 
 
-def _fold_case(model: str, width: int | None, *, rehearsal: bool) -> Case:
-    def make(device: torch.device) -> dict[str, list[Tensor]]:
-        with torch.device("meta"):
-            modules = list(build_model(model, num_classes=10, width=width).modules())
-        convs = [m for m in modules if isinstance(m, nn.Conv2d)]
-        generator = torch.Generator(device).manual_seed(0)
-        weights = [
-            torch.randn(conv.weight.shape, generator=generator, device=device).contiguous(
-                memory_format=torch.channels_last
-            )
-            for conv in convs
-        ]
-        names = ("bn_weights", "bn_biases", "running_means", "running_vars")
-        inputs = {
-            name: [torch.rand(len(w), generator=generator, device=device) + 0.5 for w in weights]
-            for name in names
-        }
-        working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
-        biases = [torch.empty(len(w), dtype=torch.bfloat16, device=device) for w in weights]
-        return {"weights": weights, **inputs, "out_weights": working, "out_biases": biases}
-
-    def step_of(function: Callable[..., None], wrap: Callable[..., Any]) -> Provider:
-        def provider(inputs: dict[str, list[Tensor]]) -> Step:
-            wrapped = {name: wrap(tensors) for name, tensors in inputs.items()}
-
-            def step() -> Sequence[Tensor]:
-                function(biases=None, eps=1e-5, **wrapped)
-                return [*inputs["out_weights"], *inputs["out_biases"]]
-
-            return step
-
-        return provider
-
-    case = _call_case(
-        "fold_batchnorm",
-        model,
-        make=make,
-        public=step_of(fold_batchnorm, list),
-        ref=step_of(fold_batchnorm_ref, list),
-        floor_bytes=lambda inputs: sum(6 * w.numel() + 18 * len(w) for w in inputs["weights"]),
-        # One unit in the last place of bfloat16, whose rounding may turn on a float32's last bit.
-        tolerance=2**-8,
-        rehearsal=rehearsal,
-    )
-    ready = step_of(fold_batchnorm, TensorList)
-    case.providers["triton-prepared"] = ready
-    if not rehearsal:
-        case.providers["triton-graph"] = lambda inputs: captured(ready(inputs))
-    return case
-
-
 def all_cases(*, rehearsal: bool) -> list[Case]:
     """Return every case: of real shapes for a GPU, or small ones that rehearse them on a CPU.
 
@@ -203,7 +149,6 @@ def all_cases(*, rehearsal: bool) -> list[Case]:
             _pgd_case((2, 3, 8, 8), rehearsal=True),
             _augment_case(5, 3, rehearsal=True),
             _losses_case(4, rehearsal=True),
-            _fold_case("resnet-small", 2, rehearsal=True),
             ema_case("rehearsal", rehearsal=True),
             *model_cases(rehearsal=True),
         ]
@@ -212,7 +157,6 @@ def all_cases(*, rehearsal: bool) -> list[Case]:
         _pgd_case((512, 3, 32, 32), rehearsal=False),
         _augment_case(50_000, 128, rehearsal=False),
         _losses_case(128, rehearsal=False),
-        _fold_case("resnet18", None, rehearsal=False),
         ema_case("resnet18", rehearsal=False),
         ema_case("wrn34-10", rehearsal=False),
         *model_cases(rehearsal=False),

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from cure_fast.kernels.augment import augment_crop_flip
-from cure_fast.kernels.batchnorm import fold_batchnorm
 from cure_fast.kernels.ema import copy_where_, ema_update_
 from cure_fast.kernels.pgd import Norm, Start, pgd_init, pgd_step_
 from cure_fast.kernels.rgp import mask_below_, rgp_mask_, rgp_select, rgp_threshold
@@ -293,20 +292,6 @@ def augment(n: int) -> Work:
     return Work({"stored": stored}, {}, lambda: (call(),))
 
 
-def fold(n: int) -> Work:
-    """Return the folding of one convolution; its few numbers per channel are left out."""
-    weight, folded = random(64, n // 64, 1, 1), random(64, n // 64, 1, 1, dtype=torch.bfloat16)
-
-    def call() -> Sequence[Tensor]:
-        numbers = [torch.ones(64)]
-        bias = [torch.empty(64, dtype=torch.bfloat16)]
-        statistics = (numbers, numbers, numbers, numbers)
-        fold_batchnorm([weight], None, *statistics, eps=1e-5, out_weights=[folded], out_biases=bias)
-        return ()
-
-    return Work({"weight": weight}, {"folded": folded}, call)
-
-
 RGP: dict[str, Any] = {"percentile": 30, "alpha": 0.1}
 OPERATIONS = (
     Operation("select", select),
@@ -322,7 +307,6 @@ OPERATIONS = (
     ),
     Operation("average", average),
     Operation("copy", copy),
-    Operation("fold BatchNorm into bf16", fold),
     Operation("augment", augment, "pixel"),
     Operation("attack step, linf", partial(attack_step, norm="linf"), "pixel"),
     Operation("attack step, l2", partial(attack_step, norm="l2"), "pixel"),

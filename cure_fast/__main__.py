@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from cure_fast.console import open_missing_streams, tell
-from cure_fast.signals import RESUMABLE, Interrupted, StopSignals, ignore_signals
+from cure_fast.errors import StoppedError
+from cure_fast.signals import Interrupted, StopSignals, ignore_signals
 
 
 def main() -> int:
@@ -18,7 +19,7 @@ def main() -> int:
             code = run()
     except Interrupted:
         tell("cure-fast: interrupted")
-        code = RESUMABLE
+        code = StoppedError.code
     ignore_signals()
     return code
 

@@ -17,7 +17,7 @@ Start = Literal["normal", "uniform", "zero"]
 def start_point(
     x: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     start: Start | Tensor,
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
@@ -26,22 +26,28 @@ def start_point(
 
     Args:
         x: images [N, C, H, W] in [0, 1].
-        eps: radius of the L-inf ball in pixel units.
+        eps: radius of the L-inf ball in pixel units; a number, or one per image [N].
         start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball,
             ``zero`` adds nothing; a tensor shaped as ``x`` is the perturbation itself.
         clamp_start: whether the result is clamped to [0, 1].
         generator: source of the noise, on the device of ``x``; None takes torch's default.
     """
     if isinstance(start, Tensor):
-        moved = x.detach() + start.clamp(-eps, eps)
-        return moved.clamp_(0, 1) if clamp_start else moved
-    if start == "zero":
+        noise = start.clone()
+    elif start == "zero":
         return x.detach().clone(memory_format=torch.preserve_format)
-    noise = torch.empty_like(x)
-    if start == "normal":
-        noise.normal_(0, NORMAL_START, generator=generator).clamp_(-eps, eps)
+    elif start == "normal":
+        noise = torch.empty_like(x).normal_(0, NORMAL_START, generator=generator)
+    elif isinstance(eps, Tensor):
+        noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+        noise *= eps.view(-1, 1, 1, 1)
     else:
-        noise.uniform_(-eps, eps, generator=generator)
+        noise = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
+    if isinstance(eps, Tensor):
+        radius = eps.to(noise).view(-1, 1, 1, 1)
+        noise.clamp_(-radius, radius)
+    else:
+        noise.clamp_(-eps, eps)
     moved = noise.add_(x.detach())
     return moved.clamp_(0, 1) if clamp_start else moved
 
@@ -51,12 +57,14 @@ def pgd(
     x: Tensor,
     objective: Callable[[Tensor], Tensor],
     *,
-    eps: float,
-    step_size: float,
+    eps: float | Tensor,
+    step_size: float | Tensor,
     steps: int,
     start: Start | Tensor = "uniform",
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
+    before: Callable[[Tensor], Tensor] | None = None,
+    after: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the last iterate of projected gradient ascent on ``objective(model(x_adv))``.
 
@@ -69,9 +77,12 @@ def pgd(
         model: network from images [N, C, H, W] in [0, 1] to logits [N, K].
         x: natural images [N, C, H, W] in [0, 1].
         objective: from logits [N, K] to a scalar, summed over the batch: a mean would scale the
-            gradients down by N, below what half precision can hold.
-        eps: radius of the L-inf ball in pixel units.
-        step_size: length of one step in pixel units.
+            gradients down by N, below what half precision can hold. It sees each iterate once, the
+            start first, so it may count, or change a tensor of step lengths for the step to come.
+        eps: radius of the L-inf ball in pixel units; a number, or one per image [N].
+        step_size: length of one step in pixel units; as ``eps``.
+        before: changes the iterate [N, C, H, W] before each forward pass.
+        after: changes it after each step; the result is projected once more.
         steps: number of steps; 0 returns the start.
         start: first perturbation; see :func:`start_point`.
         clamp_start: whether the first gradient too is taken inside [0, 1].
@@ -85,8 +96,12 @@ def pgd(
         generator=generator,
     )
     for _ in range(steps):
+        if before is not None:
+            x_adv = before(x_adv)
         with torch.enable_grad():
             leaf = x_adv.requires_grad_()
             (grad,) = torch.autograd.grad(objective(model(leaf)), leaf)
         x_adv = pgd_step_(leaf.detach(), x, grad, step_size=step_size, eps=eps)
+        if after is not None:
+            x_adv = pgd_step_(after(x_adv), x, torch.zeros_like(x), step_size=0.0, eps=eps)
     return x_adv

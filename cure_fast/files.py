@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +13,9 @@ from typing import Any
 
 from cure_fast.errors import InputError
 
-UNFINISHED = re.compile(r"\.[0-9]+\.tmp-")
-
 
 def user_path(text: str, flag: str) -> Path:
-    """Return the path that a user wrote, ``~`` standing for the home folder.
-
-    Args:
-        text: path, absolute or relative to the working folder.
-        flag: where it came from, for the message.
-
-    Raises:
-        InputError: if there is no such home folder.
-    """
+    """Return the path given to ``flag``; ``~`` is home, without which it is an ``InputError``."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -43,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader finds the old file or the whole new one, also after a power cut. If the block raises,
     the temporary file goes and the old one stays.
     """
-    temporary = path.with_name(f".{os.getpid()}.tmp-{path.name}")  # as UNFINISHED has it
+    temporary = path.with_name(f".{os.getpid()}.tmp-{path.name}")  # as clear_unfinished has it
     try:
         yield temporary
         flush(temporary)
@@ -54,23 +43,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def clear_unfinished(*folders: Path) -> None:
-    """Delete what killed processes have left of :func:`replacing` in these folders.
-
-    The caller holds the lock under which files are written there.
-    """
+    """Delete what killed processes left of :func:`replacing` there; the caller holds the lock."""
     for folder in folders:
-        for path in folder.glob(".*.tmp-*"):
-            if UNFINISHED.match(path.name):
-                path.unlink(missing_ok=True)
+        for path in folder.glob(".[0-9]*.tmp-*"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(path: Path, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file ``path`` for the block; the system lets go of it when the process ends.
 
-    Args:
-        path: lock file, made when absent and left there.
-        wait: called once where another process holds the lock, before waiting for it; None refuses.
+    Where another process holds it, ``wait`` is called once before waiting for it.
 
     Raises:
         BlockingIOError: if another process holds it and ``wait`` is None.

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# What the command line documents for a run that was stopped and can be resumed.
+RESUMABLE = 75
 # Seconds after which a signal that came during an import is sent again.
 AGAIN_S = 0.05
-# What a second Ctrl-C exits with: the last checkpoint is whole, so the run can be continued.
-RESUMABLE = 75
 
 
 class Interrupted(BaseException):
-    """A signal came in a phase that saves nothing.
-
-    Like ``KeyboardInterrupt`` it is no ``Exception``: libraries that catch those must not keep it.
-    """
+    """A signal came in a phase that saves nothing; no ``Exception``, which libraries would keep."""
 
 
 class StopSignals:
@@ -37,9 +35,7 @@ class StopSignals:
         self._came = 0
         self._raises = False
         self._process = os.getpid()
-        self._former: dict[int, object] = {}
-        self._watch: InterruptWatch | None = None
-        self._again: threading.Timer | None = None
+        self._undo = ExitStack()
 
     def __call__(self) -> bool:
         """Return whether a signal has come."""
@@ -50,42 +46,35 @@ class StopSignals:
             outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
             if isinstance(outer, StopSignals):
                 self._came = outer._came
-            # `nohup` means that the end of the terminal shall not end the program.
-            heeded = [n for n in SIGNALS if n != signal.SIGHUP or not is_ignored(n)]
-            self._former = {number: signal.signal(number, self._handle) for number in heeded}
-            self._watch = InterruptWatch()
+            for number in SIGNALS:
+                former = signal.getsignal(number)
+                # `nohup` means that the end of the terminal shall not end the program.
+                if number != signal.SIGHUP or former is not signal.SIG_IGN:
+                    signal.signal(number, self._handle)
+                    self._undo.callback(signal.signal, number, former)
+            self._undo.enter_context(interrupts_watched())
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._again is not None:
-            self._again.cancel()
-        if self._watch is not None:
-            self._watch.close()
-        for number, handler in self._former.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._undo.close()
 
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> AbstractContextManager[None]:
         """Let a signal end the block where it stands: there is nothing in it to save.
 
-        Raises:
-            Interrupted: when a signal comes, or has come before.
+        The block raises :class:`Interrupted` when a signal comes, or has come before.
         """
-        with self._mode(raises=True):
-            if self._came:
-                raise Interrupted(self._came)
-            yield
+        return self._mode(raises=True)
 
-    @contextmanager
-    def orderly(self) -> Iterator[None]:
+    def orderly(self) -> AbstractContextManager[None]:
         """Let the block poll for signals, inside one of :meth:`at_once`."""
-        with self._mode(raises=False):
-            yield
+        return self._mode(raises=False)
 
     @contextmanager
     def _mode(self, *, raises: bool) -> Iterator[None]:
         former, self._raises = self._raises, raises
         try:
+            if raises and self._came:
+                raise Interrupted(self._came)
             yield
         finally:
             self._raises = former
@@ -101,10 +90,12 @@ class StopSignals:
         if number == signal.SIGINT and not first:
             leave_at_once()
         if self._raises:
-            if is_importing(frame):
+            frames = traceback.walk_stack(frame)
+            if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in frames):
                 # Half a module is no state to end in: NumPy answers by an endless recursion.
-                self._again = threading.Timer(AGAIN_S, os.kill, (self._process, signal.SIGTERM))
-                self._again.start()
+                again = threading.Timer(AGAIN_S, os.kill, (self._process, signal.SIGTERM))
+                again.start()
+                self._undo.callback(again.cancel)
                 return
             # Each time: Python drops what is raised inside a __del__.
             raise Interrupted(number)
@@ -121,56 +112,42 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def is_ignored(number: int) -> bool:
-    """Return whether the program was started with the signal switched off."""
-    return signal.getsignal(number) is signal.SIG_IGN
-
-
-def is_importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported in ``frame`` or one that called it."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-class InterruptWatch:
-    """Leaves at the second SIGINT even while the main thread is inside a long call of C.
+@contextmanager
+def interrupts_watched() -> Iterator[None]:
+    """Leave at the second SIGINT even while the main thread is inside a long call of C.
 
     Python runs a handler only between two of its own instructions, and takes two signals that came
     meanwhile for one. But it notes each in a pipe at once, which a thread reads here.
     """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watching = True
 
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._former = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._process = os.getpid()
-        os.register_at_fork(after_in_child=self._forget)
-        self._thread = threading.Thread(target=self._count, name="interrupts", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop watching."""
-        signal.set_wakeup_fd(self._former, warn_on_full_buffer=False)
-        os.close(self._write)
-        self._thread.join()
-        os.close(self._read)
-        self._process = 0
-
-    def _count(self) -> None:
+    def count() -> None:
         interrupts = 0
-        while number := os.read(self._read, 1):
+        while number := os.read(reading, 1):
             interrupts += number[0] == signal.SIGINT
             if interrupts == 2:
                 leave_at_once()
 
-    def _forget(self) -> None:
+    def forget() -> None:
         # A forked worker must not write its own signals into this pipe. The system keeps the call
         # for ever, so it does nothing once the watch is over.
-        if self._process and threading.current_thread() is threading.main_thread():
+        if watching and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
+
+    os.register_at_fork(after_in_child=forget)
+    thread = threading.Thread(target=count, name="interrupts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former, warn_on_full_buffer=False)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+        watching = False
 
 
 def leave_at_once() -> None:
@@ -182,8 +159,5 @@ def leave_at_once() -> None:
 
 def say(text: str) -> None:
     """Write to standard error past Python's buffer, which a handler may have interrupted."""
-    try:
+    with suppress(OSError):  # it is closed: there is nobody to tell
         os.write(2, text.encode())
-    except OSError:
-        # Standard error is closed: there is nobody to tell.
-        return

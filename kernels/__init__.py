@@ -8,7 +8,6 @@ choice (auto, triton, reference). Nothing waits for the device.
 from __future__ import annotations
 
 from .augment import augment_crop_flip
-from .batchnorm import fold_batchnorm
 from .ema import copy_where_, ema_update_, flip_coin
 from .pgd import pgd_init, pgd_step_
 from .prepared import RGP
@@ -33,7 +32,6 @@ __all__ = [
     "copy_where_",
     "ema_update_",
     "flip_coin",
-    "fold_batchnorm",
     "mask_below_",
     "masked_sgd_",
     "pgd_init",

@@ -23,10 +23,11 @@ def augment_crop_flip(
     left: Tensor | None,
     mirror: Tensor | None,
     padding: int = 4,
+    reflect: bool = False,
     out_dtype: torch.dtype = torch.float32,
     channels: int | None = None,
 ) -> Tensor:
-    """Return images of a data set, padded with zeros, cropped, mirrored and scaled to [0, 1].
+    """Return images of a data set, padded, cropped, mirrored and scaled to [0, 1].
 
     This is the augmentation of CIFAR training (He et al., CVPR 2016, section 4.2). Pixels are
     divided by 255 in float32 with correct rounding, and then rounded to ``out_dtype``, so every
@@ -34,7 +35,8 @@ def augment_crop_flip(
 
     Indices are on the device, where a check would have to wait for it: they are clamped to
     [0, M - 1], so that nothing outside ``images`` is read, and a wrong one shows as the first or
-    last image. What a crop takes from outside the padded image is zero too.
+    last image. What a crop takes from outside the padded image is zero too, or with
+    ``reflect`` one of its pixels.
 
     Args:
         images: the data set, uint8 [M, H, W, C], contiguous, M at least 1 and C from 1 to 4.
@@ -43,7 +45,9 @@ def augment_crop_flip(
             this and the next two: no crop and no mirror.
         left: first column of each crop, as ``top``.
         mirror: whether each crop is mirrored left to right, bool [N].
-        padding: zero pixels on every side of an image, in [0, 2**20].
+        padding: pixels added on every side of an image, in [0, 2**20].
+        reflect: whether they are the image mirrored at its outermost pixels, which takes a padding
+            below its sides; else they are zero.
         out_dtype: float32, bfloat16 or float16.
         channels: channels of the result, C by default. Those beyond C are zero: convolutions run
             faster on 4 or 8 channels than on 3.
@@ -71,6 +75,11 @@ def augment_crop_flip(
                     f"{name}: expected {len(indices)} values, one per index, got {len(tensor)}."
                 )
     _check_integer("padding", padding, 0)
+    if reflect and padding >= min(images.shape[1:3]):
+        raise ValueError(
+            f"padding: expected less than the images' sides with reflect, got {padding} for "
+            f"{list(images.shape)}."
+        )
     if channels is not None:
         _check_integer("channels", channels, images.shape[3])
     if out_dtype not in OUT_DTYPES:
@@ -87,6 +96,7 @@ def augment_crop_flip(
         left=left,
         mirror=mirror,
         padding=padding,
+        reflect=reflect,
         out_dtype=out_dtype,
         channels=channels,
     )
@@ -100,6 +110,7 @@ def augment_crop_flip_ref(
     left: Tensor | None,
     mirror: Tensor | None,
     padding: int = 4,
+    reflect: bool = False,
     out_dtype: torch.dtype = torch.float32,
     channels: int | None = None,
 ) -> Tensor:
@@ -112,6 +123,9 @@ def augment_crop_flip_ref(
         column = torch.where(mirror[:, None, None], width - 1 - column, column)
         row = row + top[:, None, None] - padding
         column = column + left[:, None, None] - padding
+        if reflect:
+            row = (height - 1 - (height - 1 - row.abs()).abs()).clamp(0, height - 1)
+            column = (width - 1 - (width - 1 - column.abs()).abs()).clamp(0, width - 1)
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     pixels = images[image, row.clamp(0, height - 1), column.clamp(0, width - 1)]
     pixels = torch.where(inside[..., None], pixels, 0).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .augment import crop_flip, to_float
-from .base import Loader, eval_batches
+from .base import Loader
 from .beton import check_beton, ensure_beton, write_beton
 from .choose import make_loader
 from .datasets import DATASETS, DatasetInfo, read_dataset
@@ -19,7 +19,6 @@ __all__ = [
     "check_images",
     "crop_flip",
     "ensure_beton",
-    "eval_batches",
     "make_loader",
     "read_dataset",
     "split_train",

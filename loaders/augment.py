@@ -29,20 +29,30 @@ class CropFlip:
     """Parameters of one batch.
 
     Attributes:
-        padding: zero pixels added on every side before the crop.
+        padding: pixels added on every side before the crop.
         top: first row of the crop in the padded image, int64 [N] in [0, 2 * padding].
         left: first column of the crop, int64 [N] in [0, 2 * padding].
         mirror: whether the crop is mirrored left to right, bool [N].
+        reflect: whether the pixels added are the image mirrored at its outermost ones, which takes
+            a padding below its sides; else they are zero.
     """
 
     padding: int
     top: Tensor
     left: Tensor
     mirror: Tensor
+    reflect: bool = False
 
 
 def draw_crop_flip(
-    count: int, *, seed: int, epoch: int, batch: int, crop_padding: int, flip: bool
+    count: int,
+    *,
+    seed: int,
+    epoch: int,
+    batch: int,
+    crop_padding: int,
+    flip: bool,
+    reflect: bool = False,
 ) -> CropFlip:
     """Return the parameters of ``count`` images, on the CPU.
 
@@ -53,11 +63,12 @@ def draw_crop_flip(
         batch: number of the batch in the epoch, from 0.
         crop_padding: padding in pixels; 0 turns the crop off.
         flip: mirror each image with probability 1/2. Turning it off leaves the crops as they are.
+        reflect: see :class:`CropFlip`; the draws are the same.
     """
     generator = generator_of(seed, AUGMENTATION, epoch, batch)
     corner = torch.randint(0, 2 * crop_padding + 1, (2, count), generator=generator)
     mirror = torch.randint(0, 2, (count,), generator=generator).bool()
-    return CropFlip(crop_padding, corner[0], corner[1], mirror & flip)
+    return CropFlip(crop_padding, corner[0], corner[1], mirror & flip, reflect)
 
 
 def crop_flip(
@@ -68,6 +79,7 @@ def crop_flip(
     batch: int,
     crop_padding: int,
     flip: bool,
+    reflect: bool = False,
     indices: Tensor | None = None,
 ) -> Tensor:
     """Return randomly cropped and mirrored images as float32 [N, 3, H, W] in [0, 1], channels_last.
@@ -79,6 +91,7 @@ def crop_flip(
         batch: see there.
         crop_padding: see there.
         flip: see there.
+        reflect: see there.
         indices: which of the images, int64 [N] on their device; None takes all.
 
     Raises:
@@ -88,7 +101,13 @@ def crop_flip(
         return to_float(images, indices)
     count = len(images) if indices is None else len(indices)
     draw = draw_crop_flip(
-        count, seed=seed, epoch=epoch, batch=batch, crop_padding=crop_padding, flip=flip
+        count,
+        seed=seed,
+        epoch=epoch,
+        batch=batch,
+        crop_padding=crop_padding,
+        flip=flip,
+        reflect=reflect,
     )
     return apply_crop_flip(images, draw, indices)
 
@@ -141,8 +160,11 @@ def _check(images: Tensor) -> None:
 def _crop_flip_numpy(images: NDArray[np.uint8], draw: CropFlip) -> NDArray[np.uint8]:
     count, height, width, _ = images.shape
     p = draw.padding
-    padded = np.zeros((count, height + 2 * p, width + 2 * p, 3), np.uint8)
-    padded[:, p : p + height, p : p + width] = images
+    if draw.reflect:
+        padded = np.pad(images, ((0, 0), (p, p), (p, p), (0, 0)), mode="reflect")
+    else:
+        padded = np.zeros((count, height + 2 * p, width + 2 * p, 3), np.uint8)
+        padded[:, p : p + height, p : p + width] = images
     image, row, column, byte = padded.strides
     # Every crop of every image, [N, 2p+1, 2p+1, H, W * 3], as a view; one per image is copied out.
     crops = as_strided(
@@ -171,5 +193,11 @@ def _on_gpu(images: Tensor, indices: Tensor | None, draw: CropFlip | None) -> Te
     drawn = torch.stack((draw.top, draw.left, draw.mirror.long()))
     top, left, mirror = drawn.to(device, non_blocking=True)
     return augment_crop_flip(
-        images, indices, top=top, left=left, mirror=mirror.bool(), padding=draw.padding
+        images,
+        indices,
+        top=top,
+        left=left,
+        mirror=mirror.bool(),
+        padding=draw.padding,
+        reflect=draw.reflect,
     )

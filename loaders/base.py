@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cure_fast.batch import Batch
 from cure_fast.errors import InputError
 
-from .augment import crop_flip, to_float
+from .augment import crop_flip
 from .image_set import ImageSet, check_images
 from .seeds import epoch_order
 
@@ -29,8 +30,9 @@ class BatchSettings:
         batch_size: images per batch, at least 2.
         device: where batches are delivered.
         seed: seed of the order and the augmentation.
-        crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.
+        crop_padding: padding in pixels before the random crop; 0 turns the crop off.
         flip: mirror each image left to right with probability 1/2.
+        reflect: whether the padding mirrors the image; else it is zero.
     """
 
     batch_size: int
@@ -38,6 +40,7 @@ class BatchSettings:
     seed: int
     crop_padding: int
     flip: bool
+    reflect: bool = False
 
 
 class Loader(ABC):
@@ -52,7 +55,8 @@ class Loader(ABC):
         kind: ``ffcv``, ``resident`` or ``torch``.
         reason: one line that says which loader this is and why it was chosen.
         batch_size: images per batch.
-        num_images: images delivered in an epoch.
+        set_size: images of the set, each with its place below that.
+        num_images: images delivered in an epoch, which can be one less.
         batches_per_epoch: batches delivered in an epoch.
     """
 
@@ -71,6 +75,12 @@ class Loader(ABC):
                 f"{image_set.name}: expected at least 2 training images, got {count}: BatchNorm "
                 f"cannot train on a batch of one; give more with --train-images."
             )
+        smallest = min(image_set.images.shape[1:3])
+        if settings.reflect and settings.crop_padding >= smallest:
+            raise InputError(
+                f"--crop-padding: expected less than {smallest}, a side of the images, with "
+                f"--crop-mode reflect, got {settings.crop_padding}."
+            )
         left_over = count % batch_size == 1
         self.settings = settings
         self.batch_size = batch_size
@@ -82,17 +92,15 @@ class Loader(ABC):
                 f"; {count} images in batches of {batch_size} leave one over, which is passed over "
                 f"in each epoch, as BatchNorm cannot train on it"
             )
-        self._count = count
+        self.set_size = count
 
     @contextmanager
-    def epoch(
-        self, epoch: int, *, start_batch: int = 0
-    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Iterator[Batch]]:
         """Open an epoch; leaving the context at any time ends its threads and processes.
 
         Yields:
-            an iterator of (x, y) on the device: x float32 [n, 3, H, W] in [0, 1], channels_last;
-            y int64 [n]. Both are the caller's to keep and to change.
+            an iterator of batches on the device: their images are augmented, their ``index`` is the
+            images' place in the set. All of it is the caller's to keep and to change.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -106,23 +114,29 @@ class Loader(ABC):
                 f"start_batch: expected 0 to {self.batches_per_epoch}, got {start_batch}: "
                 f"the data or the batch size has changed since the checkpoint."
             )
-        order = epoch_order(self._count, seed=self.settings.seed, epoch=epoch)
-        batches = order[: self.num_images].split(self.batch_size)[start_batch:]
+        order = epoch_order(self.set_size, seed=self.settings.seed, epoch=epoch)[: self.num_images]
+        # Moved once per epoch: a copy from memory that is not pinned waits for the GPU.
+        batches, places = (
+            indices.split(self.batch_size)[start_batch:]
+            for indices in (order, order.to(self.settings.device))
+        )
         if not batches:
             yield iter(())
             return
         with self._read(batches) as pixels:
-            augmented = self._augment(pixels, epoch, start_batch)
+            augmented = self._augment(pixels, places, epoch, start_batch)
             try:
                 yield augmented
             finally:
                 augmented.close()
 
     def _augment(
-        self, pixels: Iterable[Pixels], epoch: int, start_batch: int
-    ) -> Generator[tuple[Tensor, Tensor]]:
+        self, pixels: Iterable[Pixels], places: Sequence[Tensor], epoch: int, start_batch: int
+    ) -> Generator[Batch]:
         settings = self.settings
-        for batch, (images, labels, indices) in enumerate(pixels, start_batch):
+        for batch, (index, (images, labels, indices)) in enumerate(
+            zip(places, pixels, strict=True), start_batch
+        ):
             x = crop_flip(
                 images,
                 indices=indices,
@@ -131,8 +145,9 @@ class Loader(ABC):
                 batch=batch,
                 crop_padding=settings.crop_padding,
                 flip=settings.flip,
+                reflect=settings.reflect,
             )
-            yield x, labels
+            yield Batch(x, labels, index)
 
     @abstractmethod
     def _read(self, batches: Sequence[Tensor]) -> AbstractContextManager[Iterable[Pixels]]:
@@ -143,34 +158,6 @@ class Loader(ABC):
             and None, or [M, H, W, 3] and which of them, int64 [n]. The images need to stay as they
             are until the next batch is asked for, the labels for good.
         """
-
-
-def eval_batches(
-    image_set: ImageSet, *, batch_size: int, device: torch.device, limit: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the first ``limit`` images (None: all) in order, each once, not augmented.
-
-    Args:
-        image_set: the images.
-        batch_size: images per batch, at least 1; the last batch holds what is left.
-        device: where batches are delivered.
-        limit: number of images, at least 1.
-
-    Yields:
-        (x float32 [n, 3, H, W] in [0, 1] channels_last, y int64 [n]) on the device.
-
-    Raises:
-        InputError: for a number below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"--eval-batch-size: expected at least 1, got {batch_size}.")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit: expected at least 1, got {limit}.")
-    count = len(image_set) if limit is None else min(limit, len(image_set))
-    images, labels = shared_tensors(image_set)
-    for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        yield to_float(images[part].to(device)), labels[part].clone().to(device)
 
 
 def shared_tensors(image_set: ImageSet) -> tuple[Tensor, Tensor]:

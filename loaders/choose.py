@@ -27,6 +27,7 @@ def make_loader(
     seed: int,
     crop_padding: int,
     flip: bool,
+    reflect: bool = False,
     workers: int | None,
     cache: Path,
 ) -> Loader:
@@ -39,8 +40,9 @@ def make_loader(
         batch_size: images per batch, at least 2.
         device: where batches are delivered.
         seed: seed of the order and the augmentation.
-        crop_padding: zero padding in pixels before the random crop; 0 turns the crop off.
+        crop_padding: padding in pixels before the random crop; 0 turns the crop off.
         flip: mirror each image left to right with probability 1/2.
+        reflect: whether the padding mirrors the image; else it is zero.
         workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
         cache: folder below which FFCV's file is kept.
 
@@ -51,7 +53,12 @@ def make_loader(
     if kind not in KINDS:
         raise InputError(f"--loader: expected one of {', '.join(KINDS)}, got {kind!r}.")
     settings = BatchSettings(
-        batch_size=batch_size, device=device, seed=seed, crop_padding=crop_padding, flip=flip
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+        crop_padding=crop_padding,
+        flip=flip,
+        reflect=reflect,
     )
     why = "asked for"
     if kind in ("auto", "ffcv"):

@@ -110,7 +110,7 @@ install_ffcv() {
     fi
     say "Building FFCV (about 20 s)"
     pip_install -e '.[ffcv]' || return 1
-    doctor 'ffcv = check_ffcv(); print("FFCV", ffcv.detail); raise SystemExit(not ffcv.works)' >&2
+    doctor 'works, detail = check_ffcv(); print("FFCV", detail); raise SystemExit(not works)' >&2
 }
 
 # The classes that `cure-fast export --format robustbench` loads its files into. Beside the other

@@ -27,7 +27,7 @@ def test_the_fast_recipe_fits_into_ten_minutes_at_16_ms_a_step() -> None:
     validations = config.optim.epochs // config.eval.val_every + 2
     assert cure + natural + 60 + 3 * validations <= 600
     assert cure >= 0.7 * 600, "less than there is time for"
-    about = RECIPES[NAME].__doc__
+    about = RECIPES[NAME].about
     assert f"{cure:.0f} s of CURE" in about and "not measured yet" in about.splitlines()[0]
 
 
@@ -59,8 +59,8 @@ def test_its_revision_model_averages_over_the_papers_share_of_the_run() -> None:
 def test_it_differs_from_the_papers_recipe_in_nothing_else() -> None:
     fast, paper = find_recipe(NAME), find_recipe("cifar10-resnet18")
     assert (fast.model, fast.attack, fast.method) == (paper.model, paper.attack, paper.method)
-    own = {"revision_decay": 0.999, "evaluate_revision": False}
-    assert replace(fast.settings, **own) == paper.settings
+    assert replace(fast.settings, revision_decay=0.999) == paper.settings
+    assert (fast.eval.networks, paper.eval.networks) == (("revision",), ())
     assert fast.eval.attacks == paper.eval.attacks and fast.eval.aa_limit == 1000
     assert fast.eval.eval_step_size == paper.eval.eval_step_size
     for part, name in (("eval", "val_every"), ("run", "checkpoint_every")):

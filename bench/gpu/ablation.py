@@ -17,13 +17,6 @@ from cure_fast.config import EngineFeature
 
 MODEL, METHOD = "resnet18", "cure"
 ALL = "all features"
-# What cannot do without a feature in half precision, in which a GPU is measured.
-TAKEN_ALONG = {
-    "fold": "compile",
-    # The passes of CURE's revision model need no way back, and stay compiled.
-    "stack": "compile-loss in part",
-    "copies": "stack, compile-loss",
-}
 
 
 def measure_ablation(plan: Plan, record: Record) -> None:
@@ -35,7 +28,7 @@ def measure_ablation(plan: Plan, record: Record) -> None:
         loader = open_loader(plan, batch, cache=Path(cache))
         contenders = []
         for without in ((), *((feature,) for feature in get_args(EngineFeature))):
-            engine = row_name(without[0]) if without else ALL
+            engine = f"without {without[0]}" if without else ALL
             case = Case(model, METHOD, "fast", batch, without)
             contenders.append(
                 Contender(
@@ -50,12 +43,6 @@ def measure_ablation(plan: Plan, record: Record) -> None:
     record.columns = (*COLUMNS, ("gain", "gain of the feature, x", 1.0))
     record.text = f"{TEXT}\n\n*Gain*: the step's time without the feature over that with all."
     add_gains(record)
-
-
-def row_name(feature: str) -> str:
-    """Return what the step without a feature is called, with the feature that goes with it."""
-    along = TAKEN_ALONG.get(feature)
-    return f"without {feature}" + (f" (and {along})" if along else "")
 
 
 def add_gains(record: Record) -> None:

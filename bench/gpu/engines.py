@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.authors import AuthorsSettings, build_authors
 from bench.gpu.plan import LEARNING_RATE, Plan
+from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, OptimConfig
 from cure_fast.engine.fast import FastEngine
 from cure_fast.loaders import ImageSet, Loader, make_loader
 from cure_fast.methods import select_method
 from cure_fast.models import build_model
 from cure_fast.runs.environment import choose_dtype
-from cure_fast.training.trainer import Run, build_run, next_step
+from cure_fast.step.state import TrainState
+from cure_fast.training.trainer import build_run, next_step
 
 COMPILED = ("eager+compile", "eager+reduce-overhead")
 
@@ -93,7 +94,7 @@ def open_loader(plan: Plan, batch: int, *, kind: str = "resident", cache: Path) 
     )
 
 
-def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
+def first_batch(loader: Loader) -> Batch:
     """Return the first batch of an epoch."""
     with loader.epoch(0) as batches:
         return next(iter(batches))
@@ -106,15 +107,15 @@ def build(case: Case, plan: Plan, loader: Loader) -> Work:
         WrongEngineError: if the fast engine does not take the case.
     """
     torch.manual_seed(0)
-    x, y = first_batch(loader)
+    batch = first_batch(loader)
     if case.engine == "authors":
-        return _authors(case, plan, x, y)
+        return _authors(case, plan, batch)
     run = open_run(case, plan, loader)
     if case.engine not in COMPILED:
-        return Work(lambda: next_step(run, x, y), lambda: check_run(run, case))
+        return Work(lambda: next_step(run, batch), lambda: check_run(run, case))
     graphs = case.engine == "eager+reduce-overhead"
     compile_networks(run, plan, graphs=graphs)
-    step = CompiledStep(lambda: next_step(run, x, y), compiling=plan.sizes.warmups, graphs=graphs)
+    step = CompiledStep(lambda: next_step(run, batch), compiling=plan.sizes.warmups, graphs=graphs)
     return Work(step, lambda: check_run(run, case))
 
 
@@ -167,7 +168,7 @@ def compilations() -> int:
     return counters["frames"]["total"]
 
 
-def _authors(case: Case, plan: Plan, x: Tensor, y: Tensor) -> Work:
+def _authors(case: Case, plan: Plan, batch: Batch) -> Work:
     settings = AuthorsSettings(attack_steps=plan.sizes.attack_steps)
     run = build_authors(
         case.method,
@@ -178,11 +179,11 @@ def _authors(case: Case, plan: Plan, x: Tensor, y: Tensor) -> Work:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    nchw = x.contiguous(memory_format=torch.contiguous_format)
-    return Work(lambda: run.step(nchw, y))
+    nchw = batch.x.contiguous(memory_format=torch.contiguous_format)
+    return Work(lambda: run.step(nchw, batch.y))
 
 
-def open_run(case: Case, plan: Plan, loader: Loader) -> Run:
+def open_run(case: Case, plan: Plan, loader: Loader) -> TrainState:
     """Return a run of this project's trainer at its first step."""
     sizes = plan.sizes
     config = Config(
@@ -202,7 +203,7 @@ def open_run(case: Case, plan: Plan, loader: Loader) -> Run:
     return build_run(config, model, loader, plan.device)
 
 
-def compile_networks(run: Run, plan: Plan, *, graphs: bool) -> None:
+def compile_networks(run: TrainState, plan: Plan, *, graphs: bool) -> None:
     """Have torch compile the run's networks when they are first called.
 
     Args:
@@ -255,7 +256,7 @@ def kept_buffers() -> Iterator[None]:
         functorch_config.donated_buffer = former
 
 
-def check_run(run: Run, case: Case) -> None:
+def check_run(run: TrainState, case: Case) -> None:
     """Raise an error if the run's steps are not those of the case.
 
     Raises:

@@ -12,22 +12,20 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from bench.gpu.engines import Case, Work, check_run, first_batch, open_loader, open_run
 from bench.gpu.estimates import build_seconds
 from bench.gpu.plan import Plan
 from bench.gpu.record import Record, Row
 from bench.gpu.robin import Contender, RoundRobin
 from bench.gpu.steps import COLUMNS, TEXT, start, step_figures
+from cure_fast.batch import Batch
 from cure_fast.loaders import Loader
 from cure_fast.loaders.ffcv_reader import ffcv_problem
-from cure_fast.training.trainer import Run, next_step
+from cure_fast.step.state import TrainState
+from cure_fast.training.trainer import next_step
 
 MODEL, METHODS = "resnet18", ("natural", "cure")
 FEEDS = ("ffcv", "resident", "static")
-
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def measure_feeds(plan: Plan, record: Record) -> None:
@@ -55,9 +53,9 @@ def open_feeds(
     batch, model = plan.sizes.batch, plan.sizes.network(MODEL)
     case = Case(model, method, "fast", batch)
     figures = step_figures(plan, record.about["bf16_flops"], model)
-    shared: list[Run] = []
+    shared: list[TrainState] = []
 
-    def run() -> Run:
+    def run() -> TrainState:
         if not shared:
             shared.append(open_run(case, plan, open_loader(plan, batch, cache=cache)))
         return shared[0]
@@ -82,30 +80,27 @@ def open_feeds(
 
 
 def feeding(
-    case: Case, feed: str, run: Callable[[], Run], plan: Plan, cache: Path, opened: ExitStack
+    case: Case, feed: str, run: Callable[[], TrainState], plan: Plan, cache: Path, opened: ExitStack
 ) -> Work:
     """Return steps of the run that wait for the batches of a feed."""
     kind = "resident" if feed == "static" else feed
     loader = open_loader(plan, case.batch, kind=kind, cache=cache)
     if feed == "static":
-        batch = first_batch(loader)
-        batches: Batches = itertools.repeat(batch)
+        batches: Iterator[Batch] = itertools.repeat(first_batch(loader))
     else:
         batches = opened.enter_context(closing(endless(loader, case.batch)))
     fed = run()
 
     def step() -> None:
-        next_step(fed, *next(batches))
+        next_step(fed, next(batches))
 
     return Work(step, lambda: check_run(fed, case))
 
 
-def endless(loader: Loader, batch: int) -> Generator[tuple[Tensor, Tensor]]:
+def endless(loader: Loader, size: int) -> Generator[Batch]:
     """Yield the whole batches of one epoch after another."""
     epoch = 0
     while True:
         with loader.epoch(epoch) as batches:
-            for x, y in batches:
-                if len(y) == batch:
-                    yield x, y
+            yield from (batch for batch in batches if len(batch) == size)
         epoch += 1

@@ -2,78 +2,73 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cure_fast.cli.words import UnknownFlagError, flags_of, read_words
+from cure_fast.cli.words import flags_of, pointing_to, read_words
 from cure_fast.config import Config
 from cure_fast.config.checks import shown
 from cure_fast.errors import InputError
-from cure_fast.methods import METHODS, find_method, select_method
-from cure_fast.recipes import RECIPES, find_recipe, with_out
+from cure_fast.methods import METHODS, check_config, publish, select_method
+from cure_fast.policies import POLICIES, select_policies
+from cure_fast.recipes import RECIPES, find_recipe
 from cure_fast.runs.folder import load_config
 
-
-def resolve_config(recipe: str, flags: Sequence[str], prog: str) -> Config:
-    """Return the recipe's configuration, or a run folder's, changed by the flags."""
-    return read_config(recipe, flags, prog, {})[0]
+# Flags that stand for no field of a section, and their types.
+OWN: dict[str, Any] = {
+    "name": str,
+    "method": str,
+    "policies": tuple[str, ...],
+    "regime": Literal["recipe", "published"],
+}
 
 
 def read_config(
     recipe: str, words: Sequence[str], prog: str, switches: Mapping[str, Any]
 ) -> tuple[Config, dict[str, Any]]:
-    """Return the recipe's configuration, or a run folder's, changed by the words after it.
+    """Return the configuration that a recipe or run folder and the flags after it give.
 
-    ``--method`` is looked up first, because it decides which settings are flags.
-
-    Args:
-        recipe: name of a recipe, or a run folder.
-        words: the flags with their values.
-        prog: the words before the flags, for messages.
-        switches: flags of the command itself, with their types.
-
-    Returns:
-        The configuration, and the values of the switches that were given.
-
-    Raises:
-        InputError: for an unknown recipe, method or flag, or a wrong value.
+    ``prog`` has the words before the flags, for messages; ``switches`` are flags of the command
+    itself with their types, whose values are returned too where they are given.
     """
-    config = base_config(recipe, words)
+    config = base_config(recipe, words, prog)
     parts = sections(config)
-    own = {"name": str, "method": str}
-    flags = {**own, **flags_of(*map(type, parts.values())), **switches}
-    try:
-        free, values = read_words(words, flags)
+    flags = {**OWN, **flags_of(*map(type, parts.values())), **switches}
+    with pointing_to(prog, "each flag"):
+        free, values = read_words(words, flags, partial(of_others, config))
         if free:
             raise InputError(
                 f"expected flags after {recipe}, each with its value; got {shown(free[0])}."
             )
-        changes: dict[str, Any] = {name: values[name] for name in own if name in values}
+        changes = {"name": values["name"]} if "name" in values else {}
+        policies = dict(config.policies)
         for name, part in parts.items():
             taken = {field: values[field] for field in vars(part) if field in values}
-            changes |= {name: dataclasses.replace(part, **taken)} if taken else {}
-        config = dataclasses.replace(config, **changes)
-        find_method(config.method).check(config)
-    except InputError as error:
-        what = other_methods(error, config.method) or str(error)
-        raise InputError(f"{what} `{prog} --help` explains each flag.") from error
+            if taken:
+                where = policies if name in policies else changes
+                where[name] = replace(part, **taken)
+        config = replace(config, **changes, policies=policies)
+        check_config(config)
     return config, {name: values[name] for name in switches if name in values}
 
 
 def sections(config: Config) -> dict[str, Any]:
     """Return the parts of a configuration that hold its flags, by name."""
-    return {name: part for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
+    own = {name: part for name, part in vars(config).items() if is_dataclass(part)}
+    return own | dict(config.policies)
 
 
-def base_config(recipe: str, words: Sequence[str]) -> Config:
-    """Return what the flags change: the recipe or the run's own, with the method they name."""
+def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
+    """Return the recipe's or run's own with the flags of ``OWN``, which decide what others are."""
     folder = Path(recipe) if recipe.strip() else None
     # The functions of os.path take any text, those of Path raise for one that is no path.
     if folder and os.path.lexists(folder / "config.json"):
-        config = with_out(load_config(folder), recipe)
+        config = load_config(folder)
+        config = replace(config, run=replace(config.run, out=recipe))
     elif folder and recipe not in RECIPES and os.path.isdir(folder):
         if os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
             raise InputError(
@@ -91,27 +86,32 @@ def base_config(recipe: str, words: Sequence[str]) -> Config:
         )
     else:
         config = find_recipe(recipe)
-    method = flag_value(words, "--method")
-    return config if method is None else select_method(config, method)
+    with pointing_to(prog, "each flag"):
+        _, given = read_words(words, {**OWN, "data": str, "model": str}, lambda name: None)
+    if "method" in given:
+        config = select_method(config, given["method"])
+    if given.get("regime") == "published":
+        # What is published depends on data and model, whose flags are read with the others later.
+        for name in given.keys() & {"data", "model"}:
+            part = replace(getattr(config, name), **{name: given[name]})
+            config = replace(config, **{name: part})
+        config = publish(config)
+    if "policies" in given:
+        names = given["policies"]
+        config = select_policies(config, [] if names == ("none",) else names)
+    return config
 
 
-def other_methods(error: InputError, method: str) -> str:
-    """Return what is wrong where a flag is unknown only because of the method, else nothing."""
-    if not isinstance(error, UnknownFlagError):
-        return ""
-    having = [other for other in METHODS.values() if error.name in vars(other.settings)]
-    if not having:
-        return ""
-    flag, names = error.name.replace("_", "-"), ", ".join(other.name for other in having)
-    return f"--{flag}: expected with --method {names}, got it with {method}; leave it out."
-
-
-def flag_value(words: Sequence[str], name: str) -> str | None:
-    """Return the last value given to a flag, written ``--flag value`` or ``--flag=value``."""
-    found = None
-    for position, word in enumerate(words):
-        if word == name and position + 1 < len(words) and not words[position + 1].startswith("--"):
-            found = words[position + 1]
-        elif word.startswith(name + "="):
-            found = word.split("=", 1)[1]
-    return found
+def of_others(config: Config, name: str) -> str:
+    """Return what is wrong with a flag that another method or a policy has, else nothing."""
+    flag = f"--{name.replace('_', '-')}"
+    policies = [policy for policy, info in POLICIES.items() if name in vars(info.settings)]
+    if policies:
+        names = ",".join((*config.policies, *policies))
+        return f"{flag}: expected --policies {names} with it, got it without; add that."
+    methods = ", ".join(m for m, other in METHODS.items() if name in vars(other.settings))
+    if methods:
+        return (
+            f"{flag}: expected with --method {methods}, got it with {config.method}; leave it out."
+        )
+    return ""

@@ -18,156 +18,93 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import cure_fast
 from cure_fast.errors import InputError
 from cure_fast.runs.versions import package_version
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack")
-# Import names of what training and its report need; FFCV is an extra, Triton comes with torch.
-NEEDED = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "safetensors",
-    "sklearn",
-    "tyro",
-    "rich",
-    "pyautoattack",
-)
-# Receivers of a run's numbers; training goes on without them.
-RECEIVERS = {"tensorboard": "--tensorboard", "wandb": "--wandb"}
-PROBE_SECONDS = 120
-SMALL_SHM = 256 * 2**20
+# Import names of what training and its report need, which bring NumPy; FFCV is an extra.
+NEEDED = ("torch", "torchvision", "safetensors", "sklearn", "tyro", "rich", "pyautoattack")
+# What is shown with its version, and what it means that it is absent.
+PACKAGES = {
+    **dict.fromkeys(("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack"), ""),
+    "tensorboard": "; --tensorboard only warns",
+    "wandb": "; --wandb only warns",
+}
 
 FFCV_PROBE = """
-import sys, tempfile
+import tempfile
+from pathlib import Path
+import ffcv
 import numpy as np
-from ffcv.fields import IntField, NDArrayField
-from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.writer import DatasetWriter
+from cure_fast.loaders.beton import ensure_beton
+from cure_fast.loaders.image_set import ImageSet
 
-class Images:
-    def __len__(self):
-        return 4
-    def __getitem__(self, index):
-        return np.full((2, 3), 10 * index, np.uint8), index
-
+images = np.arange(4 * 8 * 8 * 3).reshape(4, 8, 8, 3).astype(np.uint8)
 with tempfile.TemporaryDirectory() as folder:
-    path = folder + "/probe.beton"
-    fields = {"x": NDArrayField(np.dtype("uint8"), (2, 3)), "y": IntField()}
-    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(Images())
-    pipelines = {"x": [NDArrayDecoder()], "y": [IntDecoder()]}
-    loader = Loader(path, batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL,
-                    pipelines=pipelines, drop_last=False)
-    read = [(x.tolist(), y.ravel().tolist()) for x, y in loader]
-expected = [([[[10 * i] * 3] * 2 for i in range(4)], [0, 1, 2, 3])]
-if read != expected:
-    sys.exit(f"a file written and read back differs: {read}")
+    ensure_beton(ImageSet("probe", images, np.arange(4), tuple("abcd"), "none"), Path(folder))
 """
 
 TRITON_PROBE = """
-import torch, triton
-import triton.language as tl
+import os
+os.environ["CURE_FAST_KERNELS"] = "triton"
+import torch
+from cure_fast.kernels.pgd import pgd_step_
 
-@triton.jit
-def add_one(x, count, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < count
-    tl.store(x + offsets, tl.load(x + offsets, mask=mask) + 1, mask=mask)
-
-x = torch.arange(5, device="cuda", dtype=torch.float32)
-add_one[(1,)](x, 5, BLOCK=8)
-if x.tolist() != [1, 2, 3, 4, 5]:
-    raise SystemExit(f"a compiled kernel gave {x.tolist()}")
+x_adv, x, grad = (torch.full((5,), value, device="cuda") for value in (0.0, 0.0, 1.0))
+pgd_step_(x_adv, x, grad, step_size=0.25, eps=0.5)
+if x_adv.tolist() != [0.25] * 5:
+    raise SystemExit(f"a compiled kernel gave {x_adv.tolist()}")
 """
-
-
-@dataclass(frozen=True)
-class Ffcv:
-    """State of FFCV: whether it works, what was seen, and the command that mends it (or "")."""
-
-    works: bool
-    detail: str
-    mend: str
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """GPUs that torch can use, one line each; why there is none; what stops training on them."""
-
-    lines: tuple[str, ...] = ()
-    absence: str = "none"
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All findings: rows of (name, value), what stops training, and FFCV's state."""
-
-    rows: tuple[tuple[str, str], ...]
-    problems: tuple[str, ...]
-    ffcv: Ffcv
-    gpus: Gpus
-
-    @property
-    def verdict(self) -> str:
-        """One line: whether training can run, and on what."""
-        if self.problems:
-            return f"Not ready: {'; '.join(self.problems)}."
-        place = "on the GPU" if self.gpus.lines else f"on the CPU ({usable_cores()} cores)"
-        feed = "with FFCV" if self.ffcv.works else "without FFCV, which is optional"
-        return f"Ready: training can run {place}, {feed}."
 
 
 def doctor() -> int:
     """Print the report; return 0 if training can run and 2 (the code of bad input) if not."""
-    report = examine()
-    width = max(len(name) for name, _ in report.rows) + 2
-    for name, value in report.rows:
-        print(f"{name:<{width}}{value}")
-    if report.ffcv.mend:
-        print(f"\nTo install FFCV:\n{report.ffcv.mend}")
-    print(f"\n{report.verdict}")
-    return InputError.code if report.problems else 0
-
-
-def examine() -> Report:
-    """Look at everything once; takes about ten seconds where FFCV is installed."""
-    broken = import_problems(NEEDED)
-    gpus = Gpus() if any(p.startswith("torch ") for p in broken) else find_gpus()
-    ffcv = check_ffcv()
-    folder = Path.cwd()
-    problems = [*broken]
-    if broken:
+    problems = import_problems(NEEDED)
+    broken_torch = any(problem.startswith("torch ") for problem in problems)
+    gpus, note = ([], "none") if broken_torch else find_gpus()
+    if problems:
         problems.append("`make setup` in a fresh clone installs what is needed")
-    if gpus.problem:
-        problems.append(gpus.problem)
+    if gpus and note:
+        problems.append(note)
+    folder = Path.cwd()
     if not os.access(folder, os.W_OK):
         problems.append(f"runs are written below the current folder, {folder}, which is read-only")
-    rows = (
+    works, ffcv = check_ffcv()
+    cores = f"{len(os.sched_getaffinity(0))} usable cores"
+    rows = [
         ("cure_fast", cure_fast.__version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
-        *((name, package_version(name) or "not installed") for name in PACKAGES),
-        ("CPU", f"{usable_cores()} usable cores"),
+        *(
+            (name, package_version(name) or f"not installed{then}")
+            for name, then in PACKAGES.items()
+        ),
+        ("CPU", cores),
         ("memory", f"{memory_limit() / 2**30:.1f} GiB"),
-        *(("GPU", line) for line in gpus.lines or (gpus.absence,)),
-        ("Triton", check_triton(on_gpu=bool(gpus.lines))),
-        ("FFCV", ffcv.detail),
-        *((name, check_receiver(name, flag)) for name, flag in RECEIVERS.items()),
+        *(("GPU", line) for line in gpus or (note,)),
+        ("Triton", check_triton(on_gpu=bool(gpus))),
+        ("FFCV", ffcv),
         *((("/dev/shm", shared_memory()),) if Path("/dev/shm").is_dir() else ()),
         ("folder", f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder}"),
-    )
-    return Report(rows, tuple(problems), ffcv, gpus)
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
+    if not works:
+        print(f"\nTo install FFCV:\n{mend_ffcv(missing_packages())}")
+    if problems:
+        print(f"\nNot ready: {'; '.join(problems)}.")
+        return InputError.code
+    place = "on the GPU" if gpus else f"on the CPU ({cores})"
+    feed = "with FFCV" if works else "without FFCV, which is optional"
+    print(f"\nReady: training can run {place}, {feed}.")
+    return 0
 
 
 def import_problems(names: tuple[str, ...]) -> list[str]:
-    """Return one line for each module that cannot be imported, with the error's text."""
+    """Return one line for each module that cannot be imported, which begins with its name."""
     problems = []
     for name in names:
         try:
@@ -175,20 +112,6 @@ def import_problems(names: tuple[str, ...]) -> list[str]:
         except Exception as error:  # a broken binary raises far more than ImportError
             problems.append(f"{name} cannot be imported ({type(error).__name__}: {error})")
     return problems
-
-
-def check_receiver(name: str, flag: str) -> str:
-    """Return the version of a package that receives a run's numbers, or what is without it."""
-    version = package_version(name)
-    problem = "not installed" if version is None else "".join(import_problems((name,)))
-    return f"{problem}; {flag} only warns" if problem else str(version)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
@@ -202,29 +125,31 @@ def shared_memory(folder: str = "/dev/shm") -> str:
     """Return the free space of shared memory, with a warning where workers may run out of it."""
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**20:,.0f} MiB free"
-    if free < SMALL_SHM:
+    if free < 256 * 2**20:
         text += "; little for loader processes (in a container, start it with --shm-size=2g)"
     return text
 
 
-def find_gpus() -> Gpus:
-    """Return torch's CUDA GPUs after one small computation on each."""
+def find_gpus() -> tuple[list[str], str]:
+    """Return torch's CUDA GPUs, one line each, after one small computation on each, and a note.
+
+    The note says why there is none, or what stops training on one; it is empty if all is well.
+    """
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     driver = nvidia_driver()
+    if not usable and driver is None:
+        return [], "none"
     if not usable:
-        if driver is None:
-            return Gpus()
         reason = str(caught[0].message).splitlines()[0] if caught else "torch gives no reason"
-        return Gpus(absence=f"none that torch can use, though driver {driver} sees one: {reason}")
+        return [], f"none that torch can use, though driver {driver} sees one: {reason}"
     lines, problem = [], ""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        with torch.cuda.device(index):
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+        bf16 = "bf16" if properties.major >= 8 else "no bf16"
         lines.append(
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}, "
             f"compute {properties.major}.{properties.minor}, driver {driver or 'unknown'}"
@@ -234,7 +159,7 @@ def find_gpus() -> Gpus:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             problem = f"GPU {index} fails at a small computation ({reason}); try --device cpu"
-    return Gpus(tuple(lines), problem=problem)
+    return lines, problem
 
 
 def nvidia_driver() -> str | None:
@@ -248,40 +173,34 @@ def nvidia_driver() -> str | None:
 
 
 def check_triton(*, on_gpu: bool) -> str:
-    """Return what Triton can do here; on a GPU a small kernel is compiled and run."""
-    problem = import_problems(("triton",))
-    if problem:
+    """Return what Triton can do here; on a GPU one of our kernels is compiled and run."""
+    if problem := import_problems(("triton",)):
         return problem[0]
     if not on_gpu:
         return "imports; without a GPU its kernels run only in the interpreter (TRITON_INTERPRET=1)"
-    # A file, because Triton reads the source of its kernels.
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "probe.py")
-        script.write_text(TRITON_PROBE, encoding="utf-8")
-        failure = run_probe([sys.executable, str(script)])
+    failure = run_probe(TRITON_PROBE)
     return f"cannot compile for this GPU ({failure})" if failure else "compiles for this GPU"
 
 
-def check_ffcv() -> Ffcv:
-    """Write and read back a file of four samples with FFCV, in a child process."""
+def check_ffcv() -> tuple[bool, str]:
+    """Write and read back a file of four images with FFCV; return whether that works, in words."""
     version = package_version("ffcv")
     if version is None:
-        return Ffcv(False, "not installed", mend_ffcv(missing_packages()))
-    failure = run_probe([sys.executable, "-c", FFCV_PROBE])
+        return False, "not installed"
+    failure = run_probe(FFCV_PROBE)
     if failure:
-        missing = missing_packages()
-        return Ffcv(False, f"{version} is installed but fails ({failure})", mend_ffcv(missing))
-    return Ffcv(True, f"{version} works: a file was written and read back", "")
+        return False, f"{version} is installed but fails ({failure})"
+    return True, f"{version} works: a file was written and read back"
 
 
-def run_probe(command: list[str], seconds: float = PROBE_SECONDS) -> str:
-    """Run ``command``; return "" if it succeeds, else the last line of its error output.
+def run_probe(program: str, seconds: float = 120) -> str:
+    """Run Python's ``program``; return "" if it succeeds, else the last line of its error output.
 
     The whole process group ends at the time limit: a child that hangs (as FFCV's writer does when
     a sample raises) would otherwise hold the pipe open for ever.
     """
     with subprocess.Popen(
-        command,
+        [sys.executable, "-c", program],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -302,29 +221,24 @@ def run_probe(command: list[str], seconds: float = PROBE_SECONDS) -> str:
 
 def missing_packages() -> list[str]:
     """Return the Debian packages that FFCV's build or import lacks here, by what is absent."""
-    missing = []
-    if not shutil.which("g++"):
-        missing.append("g++")
-    if not shutil.which("pkg-config"):
-        missing.append("pkg-config")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
-    if not _pkg_config_knows("libturbojpeg"):
-        missing.append("libturbojpeg0-dev")
-    if not _pkg_config_knows("opencv4"):
-        missing.append("libopencv-dev")
-    # FFCV requires the opencv-python wheel, which links these two system libraries.
-    if not _loads("libGL.so.1"):
-        missing.append("libgl1")
-    if not _loads("libgthread-2.0.so.0"):
-        missing.append("libglib2.0-0")
-    return missing
+    pkg_config = shutil.which("pkg-config")
 
+    def knows(library: str) -> bool:
+        return bool(pkg_config) and not subprocess.call([pkg_config, "--exists", library])
 
-def _pkg_config_knows(library: str) -> bool:
-    if not shutil.which("pkg-config"):
-        return False
-    return subprocess.run(["pkg-config", "--exists", library], check=False).returncode == 0
+    here = {
+        "g++": shutil.which("g++"),
+        "pkg-config": pkg_config,
+        f"python{sys.version_info.major}.{sys.version_info.minor}-dev": Path(
+            sysconfig.get_paths()["include"], "Python.h"
+        ).is_file(),
+        "libturbojpeg0-dev": knows("libturbojpeg"),
+        "libopencv-dev": knows("opencv4"),
+        # FFCV requires the opencv-python wheel, which links these two system libraries.
+        "libgl1": _loads("libGL.so.1"),
+        "libglib2.0-0": _loads("libgthread-2.0.so.0"),
+    }
+    return [package for package, found in here.items() if not found]
 
 
 def _loads(library: str) -> bool:
@@ -352,11 +266,8 @@ def mend_ffcv(missing: list[str]) -> str:
     packages = " ".join(missing)
     if not shutil.which("apt-get"):
         return f"Install what Debian calls {packages}; then run: {line}"
-    if os.geteuid() != 0 and not shutil.which("sudo"):
-        install = f"apt-get update && apt-get install -y --no-install-recommends {packages}"
-        return f"Ask for this to be run as root: {install}; then run: {line}"
-    sudo = "" if os.geteuid() == 0 else "sudo "
-    return (
-        f"{sudo}apt-get update && "
-        f"{sudo}apt-get install -y --no-install-recommends {packages} && {line}"
-    )
+    root = os.geteuid() == 0
+    steps = ("apt-get update", f"apt-get install -y --no-install-recommends {packages}")
+    if root or shutil.which("sudo"):
+        return " && ".join([*(step if root else f"sudo {step}" for step in steps), line])
+    return f"Ask for this to be run as root: {' && '.join(steps)}; then run: {line}"

@@ -1,28 +1,27 @@
 """The command line: ``cure-fast train | eval | report | export | data | list | show | doctor``.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable.
 Heavy imports wait inside the commands, so that help is quick.
 """
 
 from __future__ import annotations
 
 import errno
-import inspect
 import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from cure_fast.cli.words import flag_words, flags_of, read_words
+from cure_fast.cli.words import flag_words, flags_of, pointing_to, read_words
 from cure_fast.config import Config
 from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
-from cure_fast.config.checks import SHOWN, format_pixel, nearest, parse_fraction, shown
+from cure_fast.config.checks import SHOWN, as_word, nearest, shown
 from cure_fast.console import discard, say, tell
 from cure_fast.errors import (
     CureFastError,
@@ -49,67 +48,50 @@ ADVICE = {
 }
 # A path that no system takes: its beginning is enough of it in a message.
 LONG_WORD = re.compile(r"\S{1000,}")
-EXIT_CODES = (
-    "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped and resumable."
-)
+EXIT_CODES = "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped, resumable."
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Return tyro rules of this project: numbers may be fractions, lists have commas."""
+    """Return how this project's help shows numbers, which may be fractions, and lists."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.primitive_rule
-    def number(info: tyro.constructors.PrimitiveTypeInfo):
-        if info.type is not float:
+    def as_text(info: tyro.constructors.PrimitiveTypeInfo):
+        many = get_origin(info.type) is tuple
+        if not many and info.type is not float:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="NUMBER",
-            instance_from_str=lambda words: parse_fraction(words[0]),
-            is_instance=lambda value: isinstance(value, int | float),
-            str_from_instance=lambda value: [show_number(value)],
-        )
-
-    @rules.primitive_rule
-    def commas(info: tyro.constructors.PrimitiveTypeInfo):
-        if get_origin(info.type) is not tuple or get_args(info.type)[-1] is not Ellipsis:
-            return None
-        item = str if get_args(info.type)[0] is str else parse_fraction
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="A,B,...",
-            instance_from_str=lambda words: tuple(
-                item(w) for w in words[0].replace(" ", "").split(",") if w
-            ),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(map(str, value))],
+            metavar="A,B,..." if many else "NUMBER",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, tuple if many else int | float),
+            str_from_instance=lambda value: [as_word(value)],
         )
 
     return rules
 
 
-def show_number(value: float) -> str:
-    """Return a short text: as a fraction of 255 where the decimals would not end."""
-    return format_pixel(value) if len(f"{value:.9g}") > 8 else f"{value:g}"
-
-
-def show_flags(recipe: str, words: Sequence[str], prog: str) -> NoReturn:
+def show_flags(recipe: str, words: Sequence[str], prog: str) -> None:
     """Print the help of ``train`` or ``show``: every field of the configuration is a flag."""
     from cure_fast.cli.configure import base_config
+    from cure_fast.policies import POLICIES
     from cure_fast.recipes import RECIPES
 
-    about = inspect.getdoc(RECIPES[recipe]) if recipe in RECIPES else f"The run in {recipe}."
+    about = RECIPES[recipe].about if recipe in RECIPES else f"The run in {recipe}."
     tyro.cli(
         OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
-        default=base_config(recipe, words),
+        default=base_config(recipe, words, prog),
         args=["--help"],
         prog=prog,
-        description=f"{about}\n\nEvery field of the configuration is a flag. With train, --resume "
-        "continues the run in --out, or the newest of this recipe, method and seed; --override "
-        f"with it accepts flags that differ from the run's. {EXIT_CODES}",
+        description=f"{about}\n\nEvery field of the configuration is a flag. --policies A,B adds "
+        f"policies to the method ({', '.join(POLICIES)}; none takes them away), whose flags are "
+        "then here too. --regime published takes schedule, optimiser and attack from the method's "
+        "authors, before all other flags; --regime recipe, the default, from the recipe. With "
+        "train, --resume continues the run in --out, or the newest of this recipe, method, "
+        "policies and seed; --override with it accepts flags that differ from the run's. "
+        f"{EXIT_CODES}",
         registry=registry(),
     )
-    sys.exit(0)
 
 
 def train(recipe: Positional[str], resume: bool = False, override: bool = False) -> None:
@@ -117,7 +99,8 @@ def train(recipe: Positional[str], resume: bool = False, override: bool = False)
 
     Args:
         recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
-        resume: Continue the run: the one in --out, or the newest of this recipe, method and seed.
+        resume: Continue the run: the one in --out, or the newest of this recipe, method, policies
+            and seed.
         override: With resume: continue although flags differ from what the run was made with.
     """
 
@@ -135,7 +118,7 @@ def evaluate(target: Positional[str], args: OmitArgPrefixes[EvalArgs]) -> None:
 
     Args:
         target: Run folder, or a file of weights (.safetensors, or a .pt of plain tensors).
-        args: How to attack.
+        args: How to attack; None takes the run's own, or what a file says of itself.
     """
     from cure_fast.cli.evaluate import evaluate_file, evaluate_folder
 
@@ -164,7 +147,7 @@ def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
         target: Run folder, or a .safetensors file that cure-fast wrote.
         args: Which format, and where to.
     """
-    from cure_fast.export import export_model
+    from cure_fast.export.command import export_model
 
     export_model(Path(target), args)
 
@@ -179,9 +162,18 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
         data: Data set: cifar10, cifar100, svhn, digits or folder:PATH.
         args: Which images, and where to.
     """
-    from cure_fast.cli.listing import write_data
+    from cure_fast.files import user_path
+    from cure_fast.loaders import read_dataset, split_train
+    from cure_fast.loaders.beton import ensure_beton
 
-    write_data(data, args)
+    started = time.monotonic()
+    whole = read_dataset(data, user_path(args.data_root, "--data-root"), "train")
+    images, _ = split_train(
+        whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
+    )
+    path = ensure_beton(images, user_path(args.cache, "--cache"))
+    seconds = time.monotonic() - started
+    say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
 
 
 def list_all() -> None:
@@ -211,11 +203,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def dispatch(words: Sequence[str]) -> None:
-    """Run the command that ``words`` name.
-
-    Raises:
-        InputError: for an unknown command, or words that it does not take.
-    """
+    """Run the command that ``words`` name."""
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
     if words[0] in HELP:
@@ -291,23 +279,17 @@ def parameters(function: Callable[..., None]) -> dict[str, Any]:
 
 
 def read_arguments(function: Callable[..., None], words: Sequence[str], prog: str) -> list[Any]:
-    """Return what a command is called with: text for each word, and its dataclass of flags.
-
-    Raises:
-        InputError: for words that it does not take, or that are missing.
-    """
+    """Return what a command is called with: text for each word, and its dataclass of flags."""
     wanted = parameters(function)
     names = [name for name, kind in wanted.items() if kind is str]
     kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
-    try:
+    with pointing_to(prog, "it"):
         free, values = read_words(words, flags_of(*kinds))
         if len(free) != len(names) or not all(map(str.strip, free)):
             takes = " ".join(name.upper() for name in names) or "no word"
             came = " ".join(map(shown, free)) or "nothing"
             raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")
         return [*free, *(kind(**values) for kind in kinds)]
-    except InputError as error:
-        raise InputError(f"{error} `{prog} --help` explains it.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -323,49 +305,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Commands with a state to save catch signals themselves, and poll for them.
         with StopSignals() as stop, stop.at_once():
-            run_command(words or ["--help"])
+            try:
+                dispatch(words or ["--help"])
+            finally:
+                write_out()
     except CureFastError as error:
         return fail(error)
     except Interrupted:
         return fail(StoppedError("interrupted."))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and only_prints(words):
+        only_prints = not words or words[0] in PRINTING or not HELP.isdisjoint(words)
+        if isinstance(error, BrokenPipeError) and only_prints:
             # The reader of our output has gone (`| head`): nothing is left to say.
             discard(sys.stdout)
             return 0
-        return fail(InputError(system_message(error)))
+        path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
+        advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
+        return fail(InputError(f"{path}{error.strerror or error}. {advice}"))
     except Exception as error:
         if is_out_of_memory(error):
-            return fail(
-                MemoryExhaustedError(
-                    f"{error} Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
-                )
-            )
+            advice = "Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
+            return fail(MemoryExhaustedError(f"{error} {advice}"))
         raise
     return 0
 
 
-def only_prints(words: Sequence[str]) -> bool:
-    """Return whether a command's output is all that it does."""
-    return not words or words[0] in PRINTING or not HELP.isdisjoint(words)
-
-
-def run_command(words: Sequence[str]) -> None:
-    """Run the command that ``words`` name, and write what it printed."""
-    try:
-        dispatch(words)
-    except SystemExit:
-        write_out()
-        raise
-    write_out()
-
-
 def write_out() -> None:
-    """Write what standard output still holds, unless its reader has gone: the work is done.
-
-    Raises:
-        OSError: if it cannot be written for another reason.
-    """
+    """Write what standard output still holds, unless its reader has gone: the work is done."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -381,10 +347,3 @@ def fail(error: CureFastError) -> int:
     line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
     tell(f"cure-fast: {line}")
     return error.code
-
-
-def system_message(error: OSError) -> str:
-    """Return what the operating system refused, and what to do about it."""
-    path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
-    advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
-    return f"{path}{error.strerror or error}. {advice}"

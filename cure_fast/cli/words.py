@@ -7,13 +7,13 @@ with a box of several lines; here each is refused in one line, by the name of it
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args, get_origin
 
-from cure_fast.config.checks import field_types, nearest, parse_fraction, shown
+from cure_fast.config.checks import alternatives, field_types, nearest, parse_fraction, shown
 from cure_fast.errors import InputError
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
@@ -21,12 +21,13 @@ WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 MOST_DIGITS = 40
 
 
-class UnknownFlagError(InputError):
-    """A flag that is none; ``name`` is the field it would have."""
-
-    def __init__(self, flag: str, flags: Iterable[str]) -> None:
-        self.name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        super().__init__(f"unknown flag {shown(flag)}.{nearest(flag, flag_words(flags))}")
+@contextmanager
+def pointing_to(prog: str, what: str) -> Iterator[None]:
+    """Add the command that explains ``what`` to an ``InputError`` of the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} `{prog} --help` explains {what}.") from error
 
 
 def flags_of(*kinds: type) -> dict[str, Any]:
@@ -38,7 +39,11 @@ def flags_of(*kinds: type) -> dict[str, Any]:
     }
 
 
-def read_words(words: Sequence[str], flags: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def read_words(
+    words: Sequence[str],
+    flags: Mapping[str, Any],
+    of_others: Callable[[str], str | None] = lambda name: "",
+) -> tuple[list[str], dict[str, Any]]:
     """Return the words that belong to no flag, and the values of the flags by field.
 
     A flag is written ``--batch-size 8`` or ``--batch-size=8``, one that is on or off ``--flip`` or
@@ -48,9 +53,11 @@ def read_words(words: Sequence[str], flags: Mapping[str, Any]) -> tuple[list[str
         words: what follows the command.
         flags: type by field name: bool, int, float, str, a Literal of strings, a tuple of one of
             them of any length, or a union of these and None.
+        of_others: what is wrong with another flag, by its field; "" if it is unknown, None lets it
+            pass, whose value is then a word that belongs to no flag.
 
     Raises:
-        InputError: for an unknown flag, and a value that is missing or not of the type.
+        InputError: for another flag, and a value that is missing or not of the type.
     """
     free, values, left = [], {}, list(words)
     while left:
@@ -62,11 +69,16 @@ def read_words(words: Sequence[str], flags: Mapping[str, Any]) -> tuple[list[str
         name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
         off = name.removeprefix("no_") if name not in flags else ""
         if name not in flags and flags.get(off) is not bool:
-            raise UnknownFlagError(flag, flags)
+            why = of_others(off)
+            if why is None:
+                continue
+            near = nearest(flag, flag_words(flags))
+            raise InputError(why or f"unknown flag {shown(flag)}.{near}")
         if flags.get(off or name) is bool:
             if equals:
+                other = flag.replace("--no-", "--", 1) if off else f"--no-{flag[2:]}"
                 raise InputError(
-                    f"{flag}: expected the flag alone, on, or {negated(flag)}, got {shown(word)}."
+                    f"{flag}: expected the flag alone, on, or {other}, got {shown(word)}."
                 )
             values[off or name] = not off
             continue
@@ -84,17 +96,8 @@ def flag_words(flags: Iterable[str]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in flags]
 
 
-def negated(flag: str) -> str:
-    """Return the word that turns a flag off, or the one that turns it on for such a word."""
-    return flag.replace("--no-", "--", 1) if flag.startswith("--no-") else f"--no-{flag[2:]}"
-
-
 def convert(flag: str, hint: Any, word: str) -> Any:
-    """Return what ``word`` writes as a value of the type ``hint``.
-
-    Raises:
-        InputError: naming ``flag``, what was expected and what came.
-    """
+    """Return what ``word`` writes as a value of the type ``hint``, or raise ``InputError``."""
     kinds, why = alternatives(hint), ""
     for kind in kinds:
         try:
@@ -120,8 +123,8 @@ def read_value(kind: Any, word: str) -> Any:
     if kind is float:
         return parse_fraction(word)
     if kind is str and word.strip():
-        if word.startswith("~"):
-            _check_home(word)
+        if word.startswith("~") and os.path.expanduser(word).startswith("~"):
+            raise ValueError("there is no such home folder; write the path from /")
         return word
     if get_origin(kind) is tuple:
         items = [item for item in word.replace(" ", "").split(",") if item]
@@ -130,37 +133,20 @@ def read_value(kind: Any, word: str) -> Any:
     raise ValueError
 
 
-def _check_home(word: str) -> None:
-    """Raise ``ValueError`` where a path begins with a home folder that is not known."""
-    try:
-        Path(word).expanduser()
-    except RuntimeError as error:
-        raise ValueError("there is no such home folder; write the path from /") from error
-
-
-def alternatives(hint: Any) -> list[Any]:
-    """Return the plain types of a union, None first and text last, or the type alone."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return [hint]
-    return sorted(get_args(hint), key=lambda kind: (kind is not type(None), kind is str))
-
-
 def expected(hint: Any) -> str:
     """Return what a value of the type looks like, in words."""
-    parts = []
-    for kind in alternatives(hint):
-        if get_origin(kind) is Literal:
-            words = ", ".join(get_args(kind))
-            parts.append(f"one of {words}" if ", " in words else f"the word {words}")
-        elif get_origin(kind) is tuple:
-            item = get_args(kind)[0]
-            words = {float: "numbers", str: "names"}.get(item)
-            words = words or f"any of {', '.join(get_args(item))},"
-            parts.append(f"{words} with commas between")
-        elif kind is not type(None):
-            parts.append(
-                {int: "a whole number", float: "a number such as 0.03 or 8/255"}.get(
-                    kind, "a text that is not empty"
-                )
-            )
-    return " or ".join(parts)
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
+    return " or ".join(map(expected_of, kinds))
+
+
+def expected_of(kind: Any) -> str:
+    """Return the same for one plain type."""
+    if get_origin(kind) is Literal:
+        words = ", ".join(get_args(kind))
+        return f"one of {words}" if ", " in words else f"the word {words}"
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        items = {float: "numbers", str: "names"}.get(item) or f"any of {', '.join(get_args(item))},"
+        return f"{items} with commas between"
+    plain = {int: "a whole number", float: "a number such as 0.03 or 8/255"}
+    return plain.get(kind, "a text that is not empty")

@@ -1,29 +1,267 @@
-"""The configuration of a run, and the checks of what users give."""
+"""The typed configuration of a run: frozen dataclasses and their checks.
+
+Every field is a flag of the same name on the command line (``batch_size`` is ``--batch-size``), so
+names are unique across the groups. The docstring under a field is the flag's help and states its
+unit and range. A check that fails raises :class:`InputError` with flag, expectation and value.
+"""
 
 from __future__ import annotations
 
-from .configuration import (
-    AttackConfig,
-    Config,
-    DataConfig,
-    EngineFeature,
-    EvalConfig,
-    MethodSettings,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-__all__ = [
-    "AttackConfig",
-    "Config",
-    "DataConfig",
-    "EngineFeature",
-    "EvalConfig",
-    "MethodSettings",
-    "ModelConfig",
-    "OptimConfig",
-    "PretrainConfig",
-    "RunConfig",
-]
+from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.checks import POSITIVE, check, check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images, the held-out validation split, and how batches are fed."""
+
+    data: str = "cifar10"
+    """Data set: cifar10, cifar100, svhn, digits, or folder:PATH with PATH/train/<class>/ and
+    PATH/test/<class>/ image folders."""
+    data_root: str = "data"
+    """Folder that holds the data sets, or receives them when they are downloaded."""
+    download: bool = True
+    """Download cifar10, cifar100 or svhn when it is not below the data root."""
+    train_images: int | None = None
+    """Number of training images to use, drawn evenly over the classes; None takes all."""
+    val_images: int = 1000
+    """Images held out of the training set to pick the best checkpoint, 1 or more per class."""
+    split_seed: int = 0
+    """Seed of the draw of training and validation images, 0 or more."""
+    crop_padding: int = 4
+    """Training augmentation: padding in pixels, 0 to 64, before a random crop; 0 for none."""
+    crop_mode: Literal["zero", "reflect"] = "zero"
+    """What that padding holds: zeros, or the image mirrored at its outermost pixels."""
+    flip: bool = True
+    """Training augmentation: mirror each image left to right with probability 1/2."""
+    loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    """How batches are fed; auto takes FFCV where it is installed, else resident, else torch."""
+    workers: int | None = None
+    """Threads (FFCV) or processes (torch) that load batches; None takes 1 or, for torch, all."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.data.strip()), "data", self.data, "the name of a data set")
+        check_fields(self, train_images=(1,), val_images=(1,), split_seed=(0,))
+        check_fields(self, crop_padding=(0, 64), workers=(0, 1024))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and where its first weights come from."""
+
+    model: str = "resnet18"
+    """Architecture; `cure-fast list` shows all."""
+    width: int | None = None
+    """Channels of the first stage (widening factor for wide ResNets); None takes the published."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layer: 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet), which is what
+    the public CURE code builds for ResNet-50 and -101."""
+    normalize: Literal["none", "dataset"] = "none"
+    """First layer of the model: none, or the data set's mean and deviation taken out."""
+    init_from: str | None = None
+    """File with the first weights (.safetensors, or a .pt of plain tensors); None trains them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, width=(1, 4096))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Natural training before the method starts (skipped with --init-from)."""
+
+    pretrain_epochs: int = 0
+    """Epochs of natural pre-training, 0 or more; 0 skips the stage."""
+    pretrain_lr: float = 0.1
+    """Peak learning rate of the stage, above 0."""
+    pretrain_weight_decay: float = 5e-4
+    """Weight decay of the stage, 0 to 1."""
+    pretrain_schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
+    """Learning-rate schedule of the stage; multistep drops to a tenth at 1/2 and 3/4 of it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, pretrain_epochs=(0, 100_000), pretrain_weight_decay=(0, 1))
+        check_fields(self, pretrain_lr=(POSITIVE,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """The L-inf attack inside each training step."""
+
+    eps: float = 8 / 255
+    """Radius of the L-inf ball in pixel units, 0 to 1; a decimal or a fraction such as 8/255."""
+    step_size: float = 2 / 255
+    """Length of one attack step in pixel units, 0 to 1."""
+    attack_steps: int = 10
+    """Number of attack steps, 0 to 1000."""
+    start: Literal["normal", "uniform", "zero"] = "normal"
+    """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
+    clamp_start: bool = True
+    """Clamp the perturbed images to [0, 1] before the first step too. The public codes of TRADES
+    and CURE take their first gradient where the noise leads, and clamp from the first step on."""
+    attack_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm during the attack: running statistics (eval) or the batch's own (train)."""
+    attack_ramp: float = 0.0
+    """Share of the run, 0 to 1, over which the attack grows from one step to attack_steps; 0 takes
+    all steps from the start. Above 0 early training is faster, against a weaker attack."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, eps=(0, 1), step_size=(0, 1), attack_steps=(0, 1000), attack_ramp=(0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    epochs: int = 200
+    """Passes over the training images, 1 or more."""
+    batch_size: int = 128
+    """Images per step, 1 or more."""
+    micro_batch_size: int | None = None
+    """Images per pass, 2 or more, whose gradients add up to a step's; None takes --batch-size.
+    It is halved where memory runs out. BatchNorm sees one pass at a time."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser: SGD with momentum, or Adam (which the public CURE code takes for DeiT)."""
+    lr: float = 0.1
+    """Peak learning rate, above 0."""
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1); with --schedule onecycle-cosine any but 0 goes from 0.95 to 0.85
+    at the peak of the rate, and back."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty, 0 to 1, whose gradient is added: weight decay times weight."""
+    schedule: Literal[
+        "multistep", "linear", "onecycle", "onecycle-cosine", "cosine", "constant"
+    ] = "multistep"
+    """Learning rate: multistep and linear follow --milestones; onecycle rises linearly for a
+    quarter of the run, then falls linearly to zero; onecycle-cosine is torch's OneCycleLR, which
+    takes the same quarter and moves the momentum too; cosine falls to zero."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Where the rate changes, as increasing fractions of the run, 0 to 1 (0.5,0.75: epochs 100 and
+    150 of 200)."""
+    lr_factors: tuple[float, ...] | None = None
+    """Share of --lr, 0 to 1, for each milestone: from there on (multistep), or reached there in a
+    straight line that begins with 1 (linear); None takes 0.1, 0.01 and so on."""
+    clip_grad: float | None = None
+    """Largest norm of a step's whole gradient, above 0; longer ones are cut to it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, epochs=(1, 100_000), batch_size=(1, 1_000_000), lr=(POSITIVE, 1000))
+        check_fields(self, micro_batch_size=(2, max(2, self.batch_size)), clip_grad=(POSITIVE,))
+        check_fields(self, momentum=(0, 0.999999), weight_decay=(0, 1))
+        marks, factors = self.milestones, self.lr_factors
+        rising = list(marks) == sorted(set(marks)) and all(0 <= mark <= 1 for mark in marks)
+        expected = "increasing fractions of the run, each between 0 and 1"
+        check(rising, "milestones", marks, expected)
+        if factors is not None:
+            fit = len(factors) == len(marks) and all(0 <= factor <= 1 for factor in factors)
+            expected = f"numbers from 0 to 1, one for each of the {len(marks)} --milestones"
+            check(fit, "lr_factors", factors, expected)
+        can_look_ahead = self.momentum > 0 and self.optimizer == "sgd"
+        expected = "--optimizer sgd and a positive --momentum with it"
+        check(can_look_ahead or not self.nesterov, "nesterov", True, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation after each epoch and the attacks on the finished model."""
+
+    attacks: tuple[str, ...] = ("natural", "pgd20", "cw20")
+    """Attacks on the test images: natural, pgdK, cwK (K steps), aa (AutoAttack standard)."""
+    eval_eps: float | None = None
+    """Radius of these attacks in pixel units, 0 to 1; None takes --eps."""
+    eval_step_size: float | None = None
+    """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
+    8/255 is within 5 % of the 0.003 that the compared codes use."""
+    limit: int | None = None
+    """Test images to use, the first ones, 1 or more; None takes all."""
+    aa_limit: int | None = None
+    """Test images for AutoAttack alone, the first ones; None takes --limit."""
+    eval_batch_size: int = 256
+    """Images per batch of an attack, 1 or more; changes the time, not the result, but for aa, which
+    draws its random starts per batch."""
+    networks: tuple[str, ...] = ()
+    """Further networks of the run to attack beside its result, such as raw or revision."""
+    val_every: int = 1
+    """Epochs between validations, 1 or more."""
+    val_attack_steps: int = 10
+    """PGD steps of the validation attack, 1 to 1000."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, eval_eps=(0, 1), eval_step_size=(0, 1), limit=(1,), aa_limit=(1,))
+        check_fields(self, eval_batch_size=(1, 1e6), val_every=(1,), val_attack_steps=(1, 1000))
+        for attack in self.attacks:
+            parse_attack(attack)
+        check(bool(self.attacks), "attacks", self.attacks, "at least one attack")
+
+
+# Parts of the fast engine that can be left out; see cure_fast/engine/fast.py.
+EngineFeature = Literal["graph", "stack", "copies", "fuse", "compile", "compile-loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how the run executes."""
+
+    out: str | None = None
+    """Run folder; None takes runs/<recipe>-<method>+<policies>-s<seed>."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    seed: int = 0
+    """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Precision of training: auto is bf16 on GPUs that have it, fp16 with loss scaling on others,
+    float32 on the CPU. Evaluation is always float32."""
+    deterministic: bool = False
+    """Use deterministic GPU algorithms (slower)."""
+    engine: Literal["auto", "eager", "fast"] = "auto"
+    """How steps are computed: eager is PyTorch operation by operation, fast captures a whole step
+    in a CUDA graph of fused kernels; auto is fast on a GPU and eager on the CPU."""
+    engine_without: tuple[EngineFeature, ...] = ()
+    """Parts of the fast engine to leave out, to find what each one gains."""
+    log_every: int = 20
+    """Steps between rows of step metrics, 1 or more."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints, 1 or more."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full): train on with the one before, or stop."""
+    max_skipped: int = 10
+    """Steps in a row that are left out because their loss or gradient is not finite, 0 to 1000; one
+    more ends the run. The fast engine looks at it where a row is logged, and at an epoch's end."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that receives the same numbers (needs the package wandb)."""
+    cache: str = "~/.cache/cure-fast"
+    """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, seed=(0,), log_every=(1,), checkpoint_every=(1,), max_skipped=(0, 1000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Settings of the training method; each method has its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str = "custom"
+    """Name of the recipe, recorded in the run folder."""
+    method: str = "cure"
+    """Training method or preset; `cure-fast list` shows all."""
+    settings: MethodSettings = field(default_factory=MethodSettings)
+    policies: Mapping[str, MethodSettings] = field(default_factory=dict, hash=False)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,73 +1,59 @@
-"""Arguments of the commands besides ``train``, whose flags are the configuration itself.
-
-As there, the docstring under a field is the flag's help and states its unit and range.
-"""
+"""Arguments of the commands besides ``train``, whose flags are the configuration itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from cure_fast.config.checks import check_literals, check_range
+from cure_fast.config.checks import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack."""
+    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack.
+
+    None takes the run's own, or what a file says of itself.
+    """
 
     attacks: tuple[str, ...] | None = None
-    """Attacks, with commas: natural, pgdK, cwK (K steps), aa (AutoAttack standard); None takes the
-    run's own, or natural,pgd20,cw20 for a file."""
+    """Attacks: natural, fgsm, pgdK, cwK (K steps), aa (AutoAttack standard); for a file
+    natural,pgd20,cw20."""
     limit: int | Literal["all"] | None = None
-    """Test images to use, the first ones, 1 or more, or the word all; None takes the run's own, or
-    all for a file."""
+    """Test images to use, the first ones, 1 or more, or the word all; for a file all."""
     aa_limit: int | Literal["all"] | None = None
-    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all for
-    all of those; None takes the run's own, or all for a file."""
+    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
     eps: float | None = None
-    """Radius in pixel units of [0, 1], such as 8/255; None takes the run's own, or for a file the
-    one it was trained with where it says so, else 8/255."""
+    """Radius in pixel units of [0, 1], such as 8/255, which a file has that says none."""
     step_size: float | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; None takes the run's own, or a tenth of eps
-    for a file or where the run has none."""
+    """Step of pgdK and cwK in pixel units of [0, 1]; for a file a tenth of eps."""
     batch_size: int | None = None
     """Images per batch; changes the time, not the result, but for aa, which draws its random starts
-    per batch; None takes the run's own, or 256 for a file."""
+    per batch; for a file 256."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
     seed: int | None = None
-    """Seed of the attacks' random starts, 0 or more; None takes the run's own, or 0 for a file."""
+    """Seed of the attacks' random starts, 0 or more; for a file 0."""
     data_root: str | None = None
-    """Folder that holds the data sets; None takes the run's own, or data for a file."""
+    """Folder that holds the data sets; for a file data."""
+    networks: tuple[str, ...] | None = None
+    """For a run alone: further networks to attack beside its result, such as raw or revision."""
     data: str | None = None
-    """For a file alone: data set of the test images; None takes the one it says."""
+    """For a file alone: data set of the test images."""
     model: str | None = None
-    """For a file alone: architecture; None takes the one it says."""
+    """For a file alone: architecture."""
     width: int | None = None
-    """For a file alone: width of the architecture; None takes what it says, else the published."""
+    """For a file alone: width of the architecture, 1 to 4096, where it is not the published."""
     stem: Literal["cifar", "imagenet"] | None = None
-    """For a file alone: first layer, 3x3 stride 1 (cifar) or 7x7 stride 2 and max-pool (imagenet);
-    None takes what it says, else cifar."""
+    """For a file alone: first layer, 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet),
+    where it is not cifar."""
     normalize: Literal["none", "dataset"] | None = None
-    """For a file alone: whether the model first takes the data set's mean and deviation out; None
-    takes what it says, else none."""
+    """For a file alone: whether the model first takes out the data set's mean and deviation."""
     out: str | None = None
     """For a file alone: folder for results.json and resumable states; None keeps nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "aa_limit"):
-            if getattr(self, name) not in (None, "all"):
-                check_range(self, name, 1)
-        bounds = {
-            "eps": (0, 1),
-            "step_size": (0, 1),
-            "batch_size": (1, 1_000_000),
-            "seed": (0, 2**63 - 1),
-            "width": (1, 4096),
-        }
-        for name, (low, high) in bounds.items():
-            if getattr(self, name) is not None:
-                check_range(self, name, low, high)
+        check_fields(self, eps=(0, 1), step_size=(0, 1), batch_size=(1, 1_000_000))
+        check_fields(self, seed=(0,), width=(1, 4096), limit=(1,), aa_limit=(1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +72,7 @@ class DataWriteArgs:
     """Folder for the FFCV file and its manifest."""
 
     def __post_init__(self) -> None:
-        if self.train_images is not None:
-            check_range(self, "train_images", 1)
-        check_range(self, "val_images", 1)
-        check_range(self, "split_seed", 0)
+        check_fields(self, train_images=(1,), val_images=(1,), split_seed=(0,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,4 +95,4 @@ class ExportArgs:
     run's own, or data for a file. Nothing is downloaded: random images stand in for absent ones."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_fields(self)

@@ -21,36 +21,20 @@ MAX_STEPS = 1000
 # A wrong name is compared with these.
 EXAMPLES = ("natural", "fgsm", "pgd20", "cw20", "aa")
 
-Family = Literal["natural", "fgsm", "pgd", "cw", "aa"]
-
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack by name.
-
-    Attributes:
-        name: as the user writes it.
-        family: kind of attack.
-        steps: number of gradient steps; 0 for natural and aa.
-    """
+    """An attack by name, as the user writes it, with its number of gradient steps if it has one."""
 
     name: str
-    family: Family
+    family: Literal["natural", "fgsm", "pgd", "cw", "aa"]
     steps: int = 0
 
 
 def parse_attack(text: str) -> AttackSpec:
-    """Return the attack that ``text`` names, such as ``pgd20``.
-
-    Raises:
-        InputError: if it names none; the message lists the valid forms.
-    """
-    if text == "natural":
-        return AttackSpec(text, "natural")
-    if text == "fgsm":
-        return AttackSpec(text, "fgsm", 1)
-    if text == "aa":
-        return AttackSpec(text, "aa")
+    """Return the attack that ``text`` names; raise ``InputError`` with the valid forms if none."""
+    if text in ("natural", "fgsm", "aa"):
+        return AttackSpec(text, text, 1 if text == "fgsm" else 0)
     found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,3})", text)
     if found and int(found[2]) <= MAX_STEPS:
         return AttackSpec(text, "pgd" if found[1] == "pgd" else "cw", int(found[2]))

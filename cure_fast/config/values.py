@@ -27,15 +27,10 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], **narrow: type) -> T:
-    """Build the dataclass ``kind`` from nested mappings, as :func:`to_dict` writes them.
+    """Build the dataclass ``kind`` from what :func:`to_dict` writes; missing fields take defaults.
 
-    Args:
-        kind: dataclass type to build.
-        values: one entry per field; missing fields take their defaults.
-        narrow: for a field annotated with a base class, the subclass to build.
-
-    Raises:
-        InputError: for an unknown key or a value of the wrong type.
+    ``narrow`` has, for a field annotated with a base class, the subclass to build. An unknown key
+    and a value of the wrong type raise :class:`InputError`.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"configuration: expected a table for {kind.__name__}, got {values!r}.")

@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from .choose import engine_asked, open_engine
-from .eager import Engine
 
-__all__ = ["Engine", "engine_asked", "open_engine"]
+__all__ = ["engine_asked", "open_engine"]

@@ -1,73 +1,48 @@
 """The fast engine: a whole step in one CUDA graph of few, fused operations.
 
-What differs from the eager engine, each part switched off by ``--engine-without``:
-
-- ``graph``: the step is captured once and replayed; nothing waits for the device.
-- ``fold``: the attack runs on a copy of the network with BatchNorm folded in, without gradients of
-  weights; where the attack is in train mode, on the network itself.
-- ``copies``: convolutions compute with half-precision copies of their weights, which the update
-  writes; autocast would cast them in each of a step's two dozen passes.
-- ``stack``: the losses of a forward pass share one way back (see ``tape.py``).
-- ``fuse``: selection, mask, SGD and copies in kernels of ours (see :mod:`cure_fast.kernels`).
-- ``compile``: torch.compile fuses what is between the attack's convolutions.
-- ``compile-loss``: the same for the passes of the loss, there and back (see ``tape_compiled.py``).
-
-Whether a step is finite is decided on the device; statistics are taken back there.
+docs/engine.md lists its parts, each of which ``--engine-without`` switches off. Whether a step is
+finite is decided on the device, and statistics are taken back there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from cure_fast.batch import Batch
 from cure_fast.config import EngineFeature
 from cure_fast.console import warn
 from cure_fast.errors import is_out_of_memory
 from cure_fast.kernels import Selection
-from cure_fast.step.method import Terms
+from cure_fast.step.run import Terms
+from cure_fast.step.state import TrainState
 from cure_fast.step.train_step import no_memory_for_update
 
-from .compile import failed_feature
+from .cuda_graph import CapturedStep
 from .eager import Engine
-from .graph import CapturedStep
-from .passes import UnsupportedLossError
-from .prepared import Prepared
+from .prepared import Kind, Prepared, kind_of
+from .recorded import RecordingError, failed_features
 from .selector import Selectors
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
 
 # Steps of a kind that are computed before one is captured: libraries choose algorithms in the
 # first, and tables of addresses settle in the second.
 WARM_UP = 3
 COMPILED = ("compile", "compile-loss")
-ON_GPU = ("graph", *COMPILED)
-
-
-class Kind(NamedTuple):
-    """What steps that one graph can compute have in common."""
-
-    phase: Hashable
-    attack_steps: int
-    shape: torch.Size
-    stride: tuple[int, ...]
+# On a CPU a loss is not recorded either: fewer launches gain nothing there.
+ON_GPU = ("graph", "stack", *COMPILED)
 
 
 class FastEngine(Engine):
-    """Computes the steps of a run on the device alone, and replays them as CUDA graphs.
-
-    Args:
-        run: whose steps it computes; its network passes :func:`cure_fast.engine.trace.trace`.
-    """
+    """Computes the steps of a run on the device alone, and replays them as CUDA graphs."""
 
     name = "fast"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainState) -> None:
         super().__init__(run)
         self.without = set(run.config.run.engine_without)
+        self.selectors = Selectors(fused=self.has("fuse"))
         self.prepared: Prepared | None = None
         self.warmed: dict[Kind, int] = {}
         self.captured: dict[Kind, CapturedStep] = {}
@@ -79,33 +54,27 @@ class FastEngine(Engine):
         return f"{self.name}{without}"
 
     def has(self, feature: str) -> bool:
-        """Return whether a feature is on; graphs and compilation need a GPU."""
+        """Return whether a feature is on; some need a GPU."""
         on_gpu = self.run.device.type == "cuda"
         return feature not in self.without and (on_gpu or feature not in ON_GPU)
 
-    def step(self, x: Tensor, y: Tensor) -> Terms | None:
-        """Train on one batch; see :meth:`Engine.step`.
+    def step(self, batch: Batch) -> Terms | None:
+        """Train on one batch; return its terms, which the next step overwrites.
 
-        Returns:
-            The terms, which the next step overwrites; None in a step that is logged, where they are
-            not finite. Other steps are not looked at.
-
-        Raises:
-            DivergedError: in a step that is logged, after too many steps that were not finite.
-            MemoryExhaustedError: if the update does not fit into memory, or the eager engine, which
-                takes over where the passes do not, finds no way either.
+        Only a step that is logged is looked at: there None stands for terms that are not finite,
+        and too many such steps in a row raise :class:`DivergedError`. Where the passes do not fit
+        into memory, the eager engine takes over.
         """
         prepared = self.prepare()
         prepared.numbers.send()
         try:
-            terms = self._computed(prepared, x, y)
+            terms = self._computed(prepared, batch)
         except Exception as error:
-            feature = failed_feature(error)
-            if feature is not None and feature not in self.without and not prepared.updating:
+            features = failed_features(error)
+            if not self.without.issuperset(features) and not prepared.updating:
                 prepared.restore()
-                return self._do_without(feature, error).step(x, y)
-            obstacle = obstacle_in(error)
-            if obstacle is None or (prepared.updating and not is_out_of_memory(error)):
+                return self._do_without(features, error).step(batch)
+            if not is_out_of_memory(error):
                 raise
             if prepared.updating:
                 raise no_memory_for_update(self.run, error) from error
@@ -116,12 +85,13 @@ class FastEngine(Engine):
             self.flush()
             return terms if prepared.counters.loss_is_finite else None
         prepared.restore()
-        return self.give_up(obstacle).step(x, y)
+        eager = self.give_up("a step did not fit into memory, and it takes whole batches")
+        return eager.step(batch)
 
     def prepare(self) -> Prepared:
         """Return what steps need, made for the run's tensors as they are now."""
         if self.prepared is None:
-            self.prepared = Prepared(self.run, self)
+            self.prepared = Prepared(self.run, self.has)
         return self.prepared
 
     def give_up(self, obstacle: str) -> Engine:
@@ -134,33 +104,35 @@ class FastEngine(Engine):
         self.run.engine = Engine(self.run, reason=obstacle)
         return self.run.engine
 
-    def _do_without(self, feature: EngineFeature, error: Exception) -> FastEngine:
-        """Leave out what torch.compile cannot compile here, and say why."""
+    def _do_without(self, features: Sequence[EngineFeature], error: Exception) -> FastEngine:
+        """Leave out what cannot be computed here, and say why."""
+        graphless = isinstance(error, RecordingError)
+        what = "the loss has no graph" if graphless else "torch.compile failed"
         # The first line names what failed, the second says why.
         reason = " ".join(str(error).strip().split("\n")[:2])
-        warn(f"the fast engine goes on without {feature}, as torch.compile failed: {reason}")
+        warn(f"the fast engine goes on without {' and '.join(features)}, as {what}: {reason}")
         self.flush()
-        self.without.add(feature)
+        self.without.update(features)
         self.forget()
         return self
 
-    def _computed(self, prepared: Prepared, x: Tensor, y: Tensor) -> Terms:
+    def _computed(self, prepared: Prepared, batch: Batch) -> Terms:
         """Replay the step, or compute it until it has been seen often enough to capture it."""
-        phase, attack_steps = self.run.method.phase(self.run), self.run.attack_steps
-        key = Kind(phase, attack_steps, x.shape, x.stride())
+        run = self.run
+        key = kind_of(run, batch)
         if key in self.captured:
-            return self.captured[key].replay(x, y)
+            return self.captured[key].replay(batch)
         seen = self.warmed.get(key, 0)
-        prepared.keep()
+        prepared.undo.keep()
         # The last batch of an epoch may be smaller: a graph for one step would hold its memory.
-        regular = len(y) == self.run.loader.batch_size
+        regular = len(batch) == self.run.loader.batch_size
         if self.has("graph") and regular and seen >= WARM_UP:
             self._drop_graphs_of_fewer_attack_steps()
             try:
-                captured = CapturedStep(prepared.compute, x, y, self.run.generators.values())
+                captured = CapturedStep(prepared.compute, batch, self.run.generators.values())
             except RuntimeError as error:
                 prepared.clear()
-                if is_out_of_memory(error) or failed_feature(error) is not None:
+                if is_out_of_memory(error) or failed_features(error):
                     raise
                 self.without.add("graph")
                 # Former graphs draw from the random sources as they were before the failure.
@@ -169,9 +141,9 @@ class FastEngine(Engine):
                 warn(f"the fast engine runs without a CUDA graph, as the step has none: {reason}")
             else:
                 self.captured[key] = captured
-                return captured.replay(x, y)
+                return captured.replay(batch)
         self.warmed[key] = seen + 1
-        return prepared.compute(x, y)
+        return prepared.compute(batch)
 
     def _drop_graphs_of_fewer_attack_steps(self) -> None:
         """Free what is not needed again: a graph keeps a step's memory, and attacks only grow."""
@@ -200,40 +172,36 @@ class FastEngine(Engine):
     def forget(self) -> None:
         """Give up graphs, tables and copies, as the run's tensors are replaced."""
         self._wait_for_replays()
-        self.prepared = None
+        self.prepared = self.skip = None
+        self.selectors = Selectors(fused=self.has("fuse"))
         self.warmed.clear()
         self.captured.clear()
-        self.skip = None
 
-    def backward(
-        self, total: Tensor, further: Mapping[str, Tensor], parameters: Sequence[Tensor]
-    ) -> None:
-        """Add the gradients of all losses in one way back; see :meth:`Engine.backward`."""
-        self.prepare().backward(total, further, parameters)
+    def gradients(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the method's total; statistics stay as they are."""
+        return self.prepare().gradients(batch, parameters)
 
-    @property
-    def selectors(self) -> Selectors:
-        """Memory and tables of the selections, which the captured steps use."""
-        return self.prepare().update.selectors
+    def weights_moved(self) -> None:
+        """Write the half-precision copies anew."""
+        if self.prepared is not None:
+            for copies in self.prepared.moving:
+                copies.refresh()
+
+    def derive(self, term: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of a term; its passes can be used again."""
+        return self.prepare().loss.within(term, parameters)
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the update mask by ``selection``; ``.grad`` stays as it is."""
         self.prepare().update.mask(parameters, selection)
 
-    def number(self, name: str, function: Callable[[Run], float]) -> Tensor:
+    def number(self, name: str, function: Callable[[TrainState], float]) -> Tensor:
         """Return a 0-d float64 tensor that holds ``function(run)`` in each step."""
-        return self.prepare().numbers.get(name, function)
+        prepared = self.prepare()
+        # What a loss that is being recorded asks for is sent when it has been.
+        return prepared.numbers.get(name, function, send=not prepared.loss.leaves)
 
     @property
     def step_number(self) -> Tensor:
         """The 0-based step under way, 0-d int64 on the device."""
         return self.prepare().numbers.step
-
-
-def obstacle_in(error: Exception) -> str | None:
-    """Return why the eager engine has to take over, or None for an error that it would have too."""
-    if isinstance(error, UnsupportedLossError):
-        return str(error)
-    if is_out_of_memory(error):
-        return "a step did not fit into memory, and it takes whole batches"
-    return None

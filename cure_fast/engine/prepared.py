@@ -2,229 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cure_fast.batch import Batch
+from cure_fast.classifier import ImageClassifier, attack_mode
 from cure_fast.kernels import TensorList, copy_where_
-from cure_fast.models import ImageClassifier
-from cure_fast.models.modes import attack_mode
-from cure_fast.step.method import Terms, around
-from cure_fast.step.train_step import Undo
+from cure_fast.step.policy import around
+from cure_fast.step.run import Terms
+from cure_fast.step.state import TrainState
+from cure_fast.step.undo import Statistics, Undo
 
-from .counters import Counters
-from .folded import FoldedNetwork
-from .numbers import DeviceNumbers
-from .passes import Passes, wide
-from .tape import Tape
-from .tape_compiled import CompiledNetwork, CompiledTape
-from .tape_joint import Joint
-from .trace import UnsupportedNetworkError
+from .copies import Copies, standing_in
+from .loss import Loss
+from .on_device import Counters, Numbers
+from .recorded import compile_static
 from .update import Update
-from .working import WorkingCopies, WorkingNetwork
 
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
 
-    from .fast import FastEngine
+class Kind(NamedTuple):
+    """What steps that do the same operations have in common."""
 
-# Tensor cores read channels in groups of 8 half-precision numbers.
-PADDED_CHANNELS = 8
+    phase: Hashable
+    attack_steps: int
+    shape: torch.Size
+    stride: tuple[int, ...]
 
-# From images [N, C, H, W] in [0, 1] to logits [N, K].
-Network = Callable[[Tensor], Tensor]
+
+def kind_of(run: TrainState, batch: Batch) -> Kind:
+    """Return the kind of the step that comes next."""
+    phases = (run.method.phase(run), *(policy.phase(run) for policy in run.policies))
+    phase = (phases, *sorted(batch.notes))
+    return Kind(phase, run.attack_steps, batch.x.shape, batch.x.stride())
 
 
 class Prepared:
     """What the steps of a run need: copies, tables and memory that stay where they are.
 
-    Args:
-        run: whose tensors they are made for.
-        engine: the run's; says which features are on, and takes the verdict on a step.
+    They are made for the run's tensors; ``has`` says which features of the engine are on.
     """
 
-    def __init__(self, run: Run, engine: FastEngine) -> None:
-        self.run, self.engine = run, engine
-        self.numbers = DeviceNumbers(run)
+    def __init__(self, run: TrainState, has: Callable[[str], bool]) -> None:
+        self.run = run
+        self.numbers = Numbers(run)
         self.counters = Counters(run)
         self.undo = Undo(run)
-        self.dtype = run.model.compute_dtype if engine.has("copies") else None
-        # Without copies, half precision is autocast's, in the network's own forward pass.
-        self.autocast = self.dtype is None and run.model.compute_dtype is not None
-        self.working = WorkingCopies(run.model, self.dtype)
-        copies = self.working.by_name
-        self.named = dict(run.model.named_parameters())
-        self.weights = {name: copies.get(name, p) for name, p in self.named.items()}
-        self.copies = {id(self.named[name]): copy for name, copy in copies.items()}
-        self.passes = self._passes()
-        joint = run.config.run.joint_forward and run.method.uses_attack
-        self.joint = Joint(run, self.passes) if joint and self.passes.tape is not None else None
-        self.attacked = self._attacked()
-        self.further = self._further()
-        self.update = Update(run.optimizer, run.config.optim, self.copies, fused=engine.has("fuse"))
+        self.aside = Statistics([run.model, *run.networks.values()])
+        dtype = run.model.compute_dtype if has("copies") else None
+        self.own = Copies(run.model, dtype)
+        moving, still = (
+            [Copies(net, dtype) for net in nets.values() if isinstance(net, ImageClassifier)]
+            for nets in (run.networks, run.teachers)
+        )
+        self.moving = [self.own, *moving]
+        trained = set(map(id, run.trained_parameters))
+        # The update writes these, and a policy's move of weights, or a loss, asks for the others.
+        self.copies = {
+            id(copies.weights[name]): copy
+            for copies in self.moving
+            for name, copy in copies.by_name.items()
+            if id(copies.weights[name]) in trained
+        }
+        copied = [copies for copies in (*self.moving, *still) if copies.by_name]
+        self.loss = Loss(
+            run,
+            copied,
+            stacked=has("stack"),
+            compiled=has("compile-loss"),
+            recorded=self.numbers.send,
+        )
+        self.compiled = compile_static(self.own.logits) if has("compile") else None
+        self.update = Update(run.optimizer, run.config.optim, self.copies, fused=has("fuse"))
         self.buffers = [
-            (TensorList(buffers), TensorList(kept))
-            for statistics in (self.undo.model, self.undo.networks)
-            for buffers, kept in statistics.groups
+            (TensorList(buffers), TensorList(kept)) for buffers, kept in self.undo.statistics.groups
         ]
-        moved = [tensor for policy in run.policies for tensor in policy.moved_before_loss()]
-        self.moved_before_loss = [(tensor, torch.empty_like(tensor)) for tensor in moved]
         # Whether the step under way has come to its update, after which it cannot be taken back.
         self.updating = False
         self.rewrites = any(policy.moves_weights for policy in run.policies)
 
-    def _passes(self) -> Passes:
-        """Return what computes the passes of the loss."""
-        for copy in self.copies.values():
-            copy.requires_grad_()
-        model = self.run.model
-        if self.autocast:
-            return Passes(model.own_logits, self.weights, None)
-        network = WorkingNetwork(model, self.weights, self.dtype)
-        stacked = self.engine.has("stack")
-        return Passes(network, self.weights, self._tape() if stacked else None)
-
-    def _tape(self) -> Tape:
-        """Return the tape of the passes of the loss."""
-        if not self.engine.has("compile-loss"):
-            return Tape(self.run.model, self.weights)
-        size = self.run.loader.batch_size
-        return CompiledTape(self.run.model, self.weights, batch_size=size)
-
-    def _further(self) -> list[tuple[ImageClassifier, WorkingCopies, Network]]:
-        """Return the run's further networks, copies of their weights, and what computes them."""
-        further = []
-        for network in self.run.networks.values():
-            if not isinstance(network, ImageClassifier):
-                continue
-            copies = WorkingCopies(network, self.dtype)
-            computed: Network = WorkingNetwork(network, copies.by_name, self.dtype)
-            trains = any(parameter.requires_grad for parameter in network.parameters())
-            if self.engine.has("compile-loss") and not self.autocast and not trains:
-                weights = {**dict(network.named_parameters()), **copies.by_name}
-                with suppress(UnsupportedNetworkError):
-                    tape = CompiledTape(network, weights, batch_size=self.run.loader.batch_size)
-                    computed = CompiledNetwork(computed, tape)
-            if self.dtype is not None or isinstance(computed, CompiledNetwork):
-                further.append((network, copies, computed))
-        return further
-
-    def _attacked(self) -> FoldedNetwork | None:
-        """Return the copy of the network that is attacked; None attacks the network itself."""
-        run = self.run
-        evaluates = run.method.uses_attack and run.config.attack.attack_mode == "eval"
-        if not evaluates or not self.engine.has("fold"):
-            return None
-        dtype = run.model.compute_dtype
-        return FoldedNetwork(
-            run.model,
-            dtype=dtype,
-            pad_channels=1 if dtype is None else PADDED_CHANNELS,
-            compiled=self.engine.has("compile"),
-        )
-
-    def keep(self) -> None:
-        """Keep what a step moves before its update: statistics, and states of random sources."""
-        self.undo.keep_before_attack()
-        self.undo.networks.keep()
-        for tensor, kept in self.moved_before_loss:
-            kept.copy_(tensor)
-
     def restore(self) -> None:
         """Go back to before a step that failed before its update."""
         self.clear()
-        self.undo.restore_attack()
-        self.undo.networks.restore()
-        with torch.no_grad():
-            for tensor, kept in self.moved_before_loss:
-                tensor.copy_(kept)
+        self.undo.restore()
 
-    def compute(self, x: Tensor, y: Tensor) -> Terms:
+    def compute(self, batch: Batch) -> Terms:
         """Compute a step on the device; return its detached terms."""
         run = self.run
-        self.engine.skip = None
-        self.undo.model.keep()
-        x_adv = self.attack(x, y)
-        with around(run.policies, run, x, x_adv, y):
-            if self.rewrites:
-                self.working.refresh()
-            # With what policies did before the loss, which stands in a skipped step too.
-            self.undo.networks.keep()
-            with self.standing_in():
-                if self.joint is not None:
-                    self.joint.offer(x, x_adv, y)
-                terms = run.method.loss(run, x, x_adv, y)
-                run.method.backward(run, terms)
-            terms = {name: term.detach() for name, term in terms.items()}
+        self.run.engine.skip = None
+        self.undo.statistics.keep()
+        batch = batch.attacked(self.attack(batch))
+        with around(run.policies, run, batch):
+            for copies in self.moving[0 if self.rewrites else 1 :]:
+                copies.refresh()
+            terms = self.loss.step(batch, self.kind(batch))
             loss_is_finite, skip = self.judge(terms)
-            self.engine.skip = skip
+            self.run.engine.skip = skip
             for policy in run.policies:
                 policy.on_grads(run)
-            lr = self.numbers.get("learning rate", learning_rate)
+            lr = self.numbers.get(
+                "learning rate", lambda run: run.optimizer.param_groups[0]["lr"], send=True
+            )
             self.updating = True
             self.update.apply(lr, skip)
         for policy in run.policies:
-            policy.on_step(run)
+            policy.on_step(run, batch)
         if self.rewrites:
-            self.working.refresh()
+            self.own.refresh()
         for buffers, kept in self.buffers:
             copy_where_(buffers, kept, condition=skip)
         self.counters.add(terms, loss_is_finite, skip)
         self.clear()
         return terms
 
-    def attack(self, x: Tensor, y: Tensor) -> Tensor:
+    def kind(self, batch: Batch) -> Kind | None:
+        """Return the kind of steps whose loss is recorded; None for a loss that is not."""
+        records = self.loss.stacked or self.loss.compiled
+        regular = len(batch) == self.run.loader.batch_size
+        return kind_of(self.run, batch) if records and regular else None
+
+    def attack(self, batch: Batch) -> Tensor:
         """Return the method's adversarial images, made with the network in its attack mode."""
         run = self.run
         if not run.method.uses_attack:
-            return run.method.attack(run, x, y)
-        if self.attacked is not None:
-            self.attacked.refresh()
-            # Compilation takes half a minute per shape: too long for the last batch of an epoch.
-            regular = len(y) == run.loader.batch_size
-            # Its function: a module would become one of the attacked network's own.
-            network = self.attacked if regular else self.attacked.evaluation.forward
-            with standing_in(run.model, network):
-                return run.method.attack(run, x, y)
-        detached = {name: weight.detach() for name, weight in self.weights.items()}
-        network = WorkingNetwork(run.model, detached, self.dtype)
-        with attack_mode(run.model, run.config.attack.attack_mode), ExitStack() as stack:
-            if not self.autocast:
-                stack.enter_context(standing_in(run.model, network))
-            return run.method.attack(run, x, y)
+            return run.method.attack(run, batch)
+        # For an epoch's last, smaller batch, compilation takes too long.
+        regular = len(batch) == run.loader.batch_size
 
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Let the run's networks compute by their working copies."""
-        with ExitStack() as stack:
-            stack.enter_context(standing_in(self.run.model, self.passes))
-            for network, copies, computed in self.further:
-                copies.refresh()
-                stack.enter_context(standing_in(network, computed))
-            yield
+        def network(x: Tensor) -> Tensor:
+            # What is compiled would pass over the hooks of a method.
+            compiled = self.compiled if regular and not has_hooks(run.model) else None
+            return (compiled or self.own.logits)(x)
 
-    def backward(
-        self, total: Tensor, further: Mapping[str, Tensor], parameters: Sequence[Tensor]
-    ) -> None:
-        """Add gradients to ``.grad`` and to the run's further sets."""
-        names = {id(parameter): name for name, parameter in self.named.items()}
-        asked = [names[id(parameter)] for parameter in parameters]
-        wanted = {"": None, **dict.fromkeys(further, frozenset(asked))}
-        grads = self.passes.gradients({"": total, **further}, wanted)
-        for name in further:
-            self.run.add_gradients(name, [grads[name][asked_name] for asked_name in asked])
-        for name, grad in wide(grads[""]).items():
-            parameter = self.named[name]
-            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        with attack_mode(run.model, run.config.attack.attack_mode), standing_in(run.model, network):
+            return run.method.attack(run, batch)
+
+    def gradients(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the method's total; statistics stay as they are."""
+        self.aside.keep()
+        found = self.loss.derive(batch, parameters, self.kind(batch))
+        self.aside.restore()
+        return found
 
     def judge(self, terms: Terms) -> tuple[Tensor, Tensor]:
         """Return whether the loss is finite, and whether anything is not, 0-d bool."""
         loss_is_finite = torch.stack(list(terms.values())).isfinite().all()
         going = loss_is_finite
-        groups = [[p.grad for p in self.named.values() if p.grad is not None]]
+        groups = [[p.grad for p in self.run.trained_parameters if p.grad is not None]]
         groups += self.run.gradients.values()
         for group in groups:
             # Their norms are stacked, which for more than one dtype copies each by a launch.
@@ -235,24 +161,13 @@ class Prepared:
 
     def clear(self) -> None:
         """Let go what belongs to one step."""
-        self.passes.clear()
         self.run.optimizer.zero_grad(set_to_none=True)
         self.run.gradients.clear()
-        self.engine.skip = None
+        self.run.engine.skip = None
         self.updating = False
 
 
-@contextmanager
-def standing_in(network: nn.Module, other: Network) -> Iterator[None]:
-    """Let ``other`` compute what calls of ``network`` return."""
-    assert isinstance(network, ImageClassifier)
-    former, network.stand_in = network.stand_in, other
-    try:
-        yield
-    finally:
-        network.stand_in = former
-
-
-def learning_rate(run: Run) -> float:
-    """Return the learning rate of the step under way."""
-    return run.optimizer.param_groups[0]["lr"]
+def has_hooks(network: nn.Module) -> bool:
+    """Return whether a module of the network calls hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in network.modules() for kind in kinds)

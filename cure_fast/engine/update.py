@@ -15,8 +15,6 @@ from cure_fast.kernels.layout import memory_order
 from cure_fast.kernels.rgp import Selection
 from cure_fast.kernels.update import masked_sgd_ref
 
-from .selector import Selectors
-
 
 @dataclass
 class Part:
@@ -34,11 +32,7 @@ class Part:
 class Update:
     """Moves the trained weights as torch.optim.SGD does, whose state it shares.
 
-    Args:
-        optimizer: the run's; its momentum buffers are used, and made where there are none.
-        optim: the run's settings.
-        copies: working copies of parameters that take their new values, by id of the parameter.
-        fused: whether kernels compute, or their references.
+    ``copies``, by id of the parameter, take the new values of theirs.
     """
 
     def __init__(
@@ -54,7 +48,6 @@ class Update:
         self.copies = copies
         self.fused = fused
         self.buffers = momentum_buffers(optimizer, self.parameters) if optim.momentum else None
-        self.selectors = Selectors(fused=fused)
         self.parts: dict[object, list[Part]] = {}
         self.masked: tuple[Sequence[Tensor], Selection] | None = None
 
@@ -63,18 +56,15 @@ class Update:
         self.masked = parameters, selection
 
     def apply(self, lr: Tensor, skip: Tensor) -> None:
-        """Update every weight, but for masked ones, unless ``skip`` holds.
-
-        Args:
-            lr: learning rate, 0-d floating.
-            skip: 0-d bool.
-        """
+        """Update every weight but masked ones, unless ``skip`` holds: both are 0-d tensors."""
         parameters, selection = self.masked or ((), None)
         self.masked = None
         scores = () if selection is None else selection.scores
-        key = (*map(id, parameters), *map(id, scores))
+        # As in torch's SGD, weights without a gradient stay as they are.
+        idle = [parameter for parameter in self.parameters if parameter.grad is None]
+        key = (*map(id, parameters), *map(id, scores), *map(id, idle))
         if key not in self.parts:
-            self.parts[key] = self._parts(parameters, scores)
+            self.parts[key] = self._parts(parameters, scores, set(map(id, idle)))
         for part in self.parts[key]:
             grads: list[Tensor] = [parameter.grad for parameter in part.parameters]  # pyright: ignore[reportAssignmentType]
             thresholds = None
@@ -95,13 +85,16 @@ class Update:
             )
             part.grads.release()
 
-    def _parts(self, masked: Sequence[Tensor], scores: Sequence[Tensor | None]) -> list[Part]:
+    def _parts(
+        self, masked: Sequence[Tensor], scores: Sequence[Tensor | None], idle: set[int]
+    ) -> list[Part]:
         """Return the parts of an update that masks these parameters by their scores."""
         place = {id(parameter): i for i, parameter in enumerate(masked)}
         kinds: dict[tuple[bool, bool], list[Tensor]] = {}
         for parameter in self.parameters:
             kind = (id(parameter) in place, id(parameter) in self.copies)
-            kinds.setdefault(kind, []).append(parameter)
+            if id(parameter) not in idle:
+                kinds.setdefault(kind, []).append(parameter)
         parts = []
         for (is_masked, is_copied), chosen in kinds.items():
             places = [place[id(parameter)] for parameter in chosen] if is_masked else []

@@ -12,14 +12,12 @@ class AttackResult:
     """Accuracy under one attack.
 
     Attributes:
-        attack: name of the attack.
-        correct: images classified right as they are and under the attack.
-        count: images looked at.
+        correct: images classified right as they are and under the attack, of ``count``.
         seconds: time spent, over all the calls that it took.
         settings: all that decides the result besides model and images, as JSON types.
-        warnings: what speaks against the result.
-        reliable: False if there is a warning.
+        warnings: what speaks against the result; where there is any it is not ``reliable``.
         precision: dtype of weights and attack.
+        by_class: percent of each class's images, None for one without; empty in older results.
     """
 
     attack: str
@@ -30,6 +28,7 @@ class AttackResult:
     warnings: tuple[str, ...] = ()
     reliable: bool = True
     precision: str = "float32"
+    by_class: tuple[float | None, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -38,31 +37,25 @@ class AttackResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types, with its accuracy."""
-        return {
-            "attack": self.attack,
-            "correct": self.correct,
-            "count": self.count,
-            "accuracy": self.accuracy,
-            "seconds": self.seconds,
-            "precision": self.precision,
-            "settings": self.settings,
+        names = ("attack", "correct", "count", "accuracy", "seconds", "precision", "settings")
+        return {name: getattr(self, name) for name in names} | {
             "warnings": list(self.warnings),
             "reliable": self.reliable,
+            "by_class": list(self.by_class),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttackResult:
         """Return the result that :meth:`to_dict` wrote."""
         names = ("attack", "correct", "count", "seconds", "settings", "reliable", "precision")
-        return cls(warnings=tuple(values["warnings"]), **{name: values[name] for name in names})
+        return cls(
+            warnings=tuple(values["warnings"]),
+            by_class=tuple(values.get("by_class", ())),
+            **{name: values[name] for name in names},
+        )
 
 
 def nrr(natural: float, robust: float) -> float:
-    """Return the natural-robustness ratio 2NR / (N + R) in percent; 0 if both are 0 (CURE).
-
-    Args:
-        natural: natural accuracy in percent.
-        robust: accuracy under an attack in percent.
-    """
+    """Return the natural-robustness ratio 2NR / (N + R) of two percentages, or 0 (CURE)."""
     total = natural + robust
     return 2 * natural * robust / total if total else 0.0

@@ -2,8 +2,8 @@
 
 The ensemble runs one attack and one batch at a time on the images that are still robust, which is
 what pyautoattack does inside, with the same settings and the same seed for every batch: the result
-is equal, and it can be interrupted and continued, which pyautoattack's own state file cannot
-(the set of attacks in it is a string when it is read back). Three things are done around it:
+is equal, and it can be continued, which pyautoattack's own state file cannot (the set of attacks
+in it is a string when it is read back). Three things are done around it:
 
 - its warnings, which by default go to a logger that nobody hears, become part of the result;
 - its check for dynamic defences replaces the process's trace function and counts calls in a global
@@ -18,8 +18,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -43,24 +42,12 @@ SQUARE_SHARE = 0.002
 
 @dataclass(frozen=True)
 class Outcome:
-    """What AutoAttack left.
-
-    Attributes:
-        robust: bool [N], the images that no attack broke.
-        robust_after: number of robust images after each attack.
-        seconds: time spent, over all the calls that it took.
-        warnings: what speaks against the result.
-    """
+    """What AutoAttack left: the images that no attack broke, bool [N], and how many after each."""
 
     robust: Tensor
     robust_after: dict[str, int]
     seconds: float
     warnings: tuple[str, ...]
-
-
-def planned_attacks(num_classes: int) -> tuple[str, ...]:
-    """Return the attacks of version standard that exist for this many classes, in its order."""
-    return tuple(a for a in STANDARD if a != "apgd-t" or num_classes >= DLR_CLASSES)
 
 
 def autoattack_settings(
@@ -74,7 +61,7 @@ def autoattack_settings(
         "eps": eps,
         "norm": "Linf",
         "version": "standard" if num_classes >= DLR_CLASSES else "not standard",
-        "attacks": list(planned_attacks(num_classes)),
+        "attacks": [a for a in STANDARD if a != "apgd-t" or num_classes >= DLR_CLASSES],
         "target_classes": min(TARGET_CLASSES, num_classes - 1),
         "iterations": ITERATIONS,
         "restarts": 1,
@@ -95,28 +82,21 @@ def run_autoattack(
     save: Callable[[dict[str, Any]], None] = lambda progress: None,
     title: str = "aa",
 ) -> Outcome:
-    """Run the attacks of ``settings`` on the images that are naturally right.
+    """Run the attacks of :func:`autoattack_settings` on the images that are naturally right.
 
-    Args:
-        guard: the model, in evaluation mode, its parameters without gradients.
-        load: from indices [n] int64 to images [n, C, H, W] in [0, 1] and labels [n] int64.
-        correct: bool [N], whether each natural image is classified right.
-        settings: what :func:`autoattack_settings` returns.
-        progress: what ``save`` received last in an interrupted call; None starts anew.
-        save: receives, after every batch, a JSON-like mapping to continue from.
-        title: name on the progress bar.
-
-    Raises:
-        CureFastError: if an attack returns an image outside the eps-ball or [0, 1].
+    ``load`` takes indices [n] to images [n, C, H, W] in [0, 1] and labels [n], and ``correct`` says
+    which natural images are right, bool [N]. After every batch ``save`` receives a JSON-like
+    mapping, and an interrupted call goes on from the last of them, given as ``progress``.
     """
-    state = progress or {
-        "after": {},
-        "entry": _flags_to_text(correct),
-        "robust": _flags_to_text(correct),
-        "batches": 0,
-        "seconds": 0.0,
-        "warnings": _first_warnings(settings),
-    }
+    state = progress
+    if state is None:
+        entry = _flags_to_text(correct)
+        state = {"after": {}, "entry": entry, "robust": entry, "batches": 0}
+        state |= {"seconds": 0.0, "warnings": {}}
+        missing = [a for a in STANDARD if a not in settings["attacks"]]
+        if missing:
+            text = f"not the standard AutoAttack: {', '.join(missing)} needs {DLR_CLASSES} classes"
+            note(state["warnings"], text)
     started = time.perf_counter() - state["seconds"]
     robust = _text_to_flags(state["robust"])
     size = settings["batch_size"]
@@ -136,39 +116,31 @@ def run_autoattack(
                 state |= {"robust": _flags_to_text(robust), "batches": state["batches"] + 1}
                 save(state | {"seconds": seconds})
                 advance(len(indices))
-        if attack == "square":
-            _judge_square(state["warnings"], len(pending) - int(robust.sum()), len(robust))
+        fell = len(pending) - int(robust.sum())
+        if attack == "square" and fell > SQUARE_SHARE * len(robust):
+            note(
+                state["warnings"],
+                f"square: broke {fell} of {len(robust)} images that the attacks with gradients "
+                "could not: gradients are masked, and the accuracy is likely to be lower still",
+            )
         state["after"][attack] = int(robust.sum())
         state |= {"entry": _flags_to_text(robust), "batches": 0}
         save(state | {"seconds": time.perf_counter() - started})
-    seconds = time.perf_counter() - started
-    return Outcome(robust, dict(state["after"]), seconds, told_warnings(state["warnings"]))
-
-
-def told_warnings(counts: dict[str, list[Any]]) -> tuple[str, ...]:
-    """Return one text per kind of warning that :func:`note` counted."""
-    return tuple(
+    warnings = tuple(
         text if count == 1 else f"{text} (and {count - 1} more of the kind)"
-        for text, count in counts.values()
+        for text, count in state["warnings"].values()
     )
+    return Outcome(robust, dict(state["after"]), time.perf_counter() - started, warnings)
 
 
 def attack_batch(
     guard: Guard, attack: str, x: Tensor, y: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Run one attack on one batch; return the images, which it broke, and what it warned of.
+    """Run one attack of :data:`STANDARD` on images [N, C, H, W] and labels [N].
 
-    Args:
-        guard: the model.
-        attack: one of :data:`STANDARD`.
-        x: images [N, C, H, W] float32 in [0, 1].
-        y: labels [N] int64.
-        settings: what :func:`autoattack_settings` returns.
-
-    Returns:
-        Images [N, C, H, W], unchanged where the attack failed; bool [N]; and warnings.
+    Returns the images, unchanged where it failed; which it broke, bool [N]; and its warnings.
     """
-    from pyautoattack import AutoAttack
+    from pyautoattack import AutoAttack, checks
 
     adversary = AutoAttack(
         guard,
@@ -187,13 +159,24 @@ def attack_batch(
     for part in (adversary.apgd_targeted, adversary.fab):
         part.n_target_classes = settings["target_classes"]
     adversary.square.n_queries = settings["square_queries"]
-    messages = _listen(adversary)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.Logger("auto-attack", level=logging.WARNING)
+    logger.addHandler(handler)
+    adversary.logger = adversary.apgd.logger = adversary.apgd_targeted.logger = logger
+    tracer, no_calls = sys.gettrace(), dict.fromkeys(checks.funcs, 0)
+    checks.funcs.update(no_calls)
     devices = [x.device] if x.device.type == "cuda" else []
-    # pyautoattack seeds torch's global generators.
-    with _dynamic_check_contained(), torch.random.fork_rng(devices=devices):
-        # The reshapes inside need the plain memory layout, and half of its tensors are float32.
-        plain = x.float().contiguous()
-        x_adv, predicted = adversary.run_standard_evaluation(plain, y, batch_size=len(x))
+    try:
+        # pyautoattack seeds torch's global generators.
+        with torch.random.fork_rng(devices=devices):
+            # The reshapes inside need the plain memory layout, and half of its tensors are float32.
+            plain = x.float().contiguous()
+            x_adv, predicted = adversary.run_standard_evaluation(plain, y, batch_size=len(x))
+    finally:
+        sys.settrace(tracer)
+        checks.funcs.update(no_calls)
     return x_adv, predicted != y, messages
 
 
@@ -202,56 +185,6 @@ def note(warnings: dict[str, list[Any]], text: str) -> None:
     kind = re.sub(r"\d+(\.\d+)?", "#", text)
     first, count = warnings.get(kind, (text, 0))
     warnings[kind] = [first, count + 1]
-
-
-def _first_warnings(settings: dict[str, Any]) -> dict[str, list[Any]]:
-    warnings: dict[str, list[Any]] = {}
-    missing = [a for a in STANDARD if a not in settings["attacks"]]
-    if missing:
-        note(
-            warnings,
-            f"not the standard AutoAttack: {', '.join(missing)} needs {DLR_CLASSES} classes",
-        )
-    return warnings
-
-
-def _judge_square(warnings: dict[str, list[Any]], broken: int, count: int) -> None:
-    if broken > SQUARE_SHARE * count:
-        note(
-            warnings,
-            f"square: broke {broken} of {count} images that the attacks with gradients could not: "
-            "gradients are masked, and the accuracy is likely to be lower still",
-        )
-
-
-def _listen(adversary: Any) -> list[str]:
-    """Give the attack a logger of its own; return the list that its warnings go to."""
-    messages: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    logger = logging.Logger("auto-attack", level=logging.WARNING)
-    logger.addHandler(Collect())
-    adversary.logger = adversary.apgd.logger = adversary.apgd_targeted.logger = logger
-    return messages
-
-
-@contextmanager
-def _dynamic_check_contained() -> Iterator[None]:
-    """Start pyautoattack's count of autograd calls from zero, and give back the trace function."""
-    from pyautoattack import checks
-
-    tracer = sys.gettrace()
-    for name in checks.funcs:
-        checks.funcs[name] = 0
-    try:
-        yield
-    finally:
-        sys.settrace(tracer)
-        for name in checks.funcs:
-            checks.funcs[name] = 0
 
 
 def _flags_to_text(flags: Tensor) -> str:

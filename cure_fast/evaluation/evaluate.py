@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cure_fast.classifier import attack_mode
 from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.measurement import Measurement
 from cure_fast.evaluation.trust import Guard, full_precision
-from cure_fast.models.modes import attack_mode
 
 
 def evaluate(
@@ -70,7 +70,8 @@ def evaluate(
         StoppedError: if ``stop()`` became true; what is finished is kept.
     """
     specs = {text: parse_attack(text) for text in attacks}
-    _check_set(images, labels, num_classes)
+    _check_data(images, labels)
+    _check_classes(labels, num_classes)
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
         images=images,
@@ -84,20 +85,12 @@ def evaluate(
         state_dir=state_dir,
         name=model_name,
     )
-    return _results(task, specs, on_result or (lambda result: None))
-
-
-def _results(
-    task: Measurement,
-    specs: Mapping[str, AttackSpec],
-    on_result: Callable[[AttackResult], None],
-) -> dict[str, AttackResult]:
-    """Return each attack's result, shown to ``on_result`` as soon as it is there."""
     results = {}
-    with _measuring(task.guard.model, task.device):
+    with _measuring(model, task.device):
         for text, spec in specs.items():
             results[text] = task.result(spec)
-            on_result(results[text])
+            if on_result is not None:
+                on_result(results[text])
     return results
 
 
@@ -115,25 +108,15 @@ def adversarial_examples(
 ) -> dict[str, np.ndarray]:
     """Return what PGD on the cross-entropy makes of a few images, as arrays for a picture.
 
-    They are those that ``evaluate`` with ``pgd<steps>`` sees at the same place of its set.
-
-    Args:
-        model: network on ``device`` from images [N, C, H, W] in [0, 1] to logits [N, K].
-        images: uint8 [N, H, W, C], or floating in [0, 1].
-        labels: int64 [N], classes of the model.
-        eps: radius of the L-inf ball in pixel units.
-        step_size: length of one step in pixel units.
-        steps: number of steps, 1 to 1000.
-        device: where to compute.
-        seed: seed of the random starts.
-        stop: asked before every pass through the model; true raises ``StoppedError``.
+    They are those that :func:`evaluate` with ``pgd<steps>`` sees at the same place of its set; the
+    arguments are as there, with 1 to 1000 steps.
 
     Returns:
         ``adversarial`` float32 [N, H, W, C] in [0, 1], and the predicted classes int64 [N] as
         ``natural_prediction`` and ``adversarial_prediction``.
     """
     spec = parse_attack(f"pgd{steps}")
-    _check_set(images, labels, None)
+    _check_data(images, labels)
     _check_settings(eps, step_size, 1, seed, None, {spec.name: spec})
     task = Measurement(
         guard=Guard(model, stop=stop),
@@ -145,28 +128,23 @@ def adversarial_examples(
         batch_size=len(images),
         seed=seed,
     )
-    with _measuring(model, task.device):
-        return _attacked(task, spec)
-
-
-def _attacked(task: Measurement, spec: AttackSpec) -> dict[str, np.ndarray]:
-    """Return what :func:`adversarial_examples` returns."""
-    parts: list[tuple[Tensor, ...]] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attack(indices: Tensor) -> None:
         x, y = task.load(indices)
         task.guard.at(x, indices, spec.name)
         logits = task.guard(x)
-        _check_labels(task.labels, len(task.images), logits.shape[1])
+        _check_classes(labels, logits.shape[1])
         x_adv = task.perturb(spec, x, y, indices)
-        found = (x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), task.guard(x_adv).argmax(1))
-        parts.append(tuple(part.cpu() for part in found))
+        after = task.guard(x_adv)
+        found.append((x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), after.argmax(1)))
 
-    task.each_batch(torch.arange(len(task.images)), attack)
-    task.watch.check()
+    with _measuring(model, task.device):
+        task.each_batch(torch.arange(len(images)), attack)
+        task.watch.check()
+    arrays = [torch.cat(parts).cpu().contiguous().numpy() for parts in zip(*found, strict=True)]
     names = ("adversarial", "natural_prediction", "adversarial_prediction")
-    columns = zip(*parts, strict=True)
-    return {n: torch.cat(c).contiguous().numpy() for n, c in zip(names, columns, strict=True)}
+    return dict(zip(names, arrays, strict=True))
 
 
 @contextmanager
@@ -194,36 +172,24 @@ def _check_settings(
     specs: Mapping[str, AttackSpec],
 ) -> float:
     """Raise :class:`InputError` for a setting out of range; return the length of a step."""
-    if not specs:
-        raise InputError(f"attacks: expected at least one of {', '.join(ATTACKS)}, got none.")
-    if not 0 <= eps <= 1:
-        raise InputError(f"eps: expected a number in [0, 1] in pixel units, got {eps!r}.")
     step_size = eps / 10 if step_size is None else step_size
-    stepping = any(spec.family in ("pgd", "cw") for spec in specs.values())
-    if not 0 <= step_size <= 1 or (stepping and eps > 0 and step_size == 0):
-        raise InputError(
-            f"step_size: expected a number in (0, 1] in pixel units, got {step_size!r}."
-        )
-    if batch_size < 1:
-        raise InputError(f"batch_size: expected at least 1, got {batch_size!r}.")
-    if aa_limit is not None and aa_limit < 1:
-        raise InputError(f"aa_limit: expected at least 1, got {aa_limit!r}.")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed: expected a whole number in [0, 2**63), got {seed!r}.")
+    stepping = eps > 0 and any(spec.family in ("pgd", "cw") for spec in specs.values())
+    steps_right = 0 <= step_size <= 1 and not (stepping and step_size == 0)
+    for name, value, right, expected in (
+        ("attacks", [], len(specs) > 0, f"at least one of {', '.join(ATTACKS)}"),
+        ("eps", eps, 0 <= eps <= 1, "a number in [0, 1] in pixel units"),
+        ("step_size", step_size, steps_right, "a number in (0, 1] in pixel units"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("aa_limit", aa_limit, aa_limit is None or aa_limit >= 1, "at least 1"),
+        ("seed", seed, 0 <= seed < 2**63, "a whole number in [0, 2**63)"),
+    ):
+        if not right:
+            raise InputError(f"{name}: expected {expected}, got {value!r}.")
     return step_size
 
 
-def _check_set(images: Tensor, labels: Tensor, num_classes: int | None) -> None:
-    _check_images(images)
-    _check_labels(labels, len(images), num_classes)
-
-
-def _check_images(images: Tensor) -> None:
-    """Raise :class:`InputError`, naming the first image that is not uint8 or in [0, 1].
-
-    Args:
-        images: uint8 [N, H, W, C], or floating in [0, 1] (stored adversarial images).
-    """
+def _check_data(images: Tensor, labels: Tensor) -> None:
+    """Raise :class:`InputError` for other types or shapes, or an image outside [0, 1]."""
     known = images.dtype == torch.uint8 or images.is_floating_point()
     if images.ndim != 4 or not len(images) or not known:
         raise InputError(
@@ -240,19 +206,16 @@ def _check_images(images: Tensor) -> None:
                 f"image {int(outside[0])}: expected values in [0, 1], "
                 f"got {float(low):g} to {float(high):g}; divide by 255 or clip."
             )
-
-
-def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:
-    """Raise :class:`InputError` unless labels are int64 [count] in [0, num_classes), if known."""
-    if num_classes is not None and num_classes < 2:
-        raise InputError(f"num_classes: expected at least 2, got {num_classes}.")
-    if labels.dtype != torch.int64 or labels.shape != (count,):
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise InputError(
-            f"labels: expected int64 [{count}], one per image, "
+            f"labels: expected int64 [{len(images)}], one per image, "
             f"got {labels.dtype} {tuple(labels.shape)}."
         )
-    if num_classes is None:
-        return
+
+
+def _check_classes(labels: Tensor, num_classes: int) -> None:
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected at least 2, got {num_classes}.")
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
     if len(wrong):
         raise InputError(

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,19 +17,14 @@ from torch import Tensor
 
 import cure_fast
 from cure_fast.attacks import pgd
-from cure_fast.config.attack_names import AttackSpec
+from cure_fast.config.attack_names import AttackSpec, parse_attack
 from cure_fast.console import warn
 from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import Outcome, autoattack_settings, run_autoattack
 from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
 from cure_fast.evaluation.state import read_state, write_state
-from cure_fast.evaluation.trust import (
-    Guard,
-    check_perturbation,
-    find_instability,
-    find_masking,
-)
+from cure_fast.evaluation.trust import Guard, check_perturbation, find_instability, find_masking
 from cure_fast.losses import cross_entropy, margin
 from cure_fast.progress import track
 
@@ -45,9 +40,8 @@ T = TypeVar("T")
 class Measurement:
     """One model on one set of images, and what several attacks share.
 
-    Attributes:
-        batch_size: images per batch, as asked for; AutoAttack's result depends on it.
-        fitting_size: images per batch of everything else, halved whenever memory ran out.
+    Batches are of ``batch_size`` for AutoAttack, whose result depends on it, and else of
+    ``fitting_size``, which is halved whenever memory ran out.
     """
 
     guard: Guard
@@ -79,10 +73,22 @@ class Measurement:
         """Return the stored result of the attack, or run it and store it."""
         settings = self.settings(spec)
         count = self.aa_images if spec.family == "aa" else len(self.images)
+        precision = str(self.guard.dtype).removeprefix("torch.")
         path, identity, state = None, {}, {}
         if self.state_dir is not None:
             path = self.state_dir / f"{spec.name}.json"
-            identity = self.identity(spec, settings, count)
+            # What must be the same for a stored result to be this one.
+            identity = {
+                "attack": spec.name,
+                "weights": hashlib.sha256(json.dumps(self.watch.hashes).encode()).hexdigest(),
+                "layers": layers_hash(self.guard.model),
+                "images": tensor_hash(self.images[:count]),
+                "labels": tensor_hash(self.labels[:count]),
+                "precision": precision,
+                "cure_fast": cure_fast.__version__,
+                "torch": torch.__version__,
+                **settings,
+            }
             state = read_state(path, identity)
         if "result" in state:
             return AttackResult.from_dict(state["result"])
@@ -125,7 +131,8 @@ class Measurement:
             settings=settings,
             warnings=warnings,
             reliable=not warnings,
-            precision=self.precision,
+            precision=precision,
+            by_class=by_class(robust, self.labels[:count], self.guard.num_classes or 0),
         )
         save(result=result.to_dict())
         return result
@@ -134,17 +141,8 @@ class Measurement:
     def natural(self) -> tuple[Tensor, float]:
         """Which images are classified right, bool [N], and the seconds that took."""
         started = time.perf_counter()
-        correct = torch.zeros(len(self.images), dtype=torch.bool)
-        with track(f"{self.name} natural", len(correct)) as advance:
-
-            def classify(indices: Tensor) -> None:
-                x, y = self.load(indices)
-                self.guard.at(x, indices)
-                correct[indices] = (self.guard(x).argmax(dim=1) == y).cpu()
-                advance(len(indices))
-
-            self.each_batch(torch.arange(len(correct)), classify)
-        return correct, time.perf_counter() - started
+        everything = torch.ones(len(self.images), dtype=torch.bool)
+        return self.under_attack(parse_attack("natural"), everything), time.perf_counter() - started
 
     @cached_property
     def instability(self) -> tuple[str, ...]:
@@ -164,25 +162,19 @@ class Measurement:
             yield x, y
 
     def each_batch(self, indices: Tensor, work: Callable[[Tensor], None]) -> None:
-        """Call ``work`` with the indices [N] in batches, in order, smaller ones from where it must.
+        """Call ``work`` with the indices [N] in order, with fewer of the same if memory ran out."""
+        done = 0
 
-        ``work`` is called again with fewer of the same indices if memory ran out in it.
-        """
-        left = indices
-        while len(left):
-            left = left[self.fitting(partial(self._next_batch, left, work)) :]
+        def next_batch() -> int:
+            batch = indices[done : done + self.fitting_size]
+            work(batch)
+            return len(batch)
 
-    def _next_batch(self, left: Tensor, work: Callable[[Tensor], None]) -> int:
-        batch = left[: self.fitting_size]
-        work(batch)
-        return len(batch)
+        while done < len(indices):
+            done += self.fitting(next_batch)
 
     def fitting(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns, called anew with batches half as large if memory ran out.
-
-        Raises:
-            MemoryExhaustedError: if one image is too much.
-        """
+        """Return what ``work`` does, called anew with batches half as large if memory ran out."""
         while True:
             try:
                 return work()
@@ -191,33 +183,31 @@ class Measurement:
                     raise
                 reason = _told(error)
             # Here the error is gone, and with it the frames that hold the batch.
-            self._halve(reason)
-
-    def _halve(self, reason: str) -> None:
-        size = self.fitting_size
-        if size == 1:
-            raise MemoryExhaustedError(
-                f"{self.name}: one image takes more memory than there is ({reason}); end other "
-                "programs on the device, or use --device cpu."
+            size = self.fitting_size
+            if size == 1:
+                raise MemoryExhaustedError(
+                    f"{self.name}: one image takes more memory than there is ({reason}); end other "
+                    "programs on the device, or use --device cpu."
+                )
+            self.fitting_size = size // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # blocks that were cut for the former size
+            warn(
+                f"{self.name}: {size} images did not fit into memory; from here "
+                f"{self.fitting_size} images per pass, which changes no result ({reason})"
             )
-        self.fitting_size = size // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks that were cut for the former size
-        warn(
-            f"{self.name}: {size} images did not fit into memory; from here {self.fitting_size} "
-            f"images per pass, which changes no result ({reason})"
-        )
 
     def under_attack(self, spec: AttackSpec, correct: Tensor) -> Tensor:
-        """Return which images [N] stay right under a gradient attack, given which are right now."""
+        """Return which of the correct images, bool [N], stay so under any attack but aa."""
         robust, pending = correct.clone(), correct.nonzero().flatten()
+        natural = spec.family == "natural"
         with track(f"{self.name} {spec.name}", len(correct)) as advance:
             advance(len(correct) - len(pending))
 
             def attack(indices: Tensor) -> None:
                 x, y = self.load(indices)
-                self.guard.at(x, indices, spec.name)
-                x_adv = self.perturb(spec, x, y, indices)
+                self.guard.at(x, indices, "" if natural else spec.name)
+                x_adv = x if natural else self.perturb(spec, x, y, indices)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
                 advance(len(indices))
 
@@ -231,7 +221,7 @@ class Measurement:
         progress: dict[str, Any] | None,
         save: Callable[[dict[str, Any]], None],
     ) -> Outcome:
-        """Return what AutoAttack leaves of the images that are right now; see its module."""
+        """Return what :func:`run_autoattack` leaves of the images that are right now."""
         try:
             return run_autoattack(
                 self.guard,
@@ -285,11 +275,6 @@ class Measurement:
             return (f"{spec.steps} steps of {self.step_size:g} do not reach eps {self.eps:g}",)
         return ()
 
-    @property
-    def precision(self) -> str:
-        """Name of the dtype that everything is computed in."""
-        return str(self.guard.dtype).removeprefix("torch.")
-
     def settings(self, spec: AttackSpec) -> dict[str, Any]:
         """Return all that decides the result besides model and images, as JSON types."""
         if spec.family == "natural":
@@ -313,29 +298,18 @@ class Measurement:
             "seed": self.seed,
         }
 
-    def identity(self, spec: AttackSpec, settings: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return what must be the same for a stored result to be this one, as flat JSON types."""
-        return {
-            "attack": spec.name,
-            "weights": hashlib.sha256(json.dumps(self.watch.hashes).encode()).hexdigest(),
-            "layers": layers_hash(self.guard.model),
-            "images": tensor_hash(self.images[:count]),
-            "labels": tensor_hash(self.labels[:count]),
-            "precision": self.precision,
-            "cure_fast": cure_fast.__version__,
-            "torch": torch.__version__,
-            **settings,
-        }
+
+def by_class(right: Tensor, labels: Tensor, classes: int) -> tuple[float | None, ...]:
+    """Return the percentage of each class's images that are right, None for one without images."""
+    counts = labels.bincount(minlength=classes).tolist()
+    hits = labels[right].bincount(minlength=len(counts)).tolist()
+    return tuple(100 * hit / n if n else None for hit, n in zip(hits, counts, strict=True))
 
 
 def uniform_start(shape: Sequence[int], indices: Tensor, family: str, seed: int) -> Tensor:
-    """Return one draw per image from the uniform distribution on [-1, 1), float32 [n, *shape].
+    """Return a draw per image from the uniform distribution on [-1, 1), float32 [n, *shape].
 
-    Args:
-        shape: shape of an image.
-        indices: place of each image in its set [n]; the draw depends on it, not on the batch.
-        family: kind of attack; those that differ in the number of steps alone share their starts.
-        seed: seed of the evaluation.
+    It depends on ``indices`` [n], places in the set, and the family, not on batch or step count.
     """
     word = hashlib.sha256(f"{family} {seed}".encode()).digest()[:8]
     draws = np.empty((len(indices), *shape), dtype=np.float32)

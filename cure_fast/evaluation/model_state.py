@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn, uint8
 
@@ -18,57 +18,39 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 class Watch:
     """Tells whether parameters and buffers of a model are as they were when this was made.
 
-    Args:
-        model: what is watched; on any device.
-        thorough: also take hashes of the parameters, for ``check(thorough=True)``; this reads all
-            of them.
+    Buffers are compared by their content: PyTorch does not count what BatchNorm writes to its
+    statistics. Of parameters it counts every write in place, and that count and the address are
+    compared, which costs nothing. A write through ``.data`` is seen only by ``thorough`` watches
+    and looks, which read all of the parameters.
 
     Attributes:
-        hashes: SHA-256 of each tensor by name; without ``thorough`` of the buffers alone.
+        hashes: SHA-256 of each tensor by name; empty without ``thorough``.
     """
 
     def __init__(self, model: nn.Module, *, thorough: bool) -> None:
         self.model = model
-        self.thorough = thorough
-        self.hashes = state_hashes(model) if thorough else _buffer_hashes(model)
-        self.versions = _versions(model)
+        self.hashes = state_hashes(model) if thorough else {}
+        self.marks = _marks(model)
 
     def check(self, *, thorough: bool = False) -> None:
-        """Raise unless the model is unchanged.
-
-        Buffers are compared by their content: PyTorch does not count what BatchNorm writes to its
-        statistics. Of parameters it counts every write in place, and that count and the address
-        are compared, which costs nothing; a write through ``.data`` is seen only with
-        ``thorough``, which compares their content too.
-
-        Raises:
-            CureFastError: naming the parameters and buffers that have changed.
-        """
-        full = thorough and self.thorough
-        hashes = state_hashes(self.model) if full else _buffer_hashes(self.model)
-        buffers = dict(self.model.named_buffers())
-        before = {n: h for n, h in self.hashes.items() if full or n not in self.versions}
-        changed = {*_different(before, hashes), *_different(self.versions, _versions(self.model))}
+        """Raise :class:`CureFastError` unless the model is unchanged, naming what is not."""
+        looks: list[tuple[dict[str, Any], dict[str, Any]]] = [(self.marks, _marks(self.model))]
+        if thorough and self.hashes:
+            looks.append((self.hashes, state_hashes(self.model)))
+        changed = sorted(
+            {n for was, now in looks for n in {**was, **now} if was.get(n) != now.get(n)}
+        )
         if changed:
-            names = sorted(changed, key=lambda name: (name not in buffers, name))
             raise CureFastError(
-                f"the evaluation changed {', '.join(names[:5])} of the model, so it did not "
+                f"the evaluation changed {', '.join(changed[:5])} of the model, so it did not "
                 "measure the model it was given. A forward pass in evaluation mode must not write "
                 "to buffers."
             )
 
 
-def _different(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
-
-
-def _buffer_hashes(model: nn.Module) -> dict[str, str]:
-    return {name: tensor_hash(tensor) for name, tensor in model.named_buffers()}
-
-
-def _versions(model: nn.Module) -> dict[str, object]:
-    """Return what changes when a parameter is written to or replaced, by name."""
-    return {
+def _marks(model: nn.Module) -> dict[str, Any]:
+    """Return what changes when a parameter or buffer is written to or replaced, by name."""
+    return {name: tensor_hash(tensor) for name, tensor in model.named_buffers()} | {
         # Tensors made in inference mode are not counted.
         name: tensor_hash(p) if p.is_inference() else (id(p), p.data_ptr(), p._version)
         for name, p in model.named_parameters()

@@ -23,12 +23,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the results of an evaluation went.
+    """Where results went: ``results.json`` as it is now, and the file beside it with all of them.
 
-    Attributes:
-        record: ``results.json`` as it is now; None where the results are not the run's own.
-        changed: whether ``results.json`` was written.
-        aside: the file with all that was measured, where not all of it went into the record.
+    There is no record where they are not the run's own, and no file where it took all of them.
     """
 
     record: dict[str, Any] | None
@@ -40,11 +37,8 @@ def main_settings(config: Config) -> dict[str, Any]:
     """Return what all results of a record share: radius and step in pixel units, and the seed."""
     eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
     step = config.eval.eval_step_size
-    return {
-        "eps": eps,
-        "step_size": eps / 10 if step is None else step,
-        "seed": config.run.seed,
-    }
+    step = eps / 10 if step is None else step
+    return {"eps": eps, "step_size": step, "seed": config.run.seed}
 
 
 def keep_results(
@@ -54,16 +48,8 @@ def keep_results(
 
     Results with the settings of the run go into the record. There a result of the same weights is
     replaced by one of at least as many images. All else goes to ``evaluation/results-*.json``, and
-    so does a record that is of other weights or settings than the run has now.
-
-    Args:
-        folder: of the run.
-        config: of the run, which says the settings of its record.
-        measured: what :func:`measure_run` returned.
-        examples: the pictures that belong to it.
-
-    Raises:
-        InputError: if ``results.json`` is damaged.
+    so does a record that is of other weights or settings than the run has now. ``examples`` are the
+    pictures that belong to the results.
     """
     own = main_settings(config)
     if any(measured[key] != value for key, value in own.items()):
@@ -85,16 +71,12 @@ def keep_results(
 
 
 def stored_record(path: Path) -> dict[str, Any] | None:
-    """Return the record in ``results.json``, or None where there is none.
-
-    Raises:
-        InputError: if it is damaged, which would lose what it held if it were replaced.
-    """
+    """Return the record in ``results.json``, or None where there is none; refuse a damaged one."""
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        model_warnings(record["models"])
+        model_warnings(record["models"], None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the results of a run, and it is damaged "
@@ -108,26 +90,17 @@ def same_record(stored: dict[str, Any], measured: dict[str, Any], own: dict[str,
     """Return whether stored results are of the weights just measured and of the run's settings."""
     # Absent or null in records of earlier versions: the default was taken.
     default = {"step_size": own["eps"] / 10, "seed": own["seed"]}
-    for key, value in own.items():
-        there = stored.get(key)
-        if (default.get(key) if there is None else there) != value:
-            return False
-    both = stored["models"].keys() & measured["models"].keys()
-    return all(
-        stored["models"][name].get("weights") == measured["models"][name]["weights"]
-        for name in both
+    there = default | {key: value for key, value in stored.items() if value is not None}
+    before, now = stored["models"], measured["models"]
+    return all(there.get(key) == value for key, value in own.items()) and all(
+        before[name].get("weights") == now[name]["weights"] for name in before.keys() & now.keys()
     )
 
 
 def merge_results(
     stored: dict[str, Any] | None, measured: dict[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-    """Return the record with the new results, and whether it took all of them.
-
-    Args:
-        stored: the record so far, of the same weights and settings; None where there is none.
-        measured: the new results.
-    """
+    """Return the record so far with new results of the same models, and whether it took all."""
     models = dict(stored["models"]) if stored else {}
     complete = True
     for name, entry in measured["models"].items():
@@ -139,7 +112,8 @@ def merge_results(
                 attacks[attack] = result
         results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
         models[name] = model_entry(entry["title"], results) | {"weights": entry["weights"]}
-    return measured | {"models": models, "warnings": model_warnings(models)}, complete
+    warnings = model_warnings(models, measured.get("network"))
+    return measured | {"models": models, "warnings": warnings}, complete
 
 
 def write_aside(folder: Path, results: dict[str, Any]) -> Path:
@@ -150,12 +124,17 @@ def write_aside(folder: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def model_warnings(models: dict[str, Any]) -> list[str]:
+def shown_name(key: str, network: str | None) -> str:
+    """Return what people read instead of a record's key: the result's network where told."""
+    return network if key == "trained" and network not in (None, "model") else key
+
+
+def model_warnings(models: dict[str, Any], network: str | None) -> list[str]:
     """Return what speaks against the results of each model, with its name before it."""
     found = []
     for name, entry in models.items():
         attacks = {a: AttackResult.from_dict(result) for a, result in entry["attacks"].items()}
-        found += [f"{name}: {text}" for text in trust_warnings(attacks)]
+        found += [f"{shown_name(name, network)}: {text}" for text in trust_warnings(attacks)]
     return found
 
 

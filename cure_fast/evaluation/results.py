@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,67 +15,23 @@ from cure_fast.config.checks import format_pixel
 from cure_fast.config.values import digest
 from cure_fast.console import say
 from cure_fast.errors import InputError
-from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
+from cure_fast.evaluation.evaluate import AttackResult, adversarial_examples, evaluate
 from cure_fast.evaluation.record import (
     FORMAT,
-    keep_results,
     main_settings,
     model_entry,
     model_warnings,
+    shown_name,
 )
 from cure_fast.files import file_hash
 from cure_fast.loaders import ImageSet
-from cure_fast.methods import find_method
+from cure_fast.methods import labels, paper_row, result_of
 from cure_fast.models import ImageClassifier
-from cure_fast.models.building import build_for_data
-from cure_fast.models.weights import load_into, read_metadata, read_weights
-from cure_fast.recipes import paper_row
+from cure_fast.models.building import load_model
+from cure_fast.models.weights import read_metadata
 
 # Pictures in the report: enough to see what an attack does, few enough for one page.
 EXAMPLES = 8
-
-
-def load_model(path: Path, metadata: dict[str, str]) -> ImageClassifier:
-    """Return the network in a file of weights, built as ``metadata`` says, on the CPU.
-
-    Raises:
-        InputError: if the file or its description is not usable.
-    """
-    missing = [key for key in ("model", "num_classes") if key not in metadata]
-    if missing:
-        raise InputError(
-            f"{path}: the file does not say its {' and '.join(missing)}; "
-            "name the architecture with --model and the data set with --data."
-        )
-    numbers: dict[str, int | None] = {}
-    for key in ("num_classes", "width"):
-        text = metadata.get(key, "")
-        if text and not text.isdecimal():
-            raise InputError(f"{path}: expected {key} as a whole number, the file says {text!r}.")
-        numbers[key] = int(text) if text else None
-    model = build_for_data(
-        metadata["model"],
-        data=metadata.get("data", ""),
-        num_classes=numbers["num_classes"] or 0,
-        width=numbers["width"],
-        stem=metadata.get("stem", "cifar"),
-        normalize=metadata.get("normalize", "none"),
-    )
-    load_into(model, read_weights(path), source=str(path))
-    return model
-
-
-def evaluate_run(
-    folder: Path,
-    config: Config,
-    test: ImageSet,
-    device: torch.device,
-    stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Attack the run's models as its configuration says and return its record, ``results.json``."""
-    measured, examples = measure_run(folder, config, test, device, stop)
-    return keep_results(folder, config, measured, examples).record or measured
 
 
 def measure_run(
@@ -85,90 +41,99 @@ def measure_run(
     device: torch.device,
     stop: Callable[[], bool],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Attack the run's models on the test images; return the results and the report's pictures.
+    """Attack the run's networks on the test images; return results and the report's pictures.
 
-    The trained model is the one of the best validation epoch. Finished attacks are kept below
+    The result of the run is that of the best validation epoch. Finished attacks are kept below
     ``evaluation/`` and not run again by a later call with the same weights, images and settings.
     """
     settings, row = main_settings(config), paper_row(config)
-    eps, seed = settings["eps"], settings["seed"]
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "recipe": config.name,
-        "method": config.method,
-        "model": config.model.model,
-        "data": config.data.data,
-        "classes": list(test.classes),
-        "test_images": len(test),
-        **settings,
-        "paper": asdict(row) if row else None,
-        "models": {},
-        "warnings": [],
-    }
-    examples = first_of_each_class(test)
-    arrays: dict[str, np.ndarray] = {
-        "natural": examples.images.astype(np.float32) / 255,
-        "labels": examples.labels,
-    }
-    for name, path, title in models_of(folder, config):
-        model = load_model(path, read_metadata(path))
+    eps = settings["eps"]
+    shared: dict[str, Any] = {"eps": eps, "seed": settings["seed"], "device": device, "stop": stop}
+    models: dict[str, Any] = {}
+    # The first image of each of the first classes.
+    firsts = [np.flatnonzero(test.labels == k)[0] for k in np.unique(test.labels)[:EXAMPLES]]
+    examples = test.subset(np.array(firsts))
+    pictures = torch.from_numpy(examples.images), torch.from_numpy(examples.labels)
+    arrays = {"natural": examples.images.astype(np.float32) / 255, "labels": examples.labels}
+    for key, (path, title) in targets_of(folder, config).items():
+        model = load_model(path)
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         weights = file_hash(path)
         attacks = attack_model(
             model,
             test,
             config.eval,
-            eps=eps,
-            device=device,
-            seed=seed,
-            state_dir=folder / "evaluation" / name,
+            state_dir=folder / "evaluation" / key,
             weights=weights,
-            name=name,
-            stop=stop,
+            name=shown_name(key, result_of(config)),
+            **shared,
         )
-        results["models"][name] = model_entry(title, attacks) | {"weights": weights}
-        shown = attacked_examples(model, examples, eps=eps, device=device, seed=seed, stop=stop)
-        arrays |= {f"{name}_{key}": value for key, value in shown.items()}
-    results["warnings"] = model_warnings(results["models"])
-    return results, arrays
+        models[key] = model_entry(title, attacks) | {"weights": weights}
+        shown = adversarial_examples(model, *pictures, step_size=eps / 10, steps=20, **shared)
+        arrays |= {f"{key}_{name}": value for name, value in shown.items()}
+    described = {
+        "recipe": config.name,
+        "method": config.method,
+        "policies": list(config.policies),
+        "network": result_of(config),
+        "model": config.model.model,
+        "data": config.data.data,
+    }
+    paper = asdict(row) if row else None
+    return new_record(described, test, models, paper=paper, **settings), arrays
 
 
-def attacked_examples(
-    model: ImageClassifier,
-    examples: ImageSet,
+def new_record(
+    described: Mapping[str, Any],
+    test: ImageSet,
+    models: dict[str, Any],
     *,
-    eps: float,
-    device: torch.device,
-    seed: int,
-    stop: Callable[[], bool] | None,
-) -> dict[str, np.ndarray]:
-    """Return PGD-20 images of the examples and the predictions, for the report's pictures."""
-    return adversarial_examples(
-        model,
-        torch.from_numpy(examples.images),
-        torch.from_numpy(examples.labels),
-        eps=eps,
-        step_size=eps / 10,
-        steps=20,
-        device=device,
-        seed=seed,
-        stop=stop,
-    )
+    paper: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return a record of entries of :func:`model_entry` and settings of :func:`main_settings`."""
+    return {
+        "format": FORMAT,
+        **described,
+        "classes": list(test.classes),
+        "test_images": len(test),
+        **settings,
+        "paper": paper,
+        "models": models,
+        "warnings": model_warnings(models, described.get("network")),
+    }
 
 
-def models_of(folder: Path, config: Config) -> list[tuple[str, Path, str]]:
-    """Return name, file and title of the run's models: trained, start, and revision if wanted."""
-    trained = folder / "model.safetensors"
-    epoch = read_metadata(trained).get("epoch")
-    which = f", best epoch {epoch} of {config.optim.epochs}" if epoch else ""
-    found = [("trained", trained, find_method(config.method).label + which)]
+def targets_of(folder: Path, config: Config) -> dict[str, tuple[Path, str]]:
+    """Return file and title of the run's result, its start, and those asked for, by record key."""
+    check_networks(config.eval.networks, networks_in(folder))
+
+    def best(name: str, title: str) -> tuple[Path, str]:
+        path = folder / f"{name}.safetensors"
+        epoch = read_metadata(path).get("epoch")
+        return path, f"{title}, best epoch {epoch} of {config.optim.epochs}" if epoch else title
+
+    result, label = result_of(config), labels(config.method, config.policies)
+    told = label if result == "model" else f"{label}, {result} network"
+    found = {"trained": best("model", told)}
     start = folder / "start.safetensors"
     if start.exists():
-        told = "given start" if config.model.init_from else "naturally trained start"
-        found.append(("start", start, told))
-    if getattr(config.settings, "evaluate_revision", False):
-        found.append(("revision", folder / "revision.safetensors", "revision model" + which))
-    return found
+        given = config.model.init_from
+        found["start"] = start, "given start" if given else "naturally trained start"
+    return found | {name: best(name, f"{name} network") for name in config.eval.networks}
+
+
+def networks_in(folder: Path) -> set[str]:
+    """Return the names of the networks that a trained run has beside its result and its start."""
+    return {path.stem for path in folder.glob("*.safetensors")} - {"model", "start"}
+
+
+def check_networks(wanted: Iterable[str], having: Collection[str]) -> None:
+    """Raise ``InputError`` for a network in ``wanted`` that is not in ``having``."""
+    for name in wanted:
+        if name not in having:
+            known = f"it has {', '.join(sorted(having))}" if having else "it has no further one"
+            raise InputError(f"--networks: this run has no network {name!r}; {known}.")
 
 
 def attack_model(
@@ -215,21 +180,16 @@ def attack_model(
 
 def result_line(name: str, result: AttackResult) -> str:
     """Return the plain line of a finished attack: its count, its settings, its time."""
-    shown = [result.precision]
-    for key, word in (("eps", "eps"), ("step_size", "step"), ("seed", "seed")):
-        if key in result.settings:
-            value = result.settings[key]
-            shown.append(f"{word} {format_pixel(value) if key != 'seed' else value}")
+    shown, settings = [result.precision], result.settings
+    for key, word in (("eps", "eps"), ("step_size", "step")):
+        if key in settings:
+            shown.append(f"{word} {format_pixel(settings[key])}")
+    if "seed" in settings:
+        shown.append(f"seed {settings['seed']}")
     return (
         f"{name} {result.attack}: {result.accuracy:.1f} % ({result.correct} of {result.count}; "
         f"{', '.join(shown)}), {result.seconds:.1f} s{'' if result.reliable else ', unreliable'}"
     )
-
-
-def first_of_each_class(test: ImageSet) -> ImageSet:
-    """Return the first test image of each of the first classes, for the report's pictures."""
-    firsts = [int(np.flatnonzero(test.labels == k)[0]) for k in np.unique(test.labels)[:EXAMPLES]]
-    return test.subset(np.array(firsts))
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -238,7 +198,6 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     models, paper = results["models"], results["paper"]
-    names = list(dict.fromkeys(a for m in models.values() for a in m["attacks"]))
     title = f"{results['data']}, {results['model']}, attacks at eps {format_pixel(results['eps'])}"
     table = Table(title=title)
     table.add_column("accuracy in %")
@@ -246,11 +205,10 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_column(entry["title"], justify="right")
     if paper:
         table.add_column(f"paper: {paper['row']}", justify="right")
-    for name in names:
+    for name in dict.fromkeys(a for entry in models.values() for a in entry["attacks"]):
         cells = [_cell(entry["attacks"].get(name)) for entry in models.values()]
-        published = paper.get(name) if paper else None
         if paper:
-            cells.append("-" if published is None else f"{published:.2f}")
+            cells.append("-" if paper.get(name) is None else f"{paper[name]:.2f}")
         table.add_row(name, *cells)
     console = Console()
     # Captured, because rich ends the program where the reader of its output has gone.

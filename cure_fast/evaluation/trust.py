@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
-from string import ascii_lowercase
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cure_fast.config.attack_names import parse_attack
 from cure_fast.errors import CureFastError, DivergedError, InputError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.losses import cross_entropy, margin
@@ -41,10 +41,8 @@ USUAL_GAP = 15.0
 class Guard(nn.Module):
     """A classifier as attacks see it: computes in the weights' dtype, refuses what is not logits.
 
-    Attributes:
-        dtype: torch.float32, or torch.float64 where the weights have it.
-        detached: True once logits came without a path back to the images; attacks then see a
-            gradient of zero, as they would for a constant.
+    Where logits come without a path back to the images, it is ``detached`` from then on, and
+    attacks see a gradient of zero, as they would for a constant.
     """
 
     def __init__(
@@ -64,23 +62,13 @@ class Guard(nn.Module):
         self._attack = ""
 
     def at(self, x: Tensor, indices: Tensor, attack: str = "") -> None:
-        """Say what the next calls are about.
-
-        Args:
-            x: natural images [N, C, H, W].
-            indices: their indices [N].
-            attack: name of the attack on them, for messages; empty for none.
-        """
+        """Say for messages which natural images [N, C, H, W] the next calls are about."""
         self._natural, self._attack = (x, indices), attack
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, K] in the dtype of ``x``, for images [N, C, H, W] in [0, 1].
 
-        Raises:
-            StoppedError: if ``stop()`` is true.
-            InputError: if the output is not [N, K].
-            DivergedError: if a logit is not finite, or, in the backward pass, the gradient in an
-                image, naming the image.
+        Refuses, naming the image, logits that are not finite and, in the backward pass, gradients.
         """
         if self.stop is not None and self.stop():
             raise StoppedError("evaluation stopped; the same command continues it.")
@@ -89,17 +77,11 @@ class Guard(nn.Module):
             seen = seen.view_as(seen)
             seen.register_hook(partial(self._check_gradient, seen.detach()))
         logits = self.model(seen)
-        classes = "K" if self.num_classes is None else self.num_classes
-        if (
-            not isinstance(logits, Tensor)
-            or logits.ndim != 2
-            or len(logits) != len(x)
-            or (self.num_classes is not None and logits.shape[1] != self.num_classes)
-        ):
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if len(came) != 2 or came[0] != len(x) or self.num_classes not in (None, came[1]):
             raise InputError(
-                f"model: expected logits of shape ({len(x)}, {classes}), got {came}; "
-                "evaluate a classifier trained on these classes."
+                f"model: expected logits of shape ({len(x)}, {self.num_classes or 'K'}), got "
+                f"{came}; evaluate a classifier trained on these classes."
             )
         if not bool(torch.isfinite(logits).all()):
             self._refuse(x.detach(), logits.detach())
@@ -137,13 +119,8 @@ class Guard(nn.Module):
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:
-    """Return torch.float64 if a parameter has it, else torch.float32.
-
-    Raises:
-        InputError: for parameters or buffers of lower precision, which round gradients to zero.
-    """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
+    """Return torch.float64 if a parameter has it, else float32; less rounds gradients to zero."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"model: expected float32 weights, but {name} is {tensor.dtype}; "
@@ -154,12 +131,7 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
 
 
 def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, attack: str) -> None:
-    """Raise unless all images are finite, in [0, 1] and within eps of their own.
-
-    Raises:
-        DivergedError: for an image with values that are not finite, naming attack and image.
-        CureFastError: for one outside of the ball or of [0, 1].
-    """
+    """Raise, naming attack and image, unless all are finite, in [0, 1] and within eps of ``x``."""
     far = (x_adv - x).abs().flatten(1).amax(dim=1)
     low, high = x_adv.flatten(1).amin(dim=1), x_adv.flatten(1).amax(dim=1)
     # Written so that NaN is a violation.
@@ -183,43 +155,32 @@ def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, at
 @contextmanager
 def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Compute in the weights' own precision, without autocast and TF32; restore all after."""
-    modules = [m for m in model.modules() if getattr(m, "compute_dtype", None) is not None]
-    former: list[tuple[Any, str, Any]] = [(m, "compute_dtype", m.compute_dtype) for m in modules]
-    new_values: list[Any] = [None] * len(former)
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    switches: list[tuple[Any, str, Any]]
+    if hasattr(matmul, "fp32_precision"):
+        owners = (matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        switches = [(owner, "fp32_precision", "ieee") for owner in owners]
+    else:  # before torch 2.9
+        switches = [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
     # The last batch of an attack has another size each time: trying out algorithms for it would
     # take longer than what the best of them saves.
-    benchmark = (torch.backends.cudnn, "benchmark", False)
-    for owner, name, value in [*_rounding_switches(), benchmark]:
-        former.append((owner, name, getattr(owner, name)))
-        new_values.append(value)
+    switches.append((cudnn, "benchmark", False))
+    switches += [(m, "compute_dtype", None) for m in model.modules() if hasattr(m, "compute_dtype")]
+    former = [getattr(owner, name) for owner, name, _ in switches]
     try:
-        for (owner, name, _), value in zip(former, new_values, strict=True):
+        for owner, name, value in switches:
             setattr(owner, name, value)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for owner, name, value in former:
+        for (owner, name, _), value in zip(switches, former, strict=True):
             setattr(owner, name, value)
 
 
-def _rounding_switches() -> list[tuple[Any, str, Any]]:
-    """Return owner, attribute and exact value of each switch that lets float32 be rounded."""
-    backends = torch.backends
-    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    cudnn: Any = backends.cudnn
-    mkldnn: Any = backends.mkldnn
-    owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-    return [(owner, "fp32_precision", "ieee") for owner in owners]
-
-
 def find_instability(guard: Guard, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """Return the signs that the answers themselves cannot be trusted, as sentences.
-
-    Args:
-        guard: the model, in evaluation mode.
-        batches: pairs of images [N, C, H, W] in [0, 1] and labels [N] int64; a few are enough.
-    """
+    """Return the signs that the answers themselves cannot be trusted, as sentences."""
     repeat = alone = 0.0
     for x, _ in batches:
         with torch.no_grad():
@@ -242,19 +203,14 @@ def find_instability(guard: Guard, batches: Iterable[tuple[Tensor, Tensor]]) -> 
 
 
 def find_masking(guard: Guard, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """Return the signs that gradients do not lead attacks to adversarial images, as sentences.
-
-    Args:
-        guard: the model, in evaluation mode, its parameters without gradients.
-        batches: pairs of images [N, C, H, W] in [0, 1] and labels [N] int64; a few are enough.
-    """
+    """Return the signs that gradients do not lead attacks to adversarial images, as sentences."""
     count = pixels = zero_images = zero_pixels = saturated = 0
     probabilities = True
     for x, y in batches:
         with torch.no_grad():
             logits = guard(x)
-        sums = logits.sum(dim=1)
-        probabilities &= bool((logits >= 0).all() and ((sums - 1).abs() < 1e-4).all())
+        ones = (logits.sum(dim=1) - 1).abs() < 1e-4
+        probabilities &= bool((logits >= 0).all() and ones.all())
         zeros = _zero_gradient(guard, x, y, margin)
         count, pixels = count + len(x), pixels + zeros.numel()
         zero_pixels += int(zeros.sum())
@@ -299,12 +255,9 @@ def _zero_gradient(
 def trust_warnings(results: Mapping[str, AttackResult]) -> list[str]:
     """Return the known signs that these results are wrong, one sentence each; empty is good.
 
-    Holds the warnings of every result, and what only shows between results of one model: an attack
-    with a higher accuracy than the natural one or than a weaker attack, eps 0 that differs from
-    natural, and AutoAttack far below PGD.
-
-    Args:
-        results: from attack name to result, all of one model, eps and set of images.
+    Holds the warnings of every result, by name of the attack, and what only shows between results
+    of one model: an attack with a higher accuracy than the natural one or than a weaker attack,
+    eps 0 that differs from natural, and AutoAttack far below PGD.
     """
     by_text: dict[str, list[str]] = {}
     for name, result in results.items():
@@ -336,26 +289,17 @@ def trust_warnings(results: Mapping[str, AttackResult]) -> list[str]:
 
 def _chains(results: Mapping[str, AttackResult]) -> list[tuple[str, str]]:
     """Return pairs of a weaker attack and the next stronger one among the results."""
-
-    def steps(name: str) -> int:
-        return int(name.lstrip(ascii_lowercase))
-
+    specs = sorted(map(parse_attack, results), key=lambda spec: spec.steps)
     end = ["aa"] if "aa" in results else []
-    pgd = sorted((n for n in results if n.startswith("pgd")), key=steps)
-    cw = sorted((n for n in results if n.startswith("cw")), key=steps)
-    pairs = []
-    for chain in (pgd + end, cw + end):
-        pairs += pairwise(chain)
+    pgd = [spec.name for spec in specs if spec.family == "pgd"]
+    pairs = [*pairwise(pgd + end)]
+    pairs += pairwise([spec.name for spec in specs if spec.family == "cw"] + end)
     if "fgsm" in results:
-        long = [n for n in pgd if _crosses_ball(results[n])]
-        pairs += [("fgsm", n) for n in (long + end)[:1]]
-    return list(dict.fromkeys(pairs))
-
-
-def _crosses_ball(result: AttackResult) -> bool:
-    """Return whether every start can reach every corner; fewer steps may end behind fgsm."""
-    settings = result.settings
-    return settings["steps"] * settings["step_size"] >= 2 * settings["eps"]
+        # Steps by which not every start reaches every corner of the ball may end behind fgsm.
+        used = {name: results[name].settings for name in pgd}
+        long = [n for n, s in used.items() if s["steps"] * s["step_size"] >= 2 * s["eps"]]
+        pairs += [("fgsm", name) for name in (long + end)[:1]]
+    return pairs
 
 
 def _noise(a: AttackResult, b: AttackResult) -> float:

@@ -9,24 +9,20 @@ from typing import Any
 
 from cure_fast.config import Config
 from cure_fast.errors import InputError
-from cure_fast.evaluation.results import load_model
+from cure_fast.evaluation.record import stored_record
 from cure_fast.files import file_hash
 from cure_fast.models import ImageClassifier, Normalize
+from cure_fast.models.building import load_model
 from cure_fast.models.weights import WEIGHTS_FILE, read_metadata
 from cure_fast.runs.folder import load_config
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to export.
+    """A model to export, on the CPU in evaluation mode, and the file that it was read from.
 
-    Attributes:
-        path: its file of weights.
-        sha256: hash of that file.
-        model: on the CPU, float32, in evaluation mode.
-        metadata: what the file says of itself.
-        config: of the run; None for a file by itself.
-        results: what ``results.json`` of the run holds; None where there is none.
+    ``metadata`` is what the file says of itself, ``results`` the content of ``results.json``; a
+    file by itself has no ``config`` and no results.
     """
 
     path: Path
@@ -38,11 +34,7 @@ class Source:
 
 
 def read_source(target: Path) -> Source:
-    """Return the best model of a run folder, or the model of a file that cure-fast wrote.
-
-    Raises:
-        InputError: if there is none, or it cannot be rebuilt from what the file says.
-    """
+    """Return the best model of a run folder, or the model of a file that cure-fast wrote."""
     config = results = None
     path = target
     if target.is_dir():
@@ -50,7 +42,7 @@ def read_source(target: Path) -> Source:
         path = target / WEIGHTS_FILE
         if not path.exists():
             raise InputError(f"{target}: the run has no {WEIGHTS_FILE} yet; train it first.")
-        results = _read_results(target / "results.json")
+        results = stored_record(target / "results.json")
     metadata = read_metadata(path)
     missing = [key for key in ("model", "num_classes", "data") if not metadata.get(key)]
     if missing:
@@ -63,24 +55,6 @@ def read_source(target: Path) -> Source:
     return Source(path, file_hash(path), model, metadata, config, results)
 
 
-def _read_results(path: Path) -> dict[str, Any] | None:
-    """Return the record of a run; None where it has not been attacked yet."""
-    if not path.exists():
-        return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not valid JSON: {error}. Move it away; `cure-fast eval` writes it again."
-        ) from error
-    if not isinstance(results, dict):
-        raise InputError(
-            f"{path}: expected a table, got a {type(results).__name__}. Move it away; "
-            "`cure-fast eval` writes it again."
-        )
-    return results
-
-
 def describe(source: Source) -> dict[str, str]:
     """Return what an exported file says of itself: enough to rebuild the model and to feed it."""
     model, known = source.model, source.metadata
@@ -89,10 +63,11 @@ def describe(source: Source) -> dict[str, str]:
         "width": str(model.width),
         "input": "images [N, 3, H, W], float32 in [0, 1], RGB",
         "output": f"logits [N, {known['num_classes']}], float32",
-        "normalization": "first layer of the network" if is_normalized(model) else "none",
+        "normalization": "none",
         "source_sha256": source.sha256,
     }
     if isinstance(model.normalize, Normalize):
+        told["normalization"] = "first layer of the network"
         for name, values in (("mean", model.normalize.mean), ("std", model.normalize.std)):
             # Nine digits tell every float32 apart.
             told[name] = ",".join(f"{value:.9g}" for value in values.flatten().tolist())
@@ -100,8 +75,3 @@ def describe(source: Source) -> dict[str, str]:
     if classes:
         told["classes"] = json.dumps(classes)
     return told
-
-
-def is_normalized(model: ImageClassifier) -> bool:
-    """Return whether the model first takes a mean and a deviation out of the images."""
-    return isinstance(model.normalize, Normalize)

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,16 @@ def check_packages() -> None:
 
 
 def export_onnx(source: Source, images: Tensor, out: Path) -> float:
-    """Write the file and return the largest difference of logits under ONNX Runtime on the CPU.
+    """Write ``out``, whole and verified under ONNX Runtime on the CPU, or not at all.
 
-    Args:
-        source: what is exported.
-        images: to compare on, [N, 3, H, W], float32 in [0, 1]; the file takes this H and W, and
-            any N.
-        out: file to write; it is whole and verified, or not there.
+    The file takes images of the height and width of ``images``, any number at a time; see
+    :func:`check_equal` for what is compared and returned.
     """
     # ONNX Runtime reads it at its import, and otherwise keeps an identifier of the machine and
     # a log of its use in the home folder.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx
+    import onnxruntime
 
     model = copy.deepcopy(source.model)
     restore_pointwise(model)
@@ -60,34 +58,25 @@ def export_onnx(source: Source, images: Tensor, out: Path) -> float:
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
+    assert program is not None
     described = program.model_proto
     _drop_traces(described.graph)
     onnx.helper.set_model_props(described, describe(source))
     with replacing(out) as temporary:
         onnx.save(described, str(temporary))
         onnx.checker.check_model(str(temporary))
-        return check_equal(source.model, _runtime(temporary), images)
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(temporary), providers=providers)
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+        return check_equal(source.model, run, images)
 
 
 def _drop_traces(graph: Any) -> None:
     """Remove the exporter's notes from a graph: they hold the paths of this machine's sources."""
-    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    parts = (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, [graph])
+    for part in chain(*parts):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    graph.ClearField("metadata_props")
-    graph.ClearField("doc_string")
-
-
-def _runtime(file: Path) -> Callable[[Tensor], Tensor]:
-    """Return the file as a function from images to logits."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
-        return torch.from_numpy(logits)
-
-    return run

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cure_fast.config.checks import format_pixel
 from cure_fast.errors import InputError
-from cure_fast.export.model_info import model_info
-from cure_fast.export.source import Source, is_normalized
+from cure_fast.export.source import Source
 from cure_fast.export.verify import check_equal
 from cure_fast.files import replacing, write_json
+from cure_fast.methods import labels
+from cure_fast.models import Normalize
 
 PACKAGE = "robustbench"
 TESTED = "1.1.1"
+BESIDE = f"{sys.prefix}/share/{PACKAGE}"
 # Of CIFAR, to which the pooling of RobustBench's classes is fixed.
 IMAGE_SIZE = 32
 
@@ -30,12 +32,9 @@ IMAGE_SIZE = 32
 class Architecture:
     """How RobustBench builds one of our architectures.
 
-    Attributes:
-        module: file of its classes in RobustBench's ``model_zoo/architectures``.
-        title: name as its leaderboard writes it; ``{width}`` stands for the widening factor.
-        build: from the module, the number of classes, the width and whether to have the unused
-            group, to the network.
-        width: the only width that its class has; None for any.
+    ``module`` is a file in its ``model_zoo/architectures``, ``title`` the name on its leaderboard.
+    ``build`` takes that module, the number of classes, the width and whether to have the unused
+    group. ``width`` is the only one that the class has; None for any.
     """
 
     module: str
@@ -44,19 +43,11 @@ class Architecture:
     width: int | None = 64
 
 
-def _resnet(block: str, depths: list[int]) -> Callable[[Any, int, int, bool], nn.Module]:
-    return lambda module, classes, width, unused: module.ResNet(
-        getattr(module, block), depths, num_classes=classes
-    )
-
-
-def _preact(module: Any, classes: int, width: int, unused: bool) -> nn.Module:
-    return module.PreActResNet(
-        module.PreActBlock,
-        [2, 2, 2, 2],
-        num_classes=classes,
-        bn_before_fc=True,
-        out_shortcut=True,
+def _resnet(
+    block: str, depths: list[int], network: str = "ResNet", **options: bool
+) -> Callable[[Any, int, int, bool], nn.Module]:
+    return lambda module, classes, width, unused: getattr(module, network)(
+        getattr(module, block), depths, num_classes=classes, **options
     )
 
 
@@ -72,7 +63,11 @@ ARCHITECTURES = {
     "resnet34": Architecture("resnet", "ResNet-34", _resnet("BasicBlock", [3, 4, 6, 3])),
     "resnet50": Architecture("resnet", "ResNet-50", _resnet("Bottleneck", [3, 4, 6, 3])),
     "resnet101": Architecture("resnet", "ResNet-101", _resnet("Bottleneck", [3, 4, 23, 3])),
-    "preactresnet18": Architecture("resnet", "PreActResNet-18", _preact),
+    "preactresnet18": Architecture(
+        "resnet",
+        "PreActResNet-18",
+        _resnet("PreActBlock", [2, 2, 2, 2], "PreActResNet", bn_before_fc=True, out_shortcut=True),
+    ),
     "wrn34-10": _WRN34,
     "wrn32-10": _WRN34,
     "wrn28-10": Architecture("wide_resnet", "WideResNet-28-{width}", _wide(28), None),
@@ -80,39 +75,31 @@ ARCHITECTURES = {
 
 
 def check_fits(source: Source, layout: str, image_size: tuple[int, ...]) -> Architecture:
-    """Return how RobustBench builds the model.
-
-    Raises:
-        InputError: if none of its classes computes the same function.
-    """
-    name, model, told = source.metadata["model"], source.model, "--format robustbench: "
-    known = ARCHITECTURES.get(name)
+    """Return how RobustBench builds the model; refuse one that none of its classes computes."""
+    name, model = source.metadata["model"], source.model
+    stem = source.metadata.get("stem", "cifar")
+    known, problem, instead = ARCHITECTURES.get(name), None, ""
     if known is None:
-        raise InputError(
-            f"{told}expected a model that RobustBench has a class for ({', '.join(ARCHITECTURES)}),"
-            f" got {name}. Take --format safetensors or onnx."
+        having = ", ".join(ARCHITECTURES)
+        problem = f"expected a model that RobustBench has a class for ({having}), got {name}"
+    elif known.width not in (None, model.width):
+        problem = f"RobustBench's class of {name} has width {known.width}, this model {model.width}"
+    elif stem != "cifar":
+        problem = f"RobustBench's class of {name} has the cifar stem, this model the {stem} one"
+    elif isinstance(model.normalize, Normalize):
+        problem = (
+            "RobustBench's classes take images as they are, and this model takes a mean and a "
+            "deviation out first, which zero padding keeps from moving into the weights"
         )
-    if known.width not in (None, model.width):
-        raise InputError(
-            f"{told}RobustBench's class of {name} has width {known.width}, this model "
-            f"{model.width}. Take --format safetensors or onnx."
+        instead = ", or train with --normalize none"
+    elif image_size != (IMAGE_SIZE, IMAGE_SIZE):
+        problem = (
+            f"RobustBench's classes take images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, those of "
+            f"{source.metadata['data']} have {'x'.join(map(str, image_size))}"
         )
-    if source.metadata.get("stem", "cifar") != "cifar":
+    if known is None or problem is not None:
         raise InputError(
-            f"{told}RobustBench's class of {name} has the cifar stem, this model the "
-            f"{source.metadata['stem']} one. Take --format safetensors or onnx."
-        )
-    if is_normalized(model):
-        raise InputError(
-            f"{told}RobustBench's classes take images as they are, and this model takes a mean "
-            "and a deviation out first, which zero padding keeps from moving into the weights. "
-            "Take --format safetensors or onnx, or train with --normalize none."
-        )
-    if image_size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise InputError(
-            f"{told}RobustBench's classes take images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, those "
-            f"of {source.metadata['data']} have {'x'.join(map(str, image_size))}. "
-            "Take --format safetensors or onnx."
+            f"--format robustbench: {problem}. Take --format safetensors or onnx{instead}."
         )
     if layout == "sub_block1" and known.module != "wide_resnet":
         raise InputError(f"--layout: sub_block1 is for wide ResNets, {name} is none. Leave it out.")
@@ -122,14 +109,11 @@ def check_fits(source: Source, layout: str, image_size: tuple[int, ...]) -> Arch
 def export_robustbench(
     source: Source, images: Tensor, out: Path, *, layout: str
 ) -> tuple[float, list[str]]:
-    """Write ``out`` and the JSON file beside it; return the largest difference, and what is left.
+    """Write ``out``, a state dict of ``torch.save`` that is whole and verified or not there.
 
-    Args:
-        source: what is exported.
-        images: to compare on in RobustBench's own class, [N, 3, 32, 32], float32 in [0, 1].
-        out: file to write, a state dict of ``torch.save``; whole and verified, or not there.
-        layout: ``plain``, or ``sub_block1`` for the layout of TRADES and the codes after it, whose
-            second first group no forward pass calls; it is filled with a copy of the first.
+    Returns the largest difference of logits in RobustBench's own class, and what is left to do for
+    the JSON file beside it. The layout is ``plain``, or ``sub_block1`` as in TRADES and the codes
+    after it, whose second first group no forward pass calls: it is a copy of the first.
     """
     known = check_fits(source, layout, tuple(images.shape[2:]))
     weights = {
@@ -139,13 +123,82 @@ def export_robustbench(
     if layout == "sub_block1":
         first = {name: tensor for name, tensor in weights.items() if name.startswith("block1.")}
         weights |= {f"sub_{name}": tensor.clone() for name, tensor in first.items()}
-    info, notes = model_info(source, known.title.format(width=source.model.width))
+    try:
+        info, notes = model_info(source, known.title.format(width=source.model.width))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source.path}: its description or the results.json beside it is damaged "
+            f"({type(error).__name__}: {error}). `cure-fast eval RUN` writes results.json again "
+            "once it has been moved away."
+        ) from error
     with replacing(out) as temporary:
         torch.save(weights, temporary)
         model = _load_strictly(known, source, temporary, layout == "sub_block1")
         difference = check_equal(source.model, model, images)
         write_json(info_file(out), info)
     return difference, notes
+
+
+def model_info(source: Source, architecture: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the entry of a model for RobustBench's ``model_info``, and what is missing in it.
+
+    An accuracy is there only where it was measured on all test images, in float32 and without a
+    warning, and belongs to the exported weights. ``architecture`` is the name on the leaderboard.
+    """
+    results = source.results or {}
+    eps = results.get("eps", source.metadata.get("eps"))
+    policies = source.metadata.get("policies")
+    label = labels(source.metadata.get("method", ""), policies.split(",") if policies else ())
+    given_start = source.config is not None and source.config.model.init_from is not None
+    info: dict[str, Any] = {
+        "link": "",
+        "name": label,
+        "authors": "",
+        # Weights that someone gave may come from more images than the data set has.
+        "additional_data": None if given_start or source.config is None else False,
+        "number_forward_passes": 1,
+        "dataset": source.metadata["data"],
+        "venue": "Unpublished",
+        "architecture": architecture,
+        "eps": None if eps is None else format_pixel(float(eps)),
+    }
+    notes = ["fill in link, name, authors, venue in the JSON file"]
+    if info["additional_data"] is None:
+        notes.append("additional_data is null: say whether the start saw other images")
+    natural, why = _accuracy(source, "natural")
+    if natural is None:
+        notes.append(f"clean_acc is left out: {why}")
+    else:
+        info["clean_acc"] = natural
+    robust, why = _accuracy(source, "aa")
+    if robust is None:
+        notes.append(
+            f"autoattack_acc and reported are left out: {why}; "
+            "`cure-fast eval RUN --attacks natural,aa --limit all --aa-limit all` measures them"
+        )
+    else:
+        info |= {"reported": robust, "autoattack_acc": robust, "unreliable": False}
+    return info, notes
+
+
+def _accuracy(source: Source, attack: str) -> tuple[str | None, str]:
+    """Return an accuracy in percent with two decimals, or None and why it can't be given."""
+    if source.results is None:
+        return None, "there is no results.json beside the weights"
+    entry = source.results.get("models", {}).get("trained", {})
+    if entry.get("weights") != source.sha256:
+        return None, "results.json is of other weights"
+    result = entry.get("attacks", {}).get(attack)
+    if result is None:
+        return None, f"{attack} was not run"
+    total = source.results.get("test_images")
+    if result["count"] != total:
+        return None, f"{attack} was run on {result['count']:,} of {total:,} test images"
+    if not result["reliable"]:
+        return None, f"the result of {attack} is unreliable ({'; '.join(result['warnings'])})"
+    if result["precision"] != "float32":
+        return None, f"{attack} was run in {result['precision']}, not in float32"
+    return f"{result['accuracy']:.2f}", ""
 
 
 def info_file(out: Path) -> Path:
@@ -175,26 +228,23 @@ def _load_strictly(known: Architecture, source: Source, file: Path, unused: bool
 def find_package() -> Path | None:
     """Return the folder of the RobustBench package, without importing it; None where it is not.
 
-    Its wheel also brings a package ``tests`` and pins timm, so the set-up keeps it out of the way
-    of others, where :func:`beside` says.
+    Its wheel also brings a package ``tests`` and pins timm, so the set-up keeps it in a folder that
+    imports do not search.
     """
-    spec = importlib.machinery.PathFinder.find_spec(PACKAGE, [*sys.path, str(beside())])
+    spec = PathFinder.find_spec(PACKAGE, [*sys.path, BESIDE])
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-def beside() -> Path:
-    """Return the folder in this environment, not searched by imports, that may hold RobustBench."""
-    return Path(sys.prefix) / "share" / PACKAGE
-
-
-def check_package() -> None:
-    """Raise :class:`InputError` with the command to run, unless RobustBench is installed."""
-    if find_package() is None:
+def check_package() -> Path:
+    """Return the package's folder, or raise :class:`InputError` with the command to run."""
+    package = find_package()
+    if package is None:
         raise InputError(f"--format robustbench: needs RobustBench to load the file. {_install()}")
+    return package
 
 
 def _install() -> str:
-    return f"Run: python -m pip install --no-deps --target {beside()} {PACKAGE}=={TESTED}"
+    return f"Run: python -m pip install --no-deps --target {BESIDE} {PACKAGE}=={TESTED}"
 
 
 def _classes(name: str) -> ModuleType:
@@ -202,14 +252,11 @@ def _classes(name: str) -> ModuleType:
 
     Importing the package itself would need timm, gdown and a package ``autoattack``.
     """
-    check_package()
-    package = find_package()
-    file = Path(str(package)) / "model_zoo" / "architectures" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{PACKAGE}_{name}", file)
-    if spec is None or spec.loader is None or not file.is_file():
+    file = check_package() / "model_zoo" / "architectures" / f"{name}.py"
+    if not file.is_file():
         raise InputError(
             f"--format robustbench: the installed RobustBench has no {name}.py. {_install()}"
         )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(f"{PACKAGE}_{name}")
+    SourceFileLoader(module.__name__, str(file)).exec_module(module)
     return module

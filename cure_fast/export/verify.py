@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,8 @@ TOLERANCE = 1e-3
 USUAL_SIZE = 32
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Images to compare on.
-
-    Attributes:
-        images: [N, 3, H, W], float32 in [0, 1].
-        told: what they are, such as ``360 test images of digits``.
-    """
+class Trial(NamedTuple):
+    """Images to compare on, [N, 3, H, W] float32 in [0, 1], and what to call them."""
 
     images: Tensor
     told: str
@@ -39,12 +33,8 @@ class Trial:
 def trial_images(source: Source, data_root: str | None, *, count: int = IMAGES) -> Trial:
     """Return the first test images of the model's data set, filled up with random ones to count.
 
-    Nothing is downloaded: where the data set is not there, all images are random.
-
-    Args:
-        source: what is exported.
-        data_root: folder that holds the data sets; None takes the run's own, or ``data``.
-        count: number of images.
+    Nothing is downloaded: where the data set is not in ``data_root`` (None takes the run's own, or
+    ``data``), all images are random.
     """
     data = source.metadata["data"]
     own = source.config.data.data_root if source.config else "data"
@@ -52,12 +42,9 @@ def trial_images(source: Source, data_root: str | None, *, count: int = IMAGES) 
     try:
         test = read_dataset(data, root, "test", download=False)
     except InputError:
-        info = DATASETS.get(data)
-        size = info.image_size if info else USUAL_SIZE
-        return Trial(
-            _random(count, (size, size)),
-            f"{count:,} random images of {size}x{size} pixels, as {data} is not in {root}",
-        )
+        size = DATASETS[data].image_size if data in DATASETS else USUAL_SIZE
+        told = f"{count:,} random images of {size}x{size} pixels, as {data} is not in {root}"
+        return Trial(_random(count, (size, size)), told)
     taken = torch.from_numpy(test.images[:count]).permute(0, 3, 1, 2).float() / 255
     told = f"{len(taken):,} test images of {data}"
     if len(taken) < count:
@@ -71,24 +58,14 @@ def _random(count: int, size: tuple[int, ...]) -> Tensor:
     return torch.rand((count, 3, *size), generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return logits [N, K] of images [N, 3, H, W], computed in batches."""
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in images.split(BATCH)])
-
-
 def check_equal(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """Return the largest difference of logits between the model and its exported form.
 
-    Args:
-        model: in evaluation mode.
-        exported: from images [N, 3, H, W], float32 in [0, 1], to logits [N, K], for any N.
-        images: to compare on.
-
-    Raises:
-        InputError: if a prediction differs, or a logit by more than rounding.
+    Both take images [N, 3, H, W], float32 in [0, 1], to logits [N, K]. Predictions that differ, and
+    logits that do by more than rounding, are an :class:`InputError`.
     """
-    expected, got = logits_of(model, images), logits_of(exported, images)
+    with torch.inference_mode():
+        expected, got = (torch.cat([f(x) for x in images.split(BATCH)]) for f in (model, exported))
     if got.shape != expected.shape:
         raise _unequal(f"its logits have shape {list(got.shape)}, not {list(expected.shape)}")
     difference = (got - expected).abs().max().item()

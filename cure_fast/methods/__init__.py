@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 
 from cure_fast.config import Config
+from cure_fast.config.checks import find
 from cure_fast.errors import InputError
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
+from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
+from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
 from cure_fast.methods.trades import TRADES
-from cure_fast.step.method import Method
+from cure_fast.policies import POLICIES, find_policy
+from cure_fast.step.method import Method, PaperRow
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -22,34 +26,91 @@ METHODS: dict[str, Method] = {
         CURE_EFF,
         CURE_EFF_OFFICIAL,
         TRADES,
+        MART,
         PGD_AT,
         NATURAL,
+        NMSE,
+        PIAT_NMSE,
     )
 }
 
 
 def find_method(name: str) -> Method:
-    """Return the method called ``name``.
-
-    Raises:
-        InputError: for an unknown name; lists the valid ones.
-    """
-    if name in METHODS:
-        return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f" Perhaps you meant {near[0]}." if near else ""
-    raise InputError(
-        f"--method: unknown method {name!r}; the methods are {', '.join(METHODS)}.{hint}"
-    )
+    """Return the method called ``name``; raise ``InputError`` for an unknown one."""
+    return find("--method", METHODS, name)
 
 
 def select_method(config: Config, name: str) -> Config:
     """Return ``config`` with the method ``name`` and its preset.
 
     Settings that the recipe chose stay where the method has the same ones; a method with other
-    settings starts from its own defaults.
+    settings starts from its own defaults, and may lack the networks that the recipe evaluates.
     """
     method = find_method(name)
     same = type(method.settings) is type(config.settings)
-    settings = config.settings if same else method.settings
-    return method.preset(replace(config, method=name, settings=settings))
+    if not same:
+        evaluation = replace(config.eval, networks=())
+        config = replace(config, settings=method.settings, eval=evaluation)
+    return method.preset(replace(config, method=name))
+
+
+def publish(config: Config) -> Config:
+    """Return ``config`` as the method's authors train on its data with its model.
+
+    Raises:
+        InputError: if that is not known of the method.
+    """
+    method = find_method(config.method)
+    if method.published is None:
+        known = [name for name, other in METHODS.items() if other.published is not None]
+        raise InputError(
+            f"--regime: expected recipe for --method {method.name}, got 'published', which is for "
+            f"{', '.join(known)}. Leave it out."
+        )
+    return method.published(config)
+
+
+def check_config(config: Config) -> None:
+    """Raise ``InputError`` for a configuration whose method and policies contradict."""
+    method = find_method(config.method)
+    method.check(config)
+    averages = [name for name in config.policies if find_policy(name).result is not None]
+    if len(averages) > 1:
+        raise InputError(
+            f"--policies: expected one policy at most whose network is the run's result, got "
+            f"{','.join(averages)}. Leave out all of them but one."
+        )
+    if averages and find_policy(averages[0]).result == method.result:
+        raise InputError(
+            f"--policies: expected policies that --method {method.name} has not itself, got "
+            f"{averages[0]}. Leave it out."
+        )
+
+
+def labels(method: str, policies: Iterable[str] = ()) -> str:
+    """Return what papers call a method with its policies, such as ``TRADES + PIAT + AWP``.
+
+    Names may be from a record: unknown ones stand as they are.
+    """
+    told = [METHODS[method].label if method in METHODS else method]
+    told += [POLICIES[name].label if name in POLICIES else name for name in policies]
+    return " + ".join(told)
+
+
+def result_of(config: Config) -> str:
+    """Return the name of the network that is the run's result; ``model`` is the trained one.
+
+    The first policy that names one decides, else the method.
+    """
+    named = [find_policy(name).result for name in config.policies]
+    named.append(find_method(config.method).result)
+    return next((name for name in named if name is not None), "model")
+
+
+def paper_row(config: Config) -> PaperRow | None:
+    """Return what is published of the method and its policies with this data set and model."""
+    method = find_method(config.method)
+    usual = method.preset(replace(config, policies={})).policies
+    if config.policies.keys() != usual.keys():
+        return None
+    return method.rows.get((config.data.data, config.model.model))

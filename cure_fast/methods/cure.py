@@ -18,37 +18,30 @@ the paper's: the most negative sums rather than the smallest magnitudes.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cure_fast.config import Config, MethodSettings
-from cure_fast.config.checks import check, check_literals, check_range
+from cure_fast.batch import Batch
+from cure_fast.config import Config
+from cure_fast.config.checks import check, check_fields
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.methods import natural
-from cure_fast.methods.trades import unclamped_start
-from cure_fast.policies.average import Revision, revision_rate
-from cure_fast.policies.conserve import Conserve
-from cure_fast.step.method import Method, Policy, Terms, backward_total
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
+from cure_fast.methods import natural, pgd_at
+from cure_fast.methods.trades import kl_attack, unclamped_start
+from cure_fast.policies.average import Average, frozen_copy
+from cure_fast.policies.conserve import Conserve, ConserveSettings
+from cure_fast.step.method import Method, paper_rows
+from cure_fast.step.policy import Policy
+from cure_fast.step.run import Run, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
-class CureSettings(MethodSettings):
+class CureSettings(ConserveSettings):
     """CURE. Where paper and public code differ, the help names both choices."""
 
-    percentile: float = 30.0
-    """Percent of each tensor's weights to conserve in a step, 0 to 100 (paper: 30, 50 or 20)."""
-    alpha: float = 0.1
-    """Weight of the natural gradient in the score, 0 to 1; 1 - alpha weighs the adversarial one.
-    The code's independent weights a and b equal alpha = a/(a+b), as only the order matters."""
     beta: float = 5.0
     """Weight of KL(p(x) || p(x')) (paper: 1 by Eq. 5; code: 5)."""
     gamma: float = 1.0
@@ -57,23 +50,6 @@ class CureSettings(MethodSettings):
     """Conserve weights by robust gradient prominence; off is the ablation without RGP."""
     revision: bool = True
     """Keep a revision model and the consistency loss; off is the ablation without revision."""
-    score: Literal["abs", "signed", "abs_of_sum"] = "abs"
-    """Score: magnitudes (paper), signed sum (code), or magnitude of the sum."""
-    score_loss: Literal["ce", "kl"] = "ce"
-    """Adversarial loss in the score: CE(x') (paper), or the KL of Eq. 5 without beta (code)."""
-    mask_layers: Literal["all_but_classifier", "block_conv1", "conv", "all"] = "all_but_classifier"
-    """Tensors to mask: all but the classifier (default), each block's first convolution (code), all
-    convolutions, or all (paper: "each layer")."""
-    mask_stem: bool = True
-    """Mask the first convolution (and its BatchNorm) too (paper; the code leaves it out)."""
-    mask_scope: Literal["tensor", "global"] = "tensor"
-    """Percentile of each tensor (paper and code), or one over all masked tensors together."""
-    mask_every: int = 1
-    """Steps from one selection of the mask to the next, 1 or more. Above 1 the steps between keep
-    the mask they find and save the score's gradients: faster, and no longer the published CURE."""
-    freeze: Literal["grad", "hard"] = "grad"
-    """Masked weights: gradient zeroed, so that momentum and weight decay still move them (paper and
-    code), or held fast in this step (hard)."""
     update: Literal["total", "prominence"] = "total"
     """Gradient that is masked: of the total loss (paper and code), or the score's own mixture plus
     the consistency gradient, which is then the score too (the code's mode 'all')."""
@@ -103,20 +79,14 @@ class CureSettings(MethodSettings):
     """BatchNorm statistics of the revision model: from its own forwards (code), or averaged."""
     revision_mode: Literal["train", "eval"] = "train"
     """BatchNorm of the revision model: batch statistics (code), or running ones."""
-    evaluate_revision: bool = False
-    """Evaluate the revision model too (paper and code report the trained network alone)."""
     natural_share: float = 0.0
     """Share of the epochs, 0 to 1, that train naturally before CURE (CURE_Eff, code: 0.4)."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
-        check_range(self, "percentile", 0, 100)
-        for name in ("alpha", "revision_rate", "revision_decay", "revision_decay_start"):
-            check_range(self, name, 0, 1)
-        check_range(self, "natural_share", 0, 1)
-        check_range(self, "mask_every", 1, 1_000_000)
-        for name in ("beta", "gamma", "inner_kl_weight"):
-            check_range(self, name, 0)
+        super().__post_init__()
+        shares = ("revision_rate", "revision_decay", "revision_decay_start", "natural_share")
+        check_fields(self, **dict.fromkeys(shares, (0, 1)))
+        check_fields(self, beta=(0,), gamma=(0,), inner_kl_weight=(0,))
         check(
             self.objective == "cure" or self.update == "total",
             "update",
@@ -143,30 +113,30 @@ def naturally(run: Run) -> bool:
     return run.epoch < natural_epochs(run.config)
 
 
-def attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
+def attack(run: Run, batch: Batch) -> Tensor:
     """Return PGD images that raise the inner objective (Eq. 4)."""
     if naturally(run):
-        return x
+        return batch.x
     settings = run.settings
     if settings.inner == "ce":
-        return run.pgd(x, lambda logits: cross_entropy(logits, y).sum())
-    with torch.no_grad():
-        kl = kl_divergence_from(run.model(x))
+        return pgd_at.attack(run, batch)
     if settings.inner == "kl":
-        return run.pgd(x, lambda logits: kl(logits).sum())
+        return kl_attack(run, batch)
+    with torch.no_grad():
+        kl = kl_divergence_from(run.model(batch.x))
 
     def ce_and_kl(logits: Tensor) -> Tensor:
         weighted = settings.inner_kl_weight * kl(logits)
-        return (cross_entropy(logits, y) + weighted).sum()
+        return (cross_entropy(logits, batch.y) + weighted).sum()
 
-    return run.pgd(x, ce_and_kl)
+    return run.pgd(batch.x, ce_and_kl)
 
 
-def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+def loss(run: Run, batch: Batch) -> Terms:
     """Return the terms of Eq. 5 and 8 and their total."""
     if naturally(run):
-        return natural.loss(run, x, x_adv, y)
-    settings = run.settings
+        return natural.loss(run, batch)
+    settings, x, x_adv, y = run.settings, batch.x, batch.x_adv, batch.y
     logits, logits_adv = run.model(x), run.model(x_adv)
     natural_ce = cross_entropy(logits, y).mean()
     adversarial_ce = cross_entropy(logits_adv, y).mean()
@@ -175,42 +145,29 @@ def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
     terms = {"natural_ce": natural_ce, "adversarial_ce": adversarial_ce, "kl": kl}
     if settings.objective == "rgp":
         total = natural_ce + adversarial_ce
+    elif settings.update == "prominence":
+        scored = adversarial_ce if settings.score_loss == "ce" else kl
+        total = settings.alpha * natural_ce + (1 - settings.alpha) * scored
     else:
         total = natural_ce + settings.beta * kl
     if settings.revision:
-        terms["consistency"] = consistency(run, x, x_adv, logits, logits_adv)
+        terms["consistency"] = consistency(run, batch, logits, logits_adv)
         total = total + settings.gamma * terms["consistency"]
     return {"total": total, **terms}
 
 
-def consistency(run: Run, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
+def consistency(run: Run, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
     """Return KL(p_rev(x) || p(x)) + KL(p_rev(x') || p(x')) (Eq. 8), batch mean."""
     revision = run.networks["revision"]
     revision.train(run.settings.revision_mode == "train")
     with torch.no_grad():
-        taught, taught_adv = revision(x), revision(x_adv)
+        taught, taught_adv = revision(batch.x), revision(batch.x_adv)
     return kl_divergence(taught, logits).mean() + kl_divergence(taught_adv, logits_adv).mean()
-
-
-def backward(run: Run, terms: Terms) -> None:
-    """Add the gradients of the total and, for the mask, of the score (Algorithm 1, lines 19-20)."""
-    if naturally(run) or not run.settings.rgp:
-        backward_total(run, terms)
-    else:
-        run.policy(Conserve).backward(run, terms)
 
 
 def networks(run: Run) -> dict[str, nn.Module]:
     """Return the revision model, a copy of the network with its own storage."""
-    if not run.settings.revision:
-        return {}
-    return {"revision": copy.deepcopy(run.model).requires_grad_(False)}
-
-
-def is_warm_start(run: Run) -> bool:
-    """Return whether the step is the first after CURE_Eff's natural warm-up."""
-    first = natural_epochs(run.config)
-    return first > 0 and run.batch == 0 and run.epoch == first
+    return {"revision": frozen_copy(run.model)} if run.settings.revision else {}
 
 
 class WarmStart(Policy):
@@ -220,32 +177,33 @@ class WarmStart(Policy):
     the consistency loss zero and lets the revision update shrink the trained weights.
     """
 
-    @contextmanager
-    def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
-        """Copy parameters and buffers before the loss of the first step after the warm-up."""
-        if is_warm_start(run):
+    moves_weights = False
+
+    def before(self, run: Run, batch: Batch) -> None:
+        """Copy parameters and buffers before the first step after the warm-up."""
+        if run.batch == 0 and run.epoch == natural_epochs(run.config):
             run.networks["revision"].load_state_dict(run.model.state_dict())
-        yield
 
 
 def rate_at(run: Run) -> float:
     """Return the probability of a revision update at the current step."""
-    settings = run.settings
     if naturally(run):
         return 0.0
-    return revision_rate(
-        settings.revision_rate,
-        settings.revision_rate_decay,
-        settings.revision_decay_start,
-        progress=run.progress,
-        steps_past_start=run.position - int(settings.revision_decay_start * run.total_steps) + 1,
-    )
+    rate, decay = run.settings.revision_rate, run.settings.revision_rate_decay
+    start = run.settings.revision_decay_start
+    if decay == "cosine":
+        return rate * (1 + math.cos(math.pi * run.progress)) / 2
+    if decay == "none" or run.progress < start:
+        return rate
+    past = run.position - int(start * run.total_steps) + 1
+    return 0.0 if decay == "freeze" else rate * 0.5 ** min(past, 1000)
 
 
-def phase(run: Run) -> tuple[bool, bool, str]:
-    """Return whether the step is of the natural warm-up or the first after it, and its mask's."""
-    mask = run.policy(Conserve).phase(run) if run.settings.rgp else "none"
-    return naturally(run), is_warm_start(run), mask
+def decay_at(run: Run) -> float:
+    """Return the share of the revision model that stays in a move at the current step."""
+    decay = run.settings.revision_decay
+    # The public code's bound counts steps from 1.
+    return min(1 - 1 / (run.step + 2), decay) if run.settings.revision_warmup else decay
 
 
 def check_config(config: Config) -> None:
@@ -265,12 +223,6 @@ def check_config(config: Config) -> None:
         settings.revision_mode,
         "--revision-buffers average with it: without train-mode forwards its own would never move",
     )
-    check(
-        settings.revision or not settings.evaluate_revision,
-        "evaluate_revision",
-        True,
-        "a revision model to evaluate, so not --no-revision",
-    )
 
 
 def policies(run: Run) -> tuple[Policy, ...]:
@@ -278,16 +230,20 @@ def policies(run: Run) -> tuple[Policy, ...]:
     settings = run.settings
     chosen: list[Policy] = []
     if settings.rgp:
-        chosen.append(Conserve(run.model, settings, active=lambda run: not naturally(run)))
+        by_update = settings.objective == "rgp" or settings.update == "prominence"
+        scored = replace(settings, score="abs") if settings.objective == "rgp" else settings
+        chosen.append(
+            Conserve(run.model, scored, active=lambda run: not naturally(run), by_update=by_update)
+        )
     if settings.revision:
         if natural_epochs(run.config):
             chosen.append(WarmStart())
         chosen.append(
-            Revision(
+            Average(
+                "revision",
                 run.networks["revision"],
-                decay=settings.revision_decay,
+                decay=decay_at,
                 rate=rate_at,
-                warmup=settings.revision_warmup,
                 buffers=settings.revision_buffers,
                 order=settings.revision_order,
             )
@@ -297,6 +253,15 @@ def policies(run: Run) -> tuple[Policy, ...]:
 
 PAPER = "Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024"
 
+ROWS = paper_rows(
+    "CURE",
+    ("cifar10", "resnet18", " (Table 1)", 86.76, 54.92, 52.48, 49.69),
+    ("cifar100", "resnet18", " (Tables 2 and 4)", 60.72, 30.81, 27.95, 25.12),
+    ("svhn", "resnet18", " (Table 2)", 92.77, 61.56, 57.34, None),
+    ("cifar10", "wrn34-10", " (Table 1)", 87.05, 58.28, 55.25, 52.10),
+    ("cifar10", "preactresnet18", " (Table 3)", 86.54, None, None, 50.23),
+)
+
 CURE = Method(
     name="cure",
     label="CURE",
@@ -305,20 +270,24 @@ CURE = Method(
     settings=CureSettings(),
     attack=attack,
     loss=loss,
-    backward=backward,
     networks=networks,
     policies=policies,
     check=check_config,
-    phase=phase,
+    phase=naturally,
+    fixed=("natural_share", "revision", "rgp"),
+    rows=ROWS,
+)
+
+
+EFFICIENT_ROWS = paper_rows(
+    "CURE_Eff",
+    ("cifar10", "resnet18", " (Table 4)", 83.51, 54.90, 51.94, 48.50),
+    ("cifar100", "resnet18", " (Table 4)", 58.15, 30.53, 26.12, 24.78),
 )
 
 
 def _set(config: Config, **settings: object) -> Config:
     return replace(config, settings=replace(config.settings, **settings))
-
-
-def _paper(config: Config) -> Config:
-    return _set(config, beta=1.0, revision_warmup=False, revision_order="before")
 
 
 def _official(config: Config) -> Config:
@@ -346,16 +315,12 @@ def _efficient(config: Config) -> Config:
     return _set(config, natural_share=0.4)
 
 
-def _efficient_official(config: Config) -> Config:
-    return _set(_efficient(unclamped_start(config)), objective="rgp", revision=False)
-
-
 CURE_PAPER = replace(
     CURE,
     name="cure_paper",
     label="CURE (paper's choices)",
     title="CURE as the paper writes it",
-    preset=_paper,
+    preset=lambda config: _set(config, beta=1.0, revision_warmup=False, revision_order="before"),
 )
 CURE_OFFICIAL = replace(
     CURE,
@@ -369,6 +334,7 @@ CURE_EFF = replace(
     name="cure_eff",
     label="CURE_Eff",
     title="CURE_Eff: natural warm-up inside the same epochs (Appendix B)",
+    rows=EFFICIENT_ROWS,
     preset=_efficient,
 )
 CURE_EFF_OFFICIAL = replace(
@@ -376,5 +342,8 @@ CURE_EFF_OFFICIAL = replace(
     name="cure_eff_official",
     label="CURE_Eff (public code's objective)",
     title="CURE_Eff with the objective of the authors' code, without its aliasing fault",
-    preset=_efficient_official,
+    rows=EFFICIENT_ROWS,
+    preset=lambda config: _set(
+        _efficient(unclamped_start(config)), objective="rgp", revision=False
+    ),
 )

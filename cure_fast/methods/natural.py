@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
 from cure_fast.losses import cross_entropy
-from cure_fast.step.method import Method, Terms
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
+from cure_fast.step.method import Method
+from cure_fast.step.run import Run, Terms
 
 
-def attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
+def attack(run: Run, batch: Batch) -> Tensor:
     """Return the natural images."""
-    return x
+    return batch.x
 
 
-def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+def loss(run: Run, batch: Batch) -> Terms:
     """Return CE(x, y)."""
-    total = cross_entropy(run.model(x), y).mean()
+    total = cross_entropy(run.model(batch.x), batch.y).mean()
     return {"total": total, "natural_ce": total}
 
 

@@ -10,18 +10,16 @@ BatchNorm's running statistics once more: ``natural_twice``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cure_fast.config import Config, MethodSettings
-from cure_fast.config.checks import check_range
+from cure_fast.batch import Batch
+from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
+from cure_fast.config.checks import check_fields
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.step.method import Method, Terms
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
+from cure_fast.step.method import Method, paper_rows
+from cure_fast.step.run import Run, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +33,48 @@ class TradesSettings(MethodSettings):
     Same loss and gradients, slower; BatchNorm's running statistics count natural images twice."""
 
     def __post_init__(self) -> None:
-        check_range(self, "beta", 0)
+        check_fields(self, beta=(0,))
 
 
-def kl_attack(run: Run, x: Tensor, y: Tensor) -> Tensor:
+def kl_attack(run: Run, batch: Batch) -> Tensor:
     """Return PGD images that raise KL(p(x) || p(x')), with p(x) fixed."""
     with torch.no_grad():
-        kl = kl_divergence_from(run.model(x))
-    return run.pgd(x, lambda logits: kl(logits).sum())
+        kl = kl_divergence_from(run.model(batch.x))
+    return run.pgd(batch.x, lambda logits: kl(logits).sum())
 
 
-def loss(run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+def loss(run: Run, batch: Batch) -> Terms:
     """Return CE(x, y) + beta * KL(p(x) || p(x'))."""
-    logits, logits_adv = run.model(x), run.model(x_adv)
-    natural_ce = cross_entropy(logits, y).mean()
-    target = run.model(x) if run.settings.natural_twice else logits
+    logits, logits_adv = run.model(batch.x), run.model(batch.x_adv)
+    natural_ce = cross_entropy(logits, batch.y).mean()
+    target = run.model(batch.x) if run.settings.natural_twice else logits
     kl = kl_divergence(target, logits_adv).mean()
     return {"total": natural_ce + run.settings.beta * kl, "natural_ce": natural_ce, "kl": kl}
+
+
+def published(config: Config) -> Config:
+    """Return the official schedule of the wide ResNet, else the one of later codes' ResNet-18."""
+    wide = config.model.model.startswith("wrn")
+    optim = OptimConfig()
+    if wide:
+        optim = OptimConfig(epochs=76, weight_decay=2e-4, milestones=(75 / 76,), lr_factors=(0.1,))
+    return replace(
+        config,
+        optim=optim,
+        pretrain=PretrainConfig(),
+        attack=AttackConfig(eps=0.031, step_size=0.007, clamp_start=False),
+        eval=replace(config.eval, eval_eps=8 / 255),
+    )
+
+
+ROWS = paper_rows(
+    "TRADES",
+    ("cifar10", "resnet18", " (CURE's Table 1)", 82.41, 52.76, 50.43, 48.37),
+    ("cifar100", "resnet18", " (CURE's Tables 2 and 4)", 57.94, 29.25, 25.88, 24.71),
+    ("svhn", "resnet18", " (CURE's Table 2)", 90.20, 54.49, 52.09, None),
+    ("cifar10", "wrn34-10", " (CURE's Table 1)", 84.73, 56.82, 54.29, 52.95),
+    ("cifar10", "preactresnet18", ", best epoch (CURE's Table 3)", 81.19, None, None, 49.03),
+)
 
 
 def unclamped_start(config: Config) -> Config:
@@ -67,5 +90,7 @@ TRADES = Method(
     settings=TradesSettings(),
     attack=kl_attack,
     loss=loss,
+    published=published,
+    rows=ROWS,
     preset=unclamped_start,
 )

@@ -10,37 +10,29 @@ from functools import partial
 
 import torch
 
+from cure_fast.classifier import ImageClassifier, Normalize, block_first_convs
 from cure_fast.errors import InputError
 
-from .base import ImageClassifier, Normalize, block_first_convs
-from .pointwise import protect_pointwise, restore_pointwise, thin_first
-from .preact_resnet import PreActResNet
+from .pointwise import protect_pointwise, restore_pointwise
+from .preact_resnet import PreActResNet, WideResNet
 from .resnet import BasicBlock, Bottleneck, ResNet
-from .wide_resnet import WideResNet
 
 __all__ = [
     "MODELS",
     "ImageClassifier",
-    "ModelInfo",
     "Normalize",
     "block_first_convs",
     "build_model",
     "protect_pointwise",
     "restore_pointwise",
-    "thin_first",
 ]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """An architecture.
+    """An architecture, and the width that is published (see :attr:`ImageClassifier.width`).
 
-    Attributes:
-        title: one line for lists.
-        build: from ``num_classes``, ``width`` and, where ``stems`` has several, ``stem``, all by
-            keyword, to the model with fresh weights.
-        default_width: published width (see :attr:`ImageClassifier.width`).
-        stems: first layers to choose from.
+    ``build`` takes ``num_classes``, ``width`` and, where ``stems`` has several, ``stem``.
     """
 
     title: str
@@ -49,21 +41,16 @@ class ModelInfo:
     stems: tuple[str, ...] = ("cifar",)
 
 
-BOTH_STEMS = ("cifar", "imagenet")
+def _resnet(layers: int, block: type[BasicBlock | Bottleneck], *depths: int) -> ModelInfo:
+    build = partial(ResNet, block, depths)
+    return ModelInfo(f"ResNet-{layers}, CIFAR stem", build, 64, ("cifar", "imagenet"))
+
 
 MODELS: dict[str, ModelInfo] = {
-    "resnet18": ModelInfo(
-        "ResNet-18, CIFAR stem", partial(ResNet, BasicBlock, (2, 2, 2, 2)), 64, BOTH_STEMS
-    ),
-    "resnet34": ModelInfo(
-        "ResNet-34, CIFAR stem", partial(ResNet, BasicBlock, (3, 4, 6, 3)), 64, BOTH_STEMS
-    ),
-    "resnet50": ModelInfo(
-        "ResNet-50, CIFAR stem", partial(ResNet, Bottleneck, (3, 4, 6, 3)), 64, BOTH_STEMS
-    ),
-    "resnet101": ModelInfo(
-        "ResNet-101, CIFAR stem", partial(ResNet, Bottleneck, (3, 4, 23, 3)), 64, BOTH_STEMS
-    ),
+    "resnet18": _resnet(18, BasicBlock, 2, 2, 2, 2),
+    "resnet34": _resnet(34, BasicBlock, 3, 4, 6, 3),
+    "resnet50": _resnet(50, Bottleneck, 3, 4, 6, 3),
+    "resnet101": _resnet(101, Bottleneck, 3, 4, 23, 3),
     "preactresnet18": ModelInfo(
         "PreActResNet-18, final BatchNorm and ReLU", partial(PreActResNet, (2, 2, 2, 2)), 64
     ),
@@ -123,21 +110,13 @@ def build_model(
     choice = {"stem": stem} if len(info.stems) > 1 else {}
     model = info.build(num_classes=num_classes, width=width, **choice)
     if normalize is not None:
-        model.normalize = _normalization(*normalize)
+        mean, std = map(list, normalize)
+        positive = all(map(math.isfinite, mean + std)) and all(value > 0 for value in std)
+        if not (len(mean) == len(std) == 3 and positive):
+            raise InputError(
+                "normalisation: expected three finite means and three positive deviations, "
+                f"got {mean} and {std}."
+            )
+        model.normalize = Normalize(mean, std)
     protect_pointwise(model)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def _normalization(mean: Sequence[float], std: Sequence[float]) -> Normalize:
-    """Return the normalising layer, or raise :class:`InputError` for values that cannot be."""
-    usable = (
-        len(mean) == len(std) == 3
-        and all(map(math.isfinite, mean))
-        and all(math.isfinite(value) and value > 0 for value in std)
-    )
-    if not usable:
-        raise InputError(
-            "normalisation: expected three finite means and three positive deviations, "
-            f"got {list(mean)} and {list(std)}."
-        )
-    return Normalize(mean, std)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS
 from cure_fast.models import ImageClassifier, build_model
+from cure_fast.models.weights import load_into, read_metadata, read_weights
 
 
 def build_for_data(
@@ -11,21 +16,51 @@ def build_for_data(
 ) -> ImageClassifier:
     """Return the network for images of a data set, on the CPU, its weights drawn at random.
 
-    Args:
-        model: name of the architecture.
-        data: name of the data set, whose mean and deviation the first layer may take out.
-        num_classes: number of classes, at least 2.
-        width: channels of the first stage (widening factor for wide ResNets); None takes the
-            published.
-        stem: ``cifar`` or ``imagenet``.
-        normalize: ``none``, or ``dataset`` to take the data set's mean and deviation out.
-
-    Raises:
-        InputError: if there is no such architecture, or it cannot be built so.
+    Its ``description`` says all of the arguments: :func:`load_model` builds it again from that.
+    They are those of :func:`cure_fast.models.build_model`, but for ``normalize``: ``none``, or
+    ``dataset`` to have the first layer take the mean and the deviation of ``data`` out.
     """
     statistics = None
     if normalize == "dataset":
         info = DATASETS.get(data)
         # An image folder has no published statistics; half and half maps [0, 1] to [-1, 1].
         statistics = (info.mean, info.std) if info else ((0.5,) * 3, (0.5,) * 3)
-    return build_model(model, num_classes=num_classes, width=width, stem=stem, normalize=statistics)
+    network = build_model(
+        model, num_classes=num_classes, width=width, stem=stem, normalize=statistics
+    )
+    network.description = {
+        "data": data,
+        "model": model,
+        "width": "" if width is None else str(width),
+        "stem": stem,
+        "normalize": normalize,
+        "num_classes": str(num_classes),
+    }
+    return network
+
+
+def load_model(path: Path, metadata: Mapping[str, str] | None = None) -> ImageClassifier:
+    """Return the network in a file of weights, on the CPU, as ``metadata`` or the file says."""
+    metadata = read_metadata(path) if metadata is None else metadata
+    missing = [key for key in ("model", "num_classes") if key not in metadata]
+    if missing:
+        raise InputError(
+            f"{path}: the file does not say its {' and '.join(missing)}; "
+            "name the architecture with --model and the data set with --data."
+        )
+    numbers: dict[str, int | None] = {}
+    for key in ("num_classes", "width"):
+        text = metadata.get(key, "")
+        if text and not text.isdecimal():
+            raise InputError(f"{path}: expected {key} as a whole number, the file says {text!r}.")
+        numbers[key] = int(text) if text else None
+    model = build_for_data(
+        metadata["model"],
+        data=metadata.get("data", ""),
+        num_classes=numbers["num_classes"] or 0,
+        width=numbers["width"],
+        stem=metadata.get("stem", "cifar"),
+        normalize=metadata.get("normalize", "none"),
+    )
+    load_into(model, read_weights(path), source=str(path))
+    return model

@@ -10,7 +10,7 @@ in oneDNN 3.10.2 (torch 2.11) and in the sources of 3.8; docs/log.md has the evi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,57 +19,39 @@ from torch import Tensor, nn
 BLOCK = 16
 
 
-@dataclass(frozen=True)
-class ThinFirst:
-    """Computes a 1x1 convolution by dropping what the stride skips, then convolving without one.
+def thin_first(stride: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a 1x1 convolution of features [..., I, H, W], computed without a stride on CPUs.
 
-    The result is the same, also in its gradients. Other devices than the CPU get the convolution
-    with its stride.
+    What the stride skips is dropped first, which changes neither result nor gradients.
     """
-
-    stride: tuple[int, int]
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return features [N, O, H', W'] of features [N, I, H, W] (or [I, H, W])."""
-        if x.device.type != "cpu":
-            return F.conv2d(x, weight, bias, self.stride)
-        return F.conv2d(self.thinned(x), weight, bias)
-
-    def thinned(self, x: Tensor) -> Tensor:
-        """Return a view of the positions that the convolution reads, [..., H', W']."""
-        return x[..., :: self.stride[0], :: self.stride[1]]
-
-
-def thin_first(module: nn.Module) -> ThinFirst | None:
-    """Return how ``module`` has to be computed if oneDNN would corrupt memory for it, else None."""
-    affected = (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride != (1, 1)
-        and module.padding in ((0, 0), "valid")
-        and module.groups == 1
-        and module.in_channels < BLOCK
-    )
-    return ThinFirst(module.stride) if affected else None  # pyright: ignore[reportArgumentType]
+    if x.device.type != "cpu":
+        return F.conv2d(x, weight, bias, stride)
+    return F.conv2d(x[..., :: stride[0], :: stride[1]], weight, bias)
 
 
 def protect_pointwise(model: nn.Module) -> None:
-    """Have every ``nn.Conv2d`` of the network that is affected compute as :class:`ThinFirst` does.
+    """Have :func:`thin_first` compute every ``nn.Conv2d`` that oneDNN would corrupt memory for.
 
     Names, weights, types and settings of the layers stay as they are. Convolutions that code of the
     network calls as functions are out of its reach, and so is a layer with a ``_conv_forward`` of
     its own.
     """
     for module in model.modules():
-        thin = thin_first(module)
-        if thin is not None and type(module)._conv_forward is nn.Conv2d._conv_forward:  # pyright: ignore[reportAttributeAccessIssue]
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.padding in ((0, 0), "valid")
+            and module.groups == 1
+            and module.in_channels < BLOCK
+            and type(module)._conv_forward is nn.Conv2d._conv_forward
+        ):
             # An attribute of the layer itself hides the method, for subclasses too, such as those
             # that torch's parametrizations make.
-            module._conv_forward = thin  # pyright: ignore[reportArgumentType]
+            module._conv_forward = partial(thin_first, module.stride)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def restore_pointwise(model: nn.Module) -> None:
     """Undo :func:`protect_pointwise`, for a network that only goes into a file."""
     for module in model.modules():
-        if thin_first(module) is not None:
-            vars(module).pop("_conv_forward", None)
+        vars(module).pop("_conv_forward", None)

@@ -7,14 +7,12 @@ weights for: ``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``layer2.0.shortcut.0`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ImageClassifier, global_average
-
-Stem = Literal["cifar", "imagenet"]
+from cure_fast.classifier import ImageClassifier, global_average
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -74,13 +72,9 @@ class Bottleneck(nn.Module):
 class ResNet(ImageClassifier):
     """A stem, stages that double the channels and halve the image, global average, linear.
 
-    Args:
-        block: :class:`BasicBlock` or :class:`Bottleneck`.
-        depths: blocks per stage; stage ``i`` has ``width * 2**i`` channels (times the expansion).
-        num_classes: number of logits.
-        width: channels of the stem and of the first stage.
-        stem: ``cifar`` is a 3x3 convolution of stride 1; ``imagenet`` is a 7x7 convolution of
-            stride 2 and a 3x3 max-pool of stride 2.
+    Stage ``i`` has ``depths[i]`` blocks of ``width * 2**i`` channels (times the expansion). The
+    stem ``cifar`` is a 3x3 convolution of stride 1, ``imagenet`` a 7x7 convolution of stride 2 and
+    a 3x3 max-pool of stride 2.
     """
 
     stem_names = ("conv1", "bn1")
@@ -93,7 +87,7 @@ class ResNet(ImageClassifier):
         *,
         num_classes: int,
         width: int,
-        stem: Stem = "cifar",
+        stem: str = "cifar",
     ) -> None:
         super().__init__(width)
         self.max_pool: nn.Module = nn.Identity()
@@ -107,9 +101,8 @@ class ResNet(ImageClassifier):
         in_channels = width
         for index, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
             channels = width * 2**index
-            strides = [1 if index == 0 else 2] + [1] * (depth - 1)
             stage = nn.Sequential()
-            for stride in strides:
+            for stride in [1 if index == 0 else 2] + [1] * (depth - 1):
                 stage.append(block(in_channels, channels, stride))
                 in_channels = block.expansion * channels
             self.add_module(name, stage)

@@ -9,7 +9,7 @@ import pickle
 import re
 import stat
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -52,16 +52,44 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             Git LFS pointer), or holds pickled objects, which are never executed.
     """
     file = _find(path)
-    _check_is_no_text(file)
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    return _strip_prefixes(file, _state_dict_of(file, content))
+    content = found = (
+        _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    )
+    if isinstance(content, Mapping) and not all(isinstance(v, Tensor) for v in content.values()):
+        wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)]
+        found = wrapped[0] if wrapped else content
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(
+            f"{file}: expected a state dict (tensors by name), got {type(found).__name__}"
+            f"{' without entries' if isinstance(found, Mapping) else ''}. "
+            "Save model.state_dict() to it."
+        )
+    weights: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{file}: expected tensors by name, alone or under one of "
+                f"{', '.join(WRAPPER_KEYS)}; {name!r} is a {type(tensor).__name__}. "
+                "Save model.state_dict() to it."
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise InputError(
+                f"{file}: {name} is not a dense tensor with values. Save a plain floating-point "
+                "model."
+            )
+        while name.startswith(PREFIXES):
+            name = name.split(".", 1)[1]
+        if name in weights:
+            raise InputError(
+                f"{file}: holds two sets of weights ({name} appears twice once the prefixes "
+                f"{', '.join(PREFIXES)} are removed). Save one state dict to it."
+            )
+        weights[name] = tensor.detach()
+    return weights
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return what :func:`save_weights` stored beside the weights; empty where nothing was stored.
-
-    Args:
-        path: a ``.safetensors`` file, or a run folder; any other file holds tensors alone.
 
     Raises:
         InputError: if it is absent, no complete safetensors file, or what is stored is damaged.
@@ -69,7 +97,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     file = _find(path)
-    _check_is_no_text(file)
     if file.suffix != ".safetensors":
         return {}
     try:
@@ -100,27 +127,21 @@ def save_state(
 ) -> None:
     """Write a state dict as safetensors; the file is complete or not there at all.
 
-    Tensors are stored as contiguous copies in their own dtype. Equal tensors and equal metadata
-    make equal bytes: safetensors writes several metadata keys in an order that changes from call to
-    call, so all of it is one JSON string under one key.
-
-    Args:
-        state: tensors by name, on any device.
-        path: file to write, in an existing folder; an older one is replaced.
-        metadata: strings to store beside the weights.
+    Tensors, on any device, are stored as contiguous copies in their own dtype. Equal tensors and
+    equal metadata make equal bytes: safetensors writes several metadata keys in an order that
+    changes from call to call, so all of it is one JSON string under one key.
 
     Raises:
         OSError: if the folder cannot be written to, or the disk is full; no partial file stays.
     """
     from safetensors.torch import save
 
-    file = Path(path)
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
     described = json.dumps(dict(metadata), sort_keys=True)
-    with replacing(file) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_bytes(save(copies, metadata={METADATA_KEY: described}))
 
 
@@ -128,13 +149,9 @@ def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: 
     """Copy ``weights`` into the model: every tensor must be there, fit and be finite.
 
     Modules that published files carry without ever using them
-    (:attr:`ImageClassifier.unused_modules`) are left out, which is logged. The model is unchanged
-    when an error is raised.
-
-    Args:
-        model: keeps its device, dtype and memory layout.
-        weights: state dict as :func:`read_weights` returns it.
-        source: what to call the weights in messages, such as their file.
+    (:attr:`ImageClassifier.unused_modules`) are left out, which is logged. The model keeps its
+    device, dtype and memory layout, and is unchanged when an error is raised. Messages call the
+    weights ``source``.
 
     Raises:
         InputError: for missing, unexpected, mis-shaped, mistyped or non-finite tensors.
@@ -148,8 +165,26 @@ def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: 
         )
     weights = {name: tensor for name, tensor in weights.items() if name not in unused}
     own = model.state_dict()
-    _check_keys(own, weights, source)
-    _check_shapes(model, own, weights, source)
+    differing = {
+        "Missing from them": [name for name in own if name not in weights],
+        "Not in the model": [name for name in weights if name not in own],
+    }
+    told = "".join(f" {what}: {_first(names)}." for what, names in differing.items() if names)
+    if told:
+        raise InputError(
+            f"{source}: the weights are of another architecture than the model.{told} "
+            "Choose the --model that they were trained with."
+        )
+    wrong = [
+        f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{source}: tensors of another shape than the model's: {_first(wrong)}."
+            + "".join(_reasons(model, own, weights))
+        )
     for name, tensor in weights.items():
         expected = own[name].dtype
         if tensor.is_floating_point() != expected.is_floating_point or tensor.is_complex():
@@ -163,46 +198,12 @@ def load_into(model: ImageClassifier, weights: Mapping[str, Tensor], *, source: 
                 f"{source}: {name} holds values that are not finite numbers. The training that "
                 "wrote it diverged, or the file is damaged; take an earlier checkpoint."
             )
-    model.load_state_dict(dict(weights))
-
-
-def _check_keys(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise :class:`InputError` unless both have the same names."""
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    if not missing and not unexpected:
-        return
-    parts = [f"{source}: the weights are of another architecture than the model."]
-    if missing:
-        parts.append(f"Missing from them: {_first(missing)}.")
-    if unexpected:
-        parts.append(f"Not in the model: {_first(unexpected)}.")
-    parts.append("Choose the --model that they were trained with.")
-    raise InputError(" ".join(parts))
-
-
-def _check_shapes(
-    model: ImageClassifier,
-    own: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    source: str,
-) -> None:
-    """Raise :class:`InputError` unless the shapes agree, naming the setting that differs."""
-    wrong = [name for name in own if own[name].shape != weights[name].shape]
-    if not wrong:
-        return
-    shapes = _first(
-        f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}" for name in wrong
-    )
-    raise InputError(
-        f"{source}: tensors of another shape than the model's: {shapes}."
-        + "".join(_reasons(model, own, weights))
-    )
+    model.load_state_dict(weights)
 
 
 def _reasons(
     model: ImageClassifier, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> Iterable[str]:
+) -> Iterator[str]:
     """Yield a sentence for each setting by which weights with the right names can differ."""
     classifier, stem = f"{model.classifier_name}.weight", f"{model.stem_names[0]}.weight"
     # A tensor of the wrong rank fits no setting.
@@ -214,25 +215,22 @@ def _reasons(
                 f" They tell {classes} classes apart, the model {own_classes}: "
                 "choose the data set that they were trained on."
             )
-        if features != own_features:
-            width, rest = divmod(model.width * features, own_features)
-            if rest == 0:
-                yield f" Their width is {width}, the model's {model.width}: pass --width {width}."
+        width, rest = divmod(model.width * features, own_features)
+        if rest == 0 and width != model.width:
+            yield f" Their width is {width}, the model's {model.width}: pass --width {width}."
     if own[stem].ndim == weights[stem].ndim and own[stem].shape[2:] != weights[stem].shape[2:]:
         size = weights[stem].shape[2]
         yield f" Their first convolution is {size}x{size}: choose the other --stem."
 
 
-def _first(names: Iterable[str]) -> str:
+def _first(names: list[str]) -> str:
     """Return the first few names joined, and how many more there are."""
-    names = list(names)
-    listed = ", ".join(names[:LISTED_KEYS])
     more = len(names) - LISTED_KEYS
-    return f"{listed} and {more} more" if more > 0 else listed
+    return ", ".join(names[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
-    """Return the file that ``path`` names, or raise :class:`InputError`."""
+    """Return the file that ``path`` names; refuse what cannot be read, and failed downloads."""
     file = Path(path)
     try:
         file = file.expanduser()
@@ -248,15 +246,10 @@ def _find(path: str | os.PathLike[str]) -> Path:
                 f"{file}: this folder has no {WEIGHTS_FILE}. Give a weights file, or the folder "
                 "of a run that has finished."
             )
-        return file / WEIGHTS_FILE
+        file /= WEIGHTS_FILE
     # A pipe or device could block forever.
-    if not stat.S_ISREG(mode):
+    elif not stat.S_ISREG(mode):
         raise InputError(f"{file}: not a regular file. Give a weights file or a run folder.")
-    return file
-
-
-def _check_is_no_text(file: Path) -> None:
-    """Raise :class:`InputError` for a failed download: nothing, a web page, an LFS pointer."""
     try:
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -275,6 +268,7 @@ def _check_is_no_text(file: Path) -> None:
             f"{file}: a web page, not weights. The download reached a log-in, consent or error "
             "page; download the file itself again."
         )
+    return file
 
 
 def _damaged(file: Path, kind: str, detail: str = "") -> str:
@@ -287,7 +281,6 @@ def _damaged(file: Path, kind: str, detail: str = "") -> str:
 
 
 def _read_safetensors(file: Path) -> object:
-    """Return the tensors of a safetensors file by name."""
     from safetensors.torch import load
 
     # From bytes, not from a mapping of the file, which a later truncation turns into a crash.
@@ -319,50 +312,3 @@ def _read_torch(file: Path) -> object:
         # Only these carry a sentence for people.
         detail = str(error).split("\n")[0].rstrip(".") if isinstance(error, RuntimeError) else ""
         raise InputError(_damaged(file, "torch.save", detail)) from error
-
-
-def _state_dict_of(file: Path, content: object) -> dict[str, Tensor]:
-    """Return the state dict that the content is, or has under a usual name."""
-    found = content
-    if isinstance(content, Mapping) and not _all_tensors(content):
-        wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)]
-        found = wrapped[0] if wrapped else content
-    if not isinstance(found, Mapping) or not found:
-        raise InputError(
-            f"{file}: expected a state dict (tensors by name), got {type(found).__name__}"
-            f"{' without entries' if isinstance(found, Mapping) else ''}. "
-            "Save model.state_dict() to it."
-        )
-    for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(
-                f"{file}: expected tensors by name, alone or under one of "
-                f"{', '.join(WRAPPER_KEYS)}; {name!r} is a {type(tensor).__name__}. "
-                "Save model.state_dict() to it."
-            )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise InputError(
-                f"{file}: {name} is not a dense tensor with values. Save a plain floating-point "
-                "model."
-            )
-    return {name: tensor.detach() for name, tensor in found.items()}
-
-
-def _all_tensors(content: Mapping[object, object]) -> bool:
-    return all(isinstance(value, Tensor) for value in content.values())
-
-
-def _strip_prefixes(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights without the prefixes that wrappers put before their names."""
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        short = name
-        while short.startswith(PREFIXES):
-            short = short.split(".", 1)[1]
-        if short in stripped:
-            raise InputError(
-                f"{file}: holds two sets of weights ({short} appears twice once the prefixes "
-                f"{', '.join(PREFIXES)} are removed). Save one state dict to it."
-            )
-        stripped[short] = tensor
-    return stripped

@@ -1,3 +1,40 @@
-"""What touches weights or gradients besides the optimiser, one file per policy."""
+"""Policies that go with any method; ``--policies`` chooses from ``POLICIES``."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cure_fast.config import Config
+from cure_fast.config.checks import find
+from cure_fast.errors import InputError
+from cure_fast.policies.average import EMA
+from cure_fast.policies.awp import AWP
+from cure_fast.policies.conserve import UPDATED
+from cure_fast.policies.piat import PIAT
+from cure_fast.step.policy import PolicyInfo
+
+POLICIES: dict[str, PolicyInfo] = {info.name: info for info in (PIAT, AWP, EMA)}
+
+# Title and caption of the charts of what policies record of each tensor, by its name in the rows.
+BY_TENSOR: dict[str, tuple[str, str]] = {"updated": UPDATED}
+
+
+def find_policy(name: str) -> PolicyInfo:
+    """Return the policy called ``name``; raise ``InputError`` for an unknown one."""
+    return find("--policies", POLICIES, name, expected="none or some of")
+
+
+def select_policies(config: Config, names: Sequence[str]) -> Config:
+    """Return ``config`` with these policies, in this order; those it has keep their settings.
+
+    Raises:
+        InputError: for an unknown policy, or one that comes twice.
+    """
+    chosen = {name: config.policies.get(name, find_policy(name).settings) for name in names}
+    if len(chosen) < len(names):
+        raise InputError(
+            f"--policies: expected each policy once, got {','.join(names)}. Write "
+            f"--policies {','.join(chosen)}."
+        )
+    return replace(config, policies=chosen)

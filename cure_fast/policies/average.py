@@ -1,145 +1,128 @@
-"""Policies that several methods share."""
+"""Averages of the trained weights over steps: CURE's revision model, SEAT's and IDBH's EMA."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from cure_fast.batch import Batch
+from cure_fast.config import MethodSettings
+from cure_fast.config.checks import check_fields
 from cure_fast.kernels import TensorList, ema_update_
-from cure_fast.step.method import Policy
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
+from cure_fast.step.policy import Policy, PolicyInfo
+from cure_fast.step.run import Run
 
 
-class Revision(Policy):
-    """Moves a second network towards the trained one by a stochastic momentum update (CURE, Eq. 7).
+class Average(Policy):
+    """Moves a second network towards the trained one, in each step or by the toss of a coin.
 
     Args:
-        network: the revision model, a copy of the trained one; moved in place.
-        decay: share of the old average that stays, in [0, 1].
-        rate: from the run to the probability of a move at this step, in [0, 1].
-        warmup: bound the decay by 1 - 1/(t+1) at step t, as the public code does.
+        network: a copy of the trained one, moved in place; ``name`` is its own in checkpoints.
+        decay: from the run to the share of the old average that stays, in [0, 1].
+        rate: from the run to the probability of a move at this step; None moves in every step.
         buffers: ``own`` leaves the network's buffers to its own forward passes, ``average`` moves
             them like the parameters.
-        order: move ``after`` the optimiser's step, or ``before`` the loss.
+        order: move ``after`` the optimiser's step, or ``before`` the attack.
     """
 
     moves_weights = False
 
     def __init__(
         self,
+        name: str,
         network: nn.Module,
         *,
-        decay: float,
-        rate: Callable[[Run], float],
-        warmup: bool = False,
+        decay: Callable[[Run], float],
+        rate: Callable[[Run], float] | None = None,
         buffers: Literal["own", "average"] = "own",
         order: Literal["after", "before"] = "after",
     ) -> None:
+        super().__init__()
+        self.name = name
         self.network = network
-        self.decay = decay
-        self.rate = rate
-        self.warmup = warmup
-        self.buffers = buffers
-        self.order = order
-        device = next(network.parameters()).device
-        self.moves = torch.zeros((), dtype=torch.int64, device=device)
+        self.networks = {name: network}
+        self.decay, self.rate = decay, rate
+        self.buffers, self.order = buffers, order
+        self.moves = torch.zeros((), dtype=torch.int64, device=next(network.parameters()).device)
+        self.state = {"moves": self.moves}
         self.lists: tuple[TensorList, TensorList] | None = None
 
-    @contextmanager
-    def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
-        """Move the network before the loss, where that is the order."""
+    def before(self, run: Run, batch: Batch) -> None:
+        """Move the network before the attack, where that is the order."""
         if self.order == "before":
-            self.move(run)
-        yield
+            rate = 1.0 if self.rate is None else self.rate(run)
+            self.move(run, decay=self.decay(run), rate=rate, step=run.step, skip=None)
 
-    def moved_before_loss(self) -> Sequence[Tensor]:
-        """Return the network's parameters and the count of moves, where it moves before the loss.
-
-        Its buffers are looked after as every network's are.
-        """
-        return [*self.network.parameters(), self.moves] if self.order == "before" else []
-
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: Run, batch: Batch) -> None:
         """Move the network after the optimiser's step, where that is the order."""
         if self.order == "after":
-            self.move(run)
+            number = run.engine.number
+            self.move(
+                run,
+                decay=number(f"{self.name} decay", self.decay),
+                rate=1.0 if self.rate is None else number(f"{self.name} rate", self.rate),
+                step=run.engine.step_number,
+                skip=run.engine.skip,
+            )
 
-    def move(self, run: Run) -> None:
+    def move(self, run: Run, *, rate: Any, **how: Any) -> None:
         """Toss the coin of this step and, where it lands, move every tensor."""
-        rate = run.engine.number("revision rate", self.rate)
         if isinstance(rate, float) and rate == 0:
             return
         if self.lists is None:
-            self.lists = self.tables(run)
-        moved = ema_update_(
-            *self.lists,
-            decay=run.engine.number("revision decay", lambda run: self.decay_at(run.step)),
-            rate=rate,
-            seed=run.config.run.seed,
-            step=run.engine.step_number,
-            skip=run.engine.skip,
-        )
-        self.moves += moved
-
-    def tables(self, run: Run) -> tuple[TensorList, TensorList]:
-        """Return what moves, and what it moves towards."""
-        averages, params = list(self.network.parameters()), list(run.model.parameters())
-        if self.buffers == "average":
-            averages += list(self.network.buffers())
-            params += list(run.model.buffers())
-        return TensorList(averages), TensorList(params)
-
-    def decay_at(self, step: int) -> float:
-        """Return the decay at 0-based ``step``; the public code's bound counts steps from 1."""
-        return min(1 - 1 / (step + 2), self.decay) if self.warmup else self.decay
+            own, theirs = (
+                [*net.parameters(), *(net.buffers() if self.buffers == "average" else ())]
+                for net in (self.network, run.model)
+            )
+            self.lists = TensorList(own), TensorList(theirs)
+        self.moves += ema_update_(*self.lists, rate=rate, seed=run.config.run.seed, **how)
 
     def epoch_metrics(self, run: Run) -> dict[str, Any]:
-        """Return the rate and the number of moves, as ``revision``."""
-        return {"revision": self.metrics(run)}
-
-    def metrics(self, run: Run) -> dict[str, Any]:
-        """Return the rate and the number of moves so far (reads one number from the device)."""
-        return {"rate": self.rate(run), "moves": int(self.moves)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of moves; the network itself is stored with the run's networks."""
-        return {"moves": int(self.moves)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the number of moves."""
-        self.moves.fill_(state["moves"])
+        """Return the rate and the number of moves, under the network's name."""
+        rate = 1.0 if self.rate is None else self.rate(run)
+        return {self.name: {"rate": rate, "moves": int(self.moves)}}
 
 
-def revision_rate(
-    rate: float,
-    decay: Literal["none", "freeze", "halve", "cosine"],
-    start: float,
-    *,
-    progress: float,
-    steps_past_start: int,
-) -> float:
-    """Return the probability of a revision move.
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """Return a copy with storage of its own, without gradients."""
+    return copy.deepcopy(network).requires_grad_(False)
 
-    The paper says that the rate decays gradually and gives no rule; the public code keeps it, or
-    halves it in every step once ``start`` is passed.
 
-    Args:
-        rate: probability at the start of the run.
-        decay: ``none`` keeps it, ``freeze`` sets it to 0 from ``start`` on, ``halve`` halves it in
-            each step from ``start`` on, ``cosine`` lets it fall to 0 over the whole run.
-        start: share of the run at which freeze and halve begin.
-        progress: share of the run's steps that is done, in [0, 1).
-        steps_past_start: number of steps since ``start``, 1 for the first.
-    """
-    if decay == "cosine":
-        return rate * (1 + math.cos(math.pi * progress)) / 2
-    if decay == "none" or progress < start:
-        return rate
-    return 0.0 if decay == "freeze" else rate * 0.5 ** min(steps_past_start, 1000)
+@dataclass(frozen=True, kw_only=True)
+class EmaSettings(MethodSettings):
+    """Exponential moving average of weights and buffers, which is what is evaluated."""
+
+    ema_decay: float = 0.999
+    """Share of the average that stays in each step, 0 to 1 (SEAT: 0.999)."""
+    ema_warmup: Literal["seat", "none"] = "seat"
+    """Bound that share by (t+1)/(t+10) in step t (seat), or not."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ema_decay=(0, 1))
+
+
+def build_ema(run: Run, settings: EmaSettings) -> Policy:
+    """Return the average of all parameters and buffers."""
+    bound = settings.ema_warmup == "seat"
+
+    def decay(run: Run) -> float:
+        t = run.step
+        return min(settings.ema_decay, (t + 1) / (t + 10)) if bound else settings.ema_decay
+
+    return Average("ema", frozen_copy(run.model), decay=decay, buffers="average")
+
+
+EMA = PolicyInfo(
+    name="ema",
+    label="EMA",
+    title="SEAT's average of weights and buffers after every step; evaluates the average",
+    paper="Wang and Wang, Self-Ensemble Adversarial Training, ICLR 2022",
+    settings=EmaSettings(),
+    build=build_ema,
+    result="ema",
+)

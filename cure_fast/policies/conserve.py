@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cure_fast.batch import Batch
+from cure_fast.classifier import ImageClassifier, block_first_convs
+from cure_fast.config import MethodSettings
+from cure_fast.config.checks import check_fields
 from cure_fast.errors import InputError
 from cure_fast.kernels import Selection, rgp_mask_
-from cure_fast.kernels.rgp import Score
-from cure_fast.models import ImageClassifier, block_first_convs
-from cure_fast.step.method import Policy, Terms
+from cure_fast.step.policy import Policy, Wanted
+from cure_fast.step.run import Run, Terms
 
-if TYPE_CHECKING:
-    from cure_fast.methods.cure import CureSettings
-    from cure_fast.training.trainer import Run
+# Title and caption of the chart of the epochs' ``updated``.
+UPDATED = (
+    "Weights updated per layer",
+    "Share of each tensor's weights whose gradient the mask kept, mean over the epoch's steps. "
+    "With --mask-scope tensor it is nearly constant by construction, near 100 less --percentile; "
+    "small tensors deviate, as they count in whole weights. Momentum and weight decay still move "
+    "the weights that are masked, but for --freeze hard.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConserveSettings(MethodSettings):
+    """Which weights are conserved in a step."""
+
+    percentile: float = 30.0
+    """Percent of each tensor's weights to conserve in a step, 0 to 100 (paper: 30, 50 or 20)."""
+    alpha: float = 0.1
+    """Weight of the natural gradient in the score, 0 to 1; 1 - alpha weighs the adversarial one.
+    The code's independent weights a and b equal alpha = a/(a+b), as only the order matters."""
+    score: Literal["abs", "signed", "abs_of_sum"] = "abs"
+    """Score: magnitudes (paper), signed sum (code), or magnitude of the sum."""
+    score_loss: Literal["ce", "kl"] = "ce"
+    """Adversarial loss in the score: CE(x') (paper), or the KL of Eq. 5 without beta (code)."""
+    mask_layers: Literal["all_but_classifier", "block_conv1", "conv", "all"] = "all_but_classifier"
+    """Tensors to mask: all but the classifier (default), each block's first convolution (code), all
+    convolutions, or all (paper: "each layer")."""
+    mask_stem: bool = True
+    """Mask the first convolution (and its BatchNorm) too (paper; the code leaves it out)."""
+    mask_scope: Literal["tensor", "global"] = "tensor"
+    """Percentile of each tensor (paper and code), or one over all masked tensors together."""
+    mask_every: int = 1
+    """Steps from one selection of the mask to the next, 1 or more. Above 1 the steps between keep
+    the mask they find and save the score's gradients: faster, and no longer the published CURE."""
+    freeze: Literal["grad", "hard"] = "grad"
+    """Masked weights: gradient zeroed, so that momentum and weight decay still move them (paper and
+    code), or held fast in this step (hard)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, percentile=(0, 100), alpha=(0, 1), mask_every=(1, 1_000_000))
 
 
 def maskable_parameters(
@@ -24,23 +66,18 @@ def maskable_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that the mask may touch, by name, in the model's order.
 
-    Args:
-        model: the network.
-        mask_layers: ``all_but_classifier``, ``block_conv1`` (first convolution of each block),
-            ``conv`` (convolutions) or ``all``.
-        mask_stem: whether the stem's tensors take part too.
-
     Raises:
         InputError: if no tensor is left.
     """
     parameters = dict(model.named_parameters())
-    stem = {name for name in parameters if _inside(name, model.stem_names)}
+    top = {name: name.split(".", 1)[0] for name in parameters}
+    stem = {name for name in parameters if top[name] in model.stem_names}
     if mask_layers == "block_conv1":
         chosen = set(block_first_convs(model)) | {n for n in stem if parameters[n].ndim == 4}
     elif mask_layers == "conv":
         chosen = {name for name, p in parameters.items() if p.ndim == 4}
     elif mask_layers == "all_but_classifier":
-        chosen = {name for name in parameters if not _inside(name, (model.classifier_name,))}
+        chosen = {name for name in parameters if top[name] != model.classifier_name}
     else:
         chosen = set(parameters)
     if not mask_stem:
@@ -50,25 +87,27 @@ def maskable_parameters(
     return {name: p for name, p in parameters.items() if name in chosen}
 
 
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    """Return whether the parameter ``name`` belongs to one of the top-level ``modules``."""
-    return name.split(".", 1)[0] in modules
-
-
 class Conserve(Policy):
     """Masks gradients of low prominence; counts the fraction of weights left to update.
 
     Args:
-        model: the network that is trained.
-        settings: CURE's settings.
         active: from the run to whether the step under way is masked.
+        by_update: the gradient that updates is the score too; else the score is a mixture of the
+            gradients of the terms ``natural_ce`` and ``adversarial_ce`` (or ``kl``) of the loss.
     """
 
     def __init__(
-        self, model: ImageClassifier, settings: CureSettings, active: Callable[[Run], bool]
+        self,
+        model: ImageClassifier,
+        settings: ConserveSettings,
+        *,
+        active: Callable[[Run], bool],
+        by_update: bool = False,
     ) -> None:
-        self.settings = settings
-        self.active = active
+        super().__init__()
+        self.settings, self.active, self.by_update = settings, active, by_update
+        # Terms of the loss whose gradients make the score.
+        self.scored = ("natural_ce", "adversarial_ce" if settings.score_loss == "ce" else "kl")
         self.moves_weights = settings.freeze == "hard"
         chosen = maskable_parameters(model, settings.mask_layers, settings.mask_stem)
         self.names = list(chosen)
@@ -76,61 +115,46 @@ class Conserve(Policy):
         device = self.parameters[0].device
         self.kept_sum = torch.zeros(len(self.names), device=device)
         self.kept_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.frozen: list[tuple[Tensor, Tensor]] = []
+        # Where freezing is hard: the weights before the step, and which of them are masked.
+        self.kept_weights: list[Tensor] = []
+        self.frozen: list[Tensor] = []
         # The last selection, where steps keep it, and whether it comes from a checkpoint.
         self.selection: Selection | None = None
         self.stored = False
 
-    def backward(self, run: Run, terms: Terms) -> None:
-        """Add every gradient of the terms, those of the score among them."""
-        if self.updates_by_score:
-            run.backward(self._direction(terms))
-            return
-        scored = ("natural_ce", self.adversarial_term) if self.selects(run) else ()
-        run.backward(
-            terms["total"],
-            further={name: terms[name] for name in scored},
-            parameters=self.parameters,
-        )
+    def wants(self, run: Run) -> dict[str, Wanted]:
+        """Return what the score is made of, in a step that selects the mask by it.
+
+        A score that is linear in the two gradients is the gradient of one mixture of the losses.
+        """
+        if not self.active(run) or self.by_update or not self.selects(run):
+            return {}
+        alpha = self.settings.alpha
+        if self.settings.score == "abs":
+            return {name: Wanted(itemgetter(name), self.parameters) for name in self.scored}
+
+        def mixture(terms: Terms) -> Tensor:
+            natural, adversarial = (terms[name] for name in self.scored)
+            return alpha * natural + (1 - alpha) * adversarial
+
+        return {"score": Wanted(mixture, self.parameters)}
+
+    def around(self, run: Run, batch: Batch) -> AbstractContextManager[None]:
+        """Keep the weights where freezing is hard, before another policy moves them."""
+        if self.settings.freeze == "hard" and self.active(run):
+            self.kept_weights = [parameter.detach().clone() for parameter in self.parameters]
+        return super().around(run, batch)
 
     def on_grads(self, run: Run) -> None:
         """Zero the masked entries of the maskable gradients in place."""
         if not self.active(run):
             return
-        kept = self._mask(run, self._grads())
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        assert len(grads) == len(self.parameters), "every maskable weight takes part in the loss"
+        kept = self._mask(run, grads)
         skip = run.engine.skip
         self.kept_sum += kept if skip is None else kept * ~skip
         self.kept_steps += 1 if skip is None else ~skip
-
-    @property
-    def updates_by_score(self) -> bool:
-        """Whether the gradient that updates is also the score."""
-        return self.settings.objective == "rgp" or self.settings.update == "prominence"
-
-    @property
-    def adversarial_term(self) -> str:
-        """Name of the loss whose gradient is the adversarial part of the score."""
-        return "adversarial_ce" if self.settings.score_loss == "ce" else "kl"
-
-    def _direction(self, terms: Terms) -> Tensor:
-        """Return the loss whose gradient updates: the total, or the score's mixture of losses."""
-        settings = self.settings
-        if settings.update == "total":
-            return terms["total"]
-        mixture = (
-            settings.alpha * terms["natural_ce"]
-            + (1 - settings.alpha) * terms[self.adversarial_term]
-        )
-        if settings.revision:
-            mixture = mixture + settings.gamma * terms["consistency"]
-        return mixture
-
-    def _grads(self) -> list[Tensor]:
-        grads = [parameter.grad for parameter in self.parameters]
-        assert all(grad is not None for grad in grads), (
-            "every maskable weight takes part in the loss"
-        )
-        return grads  # pyright: ignore[reportReturnType]
 
     def _mask(self, run: Run, grads: list[Tensor]) -> Tensor:
         """Mask the step's gradients; return the fraction kept, float32 [L]."""
@@ -139,12 +163,12 @@ class Conserve(Policy):
             assert self.selection is not None
             run.engine.mask(self.parameters, self.selection)
             return self.selection.kept
-        if self.updates_by_score:
+        if self.by_update:
             natural = adversarial = [grad.clone() for grad in grads]
+        elif settings.score == "abs":
+            natural, adversarial = (run.gradients[name] for name in self.scored)
         else:
-            natural = run.gradients["natural_ce"]
-            adversarial = run.gradients[self.adversarial_term]
-        score: Score = "abs" if settings.objective == "rgp" else settings.score
+            natural = adversarial = run.gradients["score"]
         if settings.mask_scope == "tensor" and settings.freeze == "grad":
             selection = run.engine.select(
                 self.parameters,
@@ -152,20 +176,17 @@ class Conserve(Policy):
                 adversarial,
                 percentile=settings.percentile,
                 alpha=settings.alpha,
-                score=score,
+                score=settings.score,
             )
             run.engine.mask(self.parameters, selection)
             if settings.mask_every > 1:
                 self.selection, self.stored = selection, False
             return selection.kept
-        keep = self._keep(natural, adversarial, score)
+        keep = self._keep(natural, adversarial)
         for grad, kept in zip(grads, keep, strict=True):
             grad.mul_(kept)
         if settings.freeze == "hard":
-            self.frozen = [
-                (kept == 0, parameter.detach().clone())
-                for kept, parameter in zip(keep, self.parameters, strict=True)
-            ]
+            self.frozen = [kept == 0 for kept in keep]
         return torch.stack([kept.mean() for kept in keep])
 
     def selects(self, run: Run) -> bool:
@@ -178,7 +199,7 @@ class Conserve(Policy):
             return "select"
         return "stored" if self.stored else "keep"
 
-    def _keep(self, natural: list[Tensor], adversarial: list[Tensor], score: Score) -> list[Tensor]:
+    def _keep(self, natural: list[Tensor], adversarial: list[Tensor]) -> list[Tensor]:
         """Return 1 where a weight may move, 0 where masked, float32, shaped as the weights."""
         shapes = [grad.shape for grad in natural]
         if self.settings.mask_scope == "global":
@@ -191,36 +212,37 @@ class Conserve(Policy):
             adversarial,
             percentile=self.settings.percentile,
             alpha=self.settings.alpha,
-            score=score,
+            score=self.settings.score,
         )
         if self.settings.mask_scope == "global":
             parts = keep[0].split([shape.numel() for shape in shapes])
             keep = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return keep
 
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: Run, batch: Batch) -> None:
         """Put masked weights back to their value before the step, where freezing is hard."""
         with torch.no_grad():
-            for (mask, before), parameter in zip(self.frozen, self.parameters, strict=False):
-                parameter.copy_(torch.where(mask, before, parameter))
-        self.frozen = []
+            for masked, before, parameter in zip(
+                self.frozen, self.kept_weights, self.parameters, strict=False
+            ):
+                parameter.copy_(torch.where(masked, before, parameter))
+        self.frozen, self.kept_weights = [], []
 
-    def epoch_metrics(self, run: Run) -> dict[str, object]:
-        """Return the fraction of weights updated per tensor over the epoch."""
-        return {"updated": self.take_updated()}
-
-    def take_updated(self) -> dict[str, float] | None:
-        """Return the mean fraction updated per tensor since the last call, or ``None``."""
+    def epoch_metrics(self, run: Run) -> dict[str, Any]:
+        """Return the mean fraction updated per tensor since the last call; None for no step."""
         if not self.kept_steps:
-            return None
+            return {"updated": None}
         fractions = (self.kept_sum / self.kept_steps).tolist()
         self.kept_sum.zero_()
         self.kept_steps.zero_()
-        return dict(zip(self.names, fractions, strict=True))
+        return {"updated": dict(zip(self.names, fractions, strict=True))}
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the counts of the epoch that is under way."""
-        state = {"kept_sum": self.kept_sum.cpu(), "kept_steps": int(self.kept_steps)}
+        state: dict[str, Any] = {
+            "kept_sum": self.kept_sum.cpu(),
+            "kept_steps": int(self.kept_steps),
+        }
         if self.selection is None:
             return state
         found = self.selection
@@ -232,9 +254,8 @@ class Conserve(Policy):
         ]
         return {**state, "masks": masks, "kept": found.kept.cpu()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counts."""
-        assert isinstance(state["kept_sum"], Tensor) and isinstance(state["kept_steps"], int)
         self.kept_sum.copy_(state["kept_sum"])
         self.kept_steps.fill_(state["kept_steps"])
         self.selection, self.stored = None, "masks" in state
@@ -243,12 +264,12 @@ class Conserve(Policy):
             device = self.kept_sum.device
             scores = [
                 torch.empty_like(parameter).copy_(~mask)
-                for parameter, mask in zip(self.parameters, state["masks"], strict=True)  # pyright: ignore[reportArgumentType]
+                for parameter, mask in zip(self.parameters, state["masks"], strict=True)
             ]
             count = len(scores)
             self.selection = Selection(
                 scores,
                 torch.ones(count, device=device),
-                state["kept"].to(device),  # pyright: ignore[reportAttributeAccessIssue]
+                state["kept"].to(device),
                 torch.zeros(count, dtype=torch.int32, device=device),
             )

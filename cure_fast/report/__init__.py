@@ -12,9 +12,6 @@ __all__ = ["rewrite_report", "write_report"]
 def rewrite_report(run_dir: Path) -> Path:
     """Write ``report.html`` of a run that nothing runs in, and return its path.
 
-    Args:
-        run_dir: folder that ``cure-fast train`` made.
-
     Raises:
         InputError: if another process runs in the folder, which writes the report itself at its
             end; and as :func:`write_report`.

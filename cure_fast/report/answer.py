@@ -6,23 +6,17 @@ import re
 from typing import Any
 
 from cure_fast.config.checks import format_pixel
+from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.report.html import Html, bullets, callout, code, element, join, paragraph
-from cure_fast.report.record import ModelScores, Record, Results, Score
-from cure_fast.report.text import (
-    MODELS,
-    attack_name,
-    data_name,
-    difference,
-    duration,
-    method_name,
-    percent,
-)
+from cure_fast.report.record import ModelScores, Record, Results
+from cure_fast.report.text import attack_name, data_name, difference, percent
+from cure_fast.runs.log import duration
 
 
 def answer(record: Record) -> Html:
     """Return the head of the page."""
     config = record.config
-    title = f"{method_name(config['method'])} on {data_name(config['data']['data'])}"
+    title = f"{record.label} on {data_name(config['data']['data'])}"
     parts = [
         element("p", "cure-fast report", class_="eyebrow"),
         element("h1", title),
@@ -40,31 +34,21 @@ def _setting_line(config: dict[str, Any]) -> str:
     model = config["model"]
     width = f", width {model['width']}" if model.get("width") is not None else ""
     seed = config.get("run", {}).get("seed")
-    parts = [
-        f"{model['model']}{width}",
-        f"recipe {config['name']}",
-        f"training eps {format_pixel(config['attack']['eps'])} (L-inf)",
-        "" if seed is None else f"seed {seed}",
-    ]
-    return " \N{MIDDLE DOT} ".join(part for part in parts if part)
+    parts = [f"{model['model']}{width}", f"recipe {config['name']}"]
+    parts.append(f"training eps {format_pixel(config['attack']['eps'])} (L-inf)")
+    parts += [] if seed is None else [f"seed {seed}"]
+    return " \N{MIDDLE DOT} ".join(parts)
 
 
-def strongest(scores: ModelScores) -> Score | None:
+def strongest(scores: ModelScores) -> AttackResult | None:
     """Return the score that the first sentence quotes: the longest PGD, else any other attack."""
-    lengths = {
-        name: int(match[1]) for name in scores.attacks if (match := re.fullmatch(r"pgd(\d+)", name))
-    }
-    if lengths:
-        return scores.attacks[max(lengths, key=lengths.__getitem__)]
-    others = [score for name, score in scores.attacks.items() if name != "natural"]
-    return others[0] if others else None
+    others = [name for name in scores.attacks if name != "natural"]
+    pgd = [name for name in others if re.fullmatch(r"pgd\d+", name)]
+    name = max(pgd, key=lambda name: int(name[3:]), default=others[0] if others else "")
+    return scores.attacks.get(name)
 
 
-def _number(score: Score) -> Html:
-    return element("strong", percent(score))
-
-
-def _images(score: Score, results: Results) -> str:
+def _images(score: AttackResult, results: Results) -> str:
     """Return which test images a score counts."""
     if score.count == results.test_images:
         return f"the {score.count:,} test images"
@@ -81,18 +65,16 @@ def _lead(record: Record) -> list[str]:
     parts: list[str] = ["The trained model ("]
     parts += [trained.title, ") classifies "]
     if natural:
-        parts += [_number(natural), f" of {_images(natural, results)} right"]
+        parts += [element("strong", percent(natural)), f" of {_images(natural, results)} right"]
     if robust:
         where = f"under {attack_name(robust.attack)} within eps {format_pixel(results.eps)}"
-        parts += [" and still " if natural else "", _number(robust), f" {where}"]
+        parts += [" and still " if natural else "", element("strong", percent(robust)), f" {where}"]
     parts.append(". ")
     if start:
         theirs = [start.attacks.get(s.attack) for s in (natural, robust) if s]
-        shown = [_number(score) for score in theirs if score]
-        if len(shown) == 2:
-            parts += [f"Before, the {start.title} had ", shown[0], " and ", shown[1], "."]
-        elif shown:
-            parts += [f"Before, the {start.title} had ", shown[0], "."]
+        shown = [element("strong", percent(score)) for score in theirs if score]
+        if shown:
+            parts += [f"Before, the {start.title} had ", Html(" and ".join(shown)), "."]
     else:
         parts.append("There is no naturally trained start to compare with in this run.")
     return parts
@@ -121,6 +103,8 @@ def _lead_unfinished(record: Record) -> list[str]:
         parts += [" and ", element("strong", f"{best.robust:.1f} %"), f" {attack} accuracy"]
     else:
         parts.append(" accuracy")
+    if best.network is not None:
+        parts.append(f" of its {best.network} network")
     held_out = "the" if best.count is None else f"{best.count:,}"
     return [*parts, f" on {held_out} validation images, held out of the training set."]
 
@@ -129,15 +113,12 @@ def _unfinished(record: Record) -> Html:
     done, planned = len(record.stage("train")), record.config["optim"]["epochs"]
     if done < planned:
         title = f"Training is not finished: {progress_line(record)}"
-        advice = [
-            "Continue it with ",
-            code("cure-fast train RUN --resume"),
-            ", RUN being this folder.",
-        ]
+        what, command = "Continue", "cure-fast train RUN --resume"
     else:
         title = f"Training is finished ({progress_line(record)}), but it is not evaluated"
-        advice = ["Evaluate it with ", code("cure-fast eval RUN"), ", RUN being this folder."]
-    return callout("note", title, paragraph("results.json is not in this folder. ", *advice))
+        what, command = "Evaluate", "cure-fast eval RUN"
+    text = f"results.json is not in this folder. {what} it with "
+    return callout("note", title, paragraph(text, code(command), ", RUN being this folder."))
 
 
 def _tiles(results: Results) -> Html:
@@ -165,7 +146,7 @@ def _warnings(results: Results) -> Html:
     doubtful, notes = [], []
     for key, model in results.models.items():
         for score in model.attacks.values():
-            name = f"{attack_name(score.attack)}, {MODELS.get(key, key)}: "
+            name = f"{attack_name(score.attack)}, {results.name(key)}: "
             if not score.reliable:
                 reasons = "; ".join(score.warnings) or "no reason was recorded"
                 doubtful.append(name + reasons)

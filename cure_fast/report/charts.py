@@ -1,20 +1,22 @@
-"""The charts of a run: accuracy, loss, learning rate, updated weights and speed over its epochs."""
+"""The charts of a run: accuracy, loss, learning rate, speed and its policies' over its epochs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from operator import attrgetter
 
 import numpy as np
 
-from cure_fast.report.html import Html, element, fold, paragraph, scroll, section, table
+from cure_fast.policies import BY_TENSOR
+from cure_fast.report.html import Html, element, figure, fold, paragraph, scroll, section, table
 from cure_fast.report.record import Epoch, Record, Step
 from cure_fast.report.svg import (
     Axis,
     Band,
     Line,
-    Mark,
     data_uri,
     encode_png,
     heat_colours,
@@ -22,10 +24,9 @@ from cure_fast.report.svg import (
     legend,
     line_chart,
     linear_axis,
-    log_axis,
     nice_step,
 )
-from cure_fast.report.text import attack_name, method_name, number
+from cure_fast.report.text import attack_name, number
 
 STAGES = ("pretrain", "train")
 TERMS = {
@@ -33,14 +34,11 @@ TERMS = {
     "natural_ce": "cross-entropy, natural",
     "adversarial_ce": "cross-entropy, adversarial",
     "kl": "KL(natural, adversarial)",
-    "consistency": "consistency with the revision model",
 }
 TERM_STYLES = ("c0", "c1", "c2", "c3", "c4", "c5")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
 # Points of a step line; more would not show on a screen.
 MOST_STEPS = 400
-# Speeds further apart than this share a logarithmic axis.
-WIDE_RANGE = 6
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Timeline:
         rows: list[Epoch | Step] = [*record.epochs, *record.steps]
         for row in rows:
             ends[row.stage] = max(ends.get(row.stage, 0.0), math.ceil(row.epoch))
-        return cls(ends["pretrain"], ends["train"], method_name(record.config["method"]))
+        return cls(ends["pretrain"], ends["train"], record.label)
 
     @property
     def length(self) -> float:
@@ -79,36 +77,31 @@ class Timeline:
         ticks += [(self.pretrain + t, str(t)) for t in second]
         return Axis(0.0, self.length, ticks, "epoch")
 
-    def bands(self) -> list[Band]:
-        """Return the stages, the first of them shaded."""
+    def chart(
+        self, lines: list[Line], y_axis: Axis, label: str, mark: tuple[float, str] | None = None
+    ) -> Html:
+        """Return a chart of lines over both stages, the first of them shaded."""
         bands = []
         if self.pretrain:
             bands.append(Band(0.0, self.pretrain, "natural pre-training", shaded=True))
         if self.train:
             bands.append(Band(self.pretrain, self.length, self.method, shaded=False))
-        return bands
+        return line_chart(lines, self.axis(), y_axis, label=label, bands=bands, mark=mark)
 
 
 def pieces(
     timeline: Timeline,
-    rows: Iterable[Epoch] | Iterable[Step],
-    value: Callable[[Epoch | Step], float | None],
+    rows: Sequence[Epoch] | Sequence[Step],
+    values: Iterable[float | None],
     unit: str = "",
 ) -> list[list[tuple[float, float, str]]]:
-    """Return the finite values of ``rows`` as one stretch of points per stage."""
+    """Return the finite values, one for each row, as one stretch of points per stage."""
     stretches: dict[str, list[tuple[float, float, str]]] = {name: [] for name in STAGES}
-    for row in rows:
-        y = value(row)
+    for row, y in zip(rows, values, strict=True):
         if y is not None and math.isfinite(y) and row.stage in stretches:
             text = f"{'pre-training ' if row.stage == 'pretrain' else ''}epoch {row.epoch:g}: "
             stretches[row.stage].append((timeline.x(row), y, f"{text}{y:.4g}{unit}"))
     return [stretch for stretch in stretches.values() if stretch]
-
-
-def figure(title: str, caption: str, *content: str, class_: str | None = None) -> Html:
-    """Return a titled figure with a caption below."""
-    heading = element("h3", title)
-    return element("figure", heading, *content, element("figcaption", caption), class_=class_)
 
 
 def missing(title: str, reason: str) -> Html:
@@ -121,7 +114,7 @@ def curves(record: Record) -> Html:
     if not record.epochs and not record.steps:
         reason = "metrics.jsonl holds no step and no epoch yet: training had not begun to log."
         return section("Training", paragraph(reason, class_="absent"), anchor="training")
-    timeline = Timeline.of(record)
+    timeline, rows = Timeline.of(record), record.stage("train")
     charts = [
         accuracy_chart(record, timeline),
         loss_chart(record, timeline),
@@ -131,7 +124,7 @@ def curves(record: Record) -> Html:
     return section(
         "Training",
         element("div", *charts, class_="charts"),
-        updated_chart(record),
+        *(_heat(rows, key) for key in dict.fromkeys(key for row in rows for key in row.by_tensor)),
         epoch_table(record),
         anchor="training",
     )
@@ -145,13 +138,20 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
         return missing(title, "No epoch with a validation has finished yet.")
     attacks = sorted({attack_name(row.attack) for row in rows if row.attack})
     robust = f"under {' or '.join(attacks)}" if attacks else "under attack"
+    network = next((row.network for row in rows if row.network is not None), None)
+    of = "" if network is None else f" ({network} network)"
     lines = [
-        Line("natural", "natural", pieces(timeline, rows, _field("natural"), " %")),
-        Line(robust, "robust", pieces(timeline, rows, _field("robust"), " %"), "6 3", "square"),
+        Line(name, style, pieces(timeline, rows, map(attrgetter(field), rows), " %"), dash, marker)
+        for name, field, style, dash, marker in (
+            (f"natural{of}", "natural", "natural", "", "circle"),
+            (f"{robust}{of}", "robust", "robust", "6 3", "square"),
+            ("natural (raw network)", "raw_natural", "c3", "2 3", "circle"),
+            (f"{robust} (raw network)", "raw_robust", "c4", "2 3", "square"),
+        )
     ]
     lines = [line for line in lines if line.pieces]
     best = record.best
-    mark = Mark(timeline.x(best), f"best: epoch {best.epoch}") if best else None
+    mark = (timeline.x(best), f"best: epoch {best.epoch}") if best else None
     counts = sorted({row.count for row in rows if row.count})
     caption = (
         f"{' or '.join(f'{c:,}' for c in counts)} images held out of the training set pick the "
@@ -159,42 +159,27 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
     )
     if timeline.pretrain and attacks:
         caption += " Natural pre-training is judged by natural accuracy alone."
-    y_axis = linear_axis(100, "accuracy in %")
-    chart = line_chart(
-        lines,
-        timeline.axis(),
-        y_axis,
-        label=f"Natural accuracy and accuracy {robust} by epoch, in percent",
-        bands=timeline.bands(),
-        mark=mark,
-    )
+    if network is not None:
+        caption += (
+            f" The {network} network is the run's result, which decides; raw is the network that "
+            "the optimiser moves."
+        )
+    label = f"Natural accuracy and accuracy {robust} by epoch, in percent"
+    chart = timeline.chart(lines, linear_axis(100, "accuracy in %"), label, mark)
     return figure(title, caption, legend(lines), chart)
-
-
-def _field(name: str) -> Callable[[Epoch | Step], float | None]:
-    return lambda row: getattr(row, name)
-
-
-def _term(name: str) -> Callable[[Epoch | Step], float | None]:
-    return lambda row: row.terms.get(name)
 
 
 def loss_chart(record: Record, timeline: Timeline) -> Html:
     """Return each term of the loss by epoch, and the total of single steps behind them."""
     names = list(dict.fromkeys(name for row in record.epochs for name in row.terms))
     names = sorted(names, key=lambda name: name != "total")
-    lines = [
-        Line(
-            TERMS.get(name, name.replace("_", " ")),
-            TERM_STYLES[index % len(TERM_STYLES)],
-            pieces(timeline, record.epochs, _term(name)),
-            DASHES[index % len(DASHES)],
-        )
-        for index, name in enumerate(names)
-    ]
+    lines = []
+    for name, style, dash in zip(names, cycle(TERM_STYLES), cycle(DASHES), strict=False):
+        points = pieces(timeline, record.epochs, (row.terms.get(name) for row in record.epochs))
+        lines.append(Line(TERMS.get(name, name.replace("_", " ")), style, points, dash))
     lines = [line for line in lines if line.pieces]
-    every = max(1, math.ceil(len(record.steps) / MOST_STEPS))
-    single = pieces(timeline, record.steps[::every], _term("total"))
+    shown = record.steps[:: max(1, math.ceil(len(record.steps) / MOST_STEPS))]
+    single = pieces(timeline, shown, (row.terms.get("total") for row in shown))
     heights = [y for line in lines for piece in line.pieces for _, y, _ in piece]
     steps = [y for piece in single for _, y, _ in piece]
     if not heights and not steps:
@@ -205,35 +190,24 @@ def loss_chart(record: Record, timeline: Timeline) -> Html:
     caption = "Means over each epoch, of natural and adversarial training batches."
     if any(y > high for y in steps):
         caption += " Single steps above the axis are cut off."
-    chart = line_chart(
-        lines,
-        timeline.axis(),
-        linear_axis(high, "loss", low=min(0.0, *heights, *steps)),
-        label="Terms of the loss by epoch",
-        bands=timeline.bands(),
-    )
+    axis = linear_axis(high, "loss", low=min(0.0, *heights, *steps))
+    chart = timeline.chart(lines, axis, "Terms of the loss by epoch")
     return figure("Loss", caption, legend(lines), chart)
 
 
 def rate_chart(record: Record, timeline: Timeline) -> Html:
     """Return the learning rate over the run."""
     rows = record.steps or record.epochs
-    every = max(1, math.ceil(len(rows) / MOST_STEPS))
-    line = Line("learning rate", "c1", pieces(timeline, rows[::every], _field("lr")), marker="none")
+    rows = rows[:: max(1, math.ceil(len(rows) / MOST_STEPS))]
+    points = pieces(timeline, rows, (row.lr for row in rows))
+    line = Line("learning rate", "c1", points, marker="none")
     if not line.pieces:
         return missing("Learning rate", "No step was logged.")
     high = max(y for piece in line.pieces for _, y, _ in piece)
-    optim = record.config["optim"]
-    caption = (
-        f"Schedule {optim.get('schedule', 'not recorded')}, peak {optim.get('lr', 'not recorded')}."
-    )
-    chart = line_chart(
-        [line],
-        timeline.axis(),
-        linear_axis(high, "learning rate"),
-        label="Learning rate over the epochs",
-        bands=timeline.bands(),
-    )
+    schedule, peak = (record.config["optim"].get(k, "not recorded") for k in ("schedule", "lr"))
+    caption = f"Schedule {schedule}, peak {peak}."
+    axis = linear_axis(high, "learning rate")
+    chart = timeline.chart([line], axis, "Learning rate over the epochs")
     return figure("Learning rate", caption, chart)
 
 
@@ -241,68 +215,28 @@ def speed_chart(record: Record, timeline: Timeline) -> Html:
     """Return the training images per second of each epoch."""
     # An epoch that is resumed behind its last step trains on no image.
     rows = [row for row in record.epochs if row.images_per_s]
-    line = Line("images/s", "c3", pieces(timeline, rows, _field("images_per_s"), " images/s"))
-    speeds = [y for piece in line.pieces for _, y, _ in piece]
-    if not speeds:
+    points = pieces(timeline, rows, (row.images_per_s for row in rows), " images/s")
+    if not points:
         return missing("Speed", "No epoch has finished yet.")
-    if max(speeds) / min(speeds) > WIDE_RANGE:
-        axis, scale = log_axis(min(speeds), max(speeds), "images/s"), " The axis is logarithmic."
-    else:
-        axis, scale = linear_axis(max(speeds), "images/s"), ""
-    caption = f"Training images per second, validation not counted.{scale}"
-    chart = line_chart(
-        [line],
-        timeline.axis(),
-        axis,
-        label="Training images per second by epoch",
-        bands=timeline.bands(),
-    )
-    return figure("Speed", caption, chart)
+    axis = linear_axis(max(y for piece in points for _, y, _ in piece), "images/s")
+    lines = [Line("images/s", "c3", points)]
+    chart = timeline.chart(lines, axis, "Training images per second by epoch")
+    return figure("Speed", "Training images per second, validation not counted.", chart)
 
 
-def updated_chart(record: Record) -> Html:
-    """Return the fraction of weights whose gradient was kept, by tensor and epoch."""
-    title = "Weights updated per layer"
-    settings = record.config.get("settings") or {}
-    rows = [row for row in record.stage("train") if row.updated]
-    if not rows:
-        reason = (
-            "No epoch with a mask has finished yet."
-            if settings.get("rgp")
-            else "This method masks no gradients: every weight is updated in every step."
-        )
-        return missing(title, reason)
-    names = list(dict.fromkeys(name for row in rows for name in row.updated or {}))
-    values = np.array([[(row.updated or {}).get(name, np.nan) for row in rows] for name in names])
+def _heat(epochs: list[Epoch], key: str) -> Html:
+    """Return a heat map by tensor and epoch of what policies recorded of each tensor."""
+    title, caption = BY_TENSOR.get(key, (f"{key.replace('_', ' ')} by tensor", ""))
+    rows = {row.epoch: row.by_tensor[key] for row in epochs if key in row.by_tensor}
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    values = np.array([[row.get(name, np.nan) for row in rows.values()] for name in names])
     low, high = 100 * np.nanmin(values), 100 * np.nanmax(values)
-    caption = (
-        "Share of each tensor's weights whose gradient the mask kept, mean over the epoch's steps "
-        f"({low:.1f} to {high:.1f} % here). "
-    )
-    if settings.get("mask_scope", "tensor") == "tensor":
-        percentile = settings.get("percentile")
-        kept = "" if percentile is None else f", near {100 - percentile:g} %"
-        caption += (
-            f"The mask cuts at a percentile of each tensor by itself, so this share is nearly "
-            f"constant by construction{kept}; small tensors deviate as they count in whole weights."
-        )
-    else:
-        caption += "The mask cuts at one percentile over all tensors, so layers differ."
-    if settings.get("freeze", "grad") == "grad":
-        caption += " Momentum and weight decay still move the weights that are masked."
-    drawing = heat_map(names, [str(row.epoch) for row in rows], values, label=f"{title}. {caption}")
-    scale = element(
-        "p",
-        "0 %",
-        element("img", src=_scale(), alt="colour scale from dark blue to yellow"),
-        "100 %",
-        class_="scale",
-    )
+    caption = f"{caption} Here {low:.1f} to {high:.1f} %.".lstrip()
+    drawing = heat_map(names, [str(epoch) for epoch in rows], values, label=f"{title}. {caption}")
+    colours = data_uri(encode_png(heat_colours(np.linspace(0, 1, 128)[None, :])))
+    image = element("img", src=colours, alt="colour scale from dark blue to yellow")
+    scale = element("p", "0 %", image, "100 %", class_="scale")
     return figure(title, caption, scale, scroll(drawing, title), class_="wide")
-
-
-def _scale() -> str:
-    return data_uri(encode_png(heat_colours(np.linspace(0, 1, 128)[None, :])))
 
 
 def epoch_table(record: Record) -> Html:
@@ -311,15 +245,23 @@ def epoch_table(record: Record) -> Html:
         return paragraph("No epoch has finished yet.", class_="absent")
     names = list(dict.fromkeys(name for row in record.epochs for name in row.terms))
     header = ["Epoch", "Natural %", "Robust %", "Learning rate", "Images/s", "Seconds"]
-    header += [name.replace("_", " ") for name in names]
+    raw = {
+        name: [getattr(r, name) for r in record.epochs] for name in ("raw_natural", "raw_robust")
+    }
+    further = {name: values for name, values in raw.items() if set(values) != {None}}
+    for name in dict.fromkeys(name for row in record.epochs for name in row.numbers):
+        further[name] = [row.numbers.get(name) for row in record.epochs]
+    header += [name.replace("_", " ") for name in (*names, *further)]
     best = record.best
     rows = []
-    for row in record.epochs:
+    for index, row in enumerate(record.epochs):
         stage = "pre-training " if row.stage == "pretrain" else ""
         star = " (best)" if best is not None and row is best else ""
         cells = [f"{stage}{row.epoch}{star}", _cell(row.natural, ".1f"), _cell(row.robust, ".1f")]
         cells += [f"{row.lr:.3g}", _cell(row.images_per_s, ",.0f"), _cell(row.seconds, ".1f")]
-        rows.append([*cells, *(number(row.terms[n]) if n in row.terms else "" for n in names)])
+        values = [row.terms.get(name) for name in names]
+        values += [column[index] for column in further.values()]
+        rows.append([*cells, *("" if value is None else number(value) for value in values)])
     whole = table(
         header, rows, caption="Validation accuracy and mean loss of every epoch", class_="numbers"
     )

@@ -10,10 +10,10 @@ from typing import Any
 from cure_fast.report.answer import progress_line
 from cure_fast.report.html import Html, code, element, fold, paragraph, section, table
 from cure_fast.report.record import Record
-from cure_fast.report.text import duration, setting, size
+from cure_fast.report.text import setting, size
+from cure_fast.runs.log import duration
 
 SECTIONS = {
-    "settings": "Method",
     "data": "Data",
     "model": "Model",
     "pretrain": "Natural pre-training",
@@ -23,23 +23,15 @@ SECTIONS = {
     "run": "Run",
 }
 FIELDS = "Every field is a flag of cure-fast train"
+# What is not called as its entry.
 ENVIRONMENT = {
-    "started": "Started",
     "cure_fast": "cure-fast",
-    "commit": "Commit",
-    "python": "Python",
     "torch": "PyTorch",
-    "torchvision": "torchvision",
-    "triton": "Triton",
     "numpy": "NumPy",
     "ffcv": "FFCV",
-    "pyautoattack": "pyautoattack",
-    "platform": "Platform",
     "cpu": "Processor",
-    "threads": "Threads",
     "gpu": "GPU",
     "driver": "GPU driver",
-    "loader": "Loader",
 }
 FILES = {
     "config.json": "the resolved configuration",
@@ -49,7 +41,6 @@ FILES = {
     "examples.npz": "the pictures above, as arrays",
     "model.safetensors": "weights of the best epoch",
     "start.safetensors": "weights that training started from",
-    "revision.safetensors": "weights of the revision model at the best epoch",
     "checkpoints": "what --resume continues from",
     "tensorboard": "the same metrics for TensorBoard",
     "evaluation": "finished parts of the evaluation",
@@ -58,9 +49,8 @@ FILES = {
 
 def details(record: Record) -> Html:
     """Return the sections on settings, machine and files."""
-    return element(
-        "div", _run(record), _settings(record), _environment(record), _files(record.folder)
-    )
+    parts = (_run(record), _settings(record), _environment(record), _files(record.folder))
+    return element("div", *parts)
 
 
 def _run(record: Record) -> Html:
@@ -69,8 +59,8 @@ def _run(record: Record) -> Html:
     command = (record.environment or {}).get("command")
     if isinstance(command, list) and command:
         parts.append(paragraph("This command made the run:"))
-        line = shlex.join(str(word) for word in command)
-        parts.append(element("pre", code(line), tabindex="0", aria_label="Command line"))
+        line = code(shlex.join(map(str, command)))
+        parts.append(element("pre", line, tabindex="0", aria_label="Command line"))
     else:
         reason = "The command line is not known: environment.json is not in this folder."
         parts.append(paragraph(reason, class_="absent"))
@@ -86,9 +76,6 @@ def _run(record: Record) -> Html:
     # In order, each once: a run may have gone on by another engine than it began with.
     if engines := dict.fromkeys(row.engine for row in record.stage("train") if row.engine):
         parts.append(paragraph(f"Engine of its steps: {'; then '.join(engines)}."))
-    moves = [row.moves for row in record.stage("train") if row.moves is not None]
-    if moves:
-        parts.append(paragraph(f"The revision model was updated {sum(moves):,} times."))
     if record.cut_off:
         text = "The last line of metrics.jsonl was cut off and is left out."
         parts.append(paragraph(text, class_="absent"))
@@ -98,18 +85,18 @@ def _run(record: Record) -> Html:
 def _settings(record: Record) -> Html:
     """Return every field of the configuration, folded by section."""
     config = record.config
-    method = f"Method: {config['method']}"
+    found = {f"Method: {config['method']}": config.get("settings")}
+    found |= {f"Policy: {name}": v for name, v in (config.get("policies") or {}).items()}
+    found |= {title: config.get(name) for name, title in SECTIONS.items()}
     folds = []
-    for name, title in SECTIONS.items():
-        values = config.get(name)
+    for title, values in found.items():
         if isinstance(values, Mapping) and values:
             rows: list[list[str]] = [
                 [code(f"--{key.replace('_', '-')}"), setting(key, value)]
                 for key, value in values.items()
             ]
-            heading = method if name == "settings" else title
             listing = table(["Flag", "Value"], rows, caption=FIELDS, class_="texts")
-            folds.append(fold(heading, listing))
+            folds.append(fold(title, listing))
     return section("Settings", *folds, anchor="settings")
 
 
@@ -123,10 +110,12 @@ def _environment(record: Record) -> Html:
     known.pop("command", None)
     if known.get("commit") and dirty:
         known["commit"] = f"{known['commit']}, with changes that are not committed"
-    names = [n for n in ENVIRONMENT if n in known] + [n for n in known if n not in ENVIRONMENT]
     rows: list[list[str]] = [
-        [ENVIRONMENT.get(name, name), "none" if known[name] is None else setting(name, known[name])]
-        for name in names
+        [
+            ENVIRONMENT.get(name, name.capitalize()),
+            "none" if value is None else setting(name, value),
+        ]
+        for name, value in known.items()
     ]
     caption = "As they were when training was last started"
     listing = table(["What", "Value"], rows, caption=caption, class_="texts")
@@ -143,11 +132,16 @@ def _files(folder: Path) -> Html:
         total = size(sum(p.stat().st_size for p in inside))
         label = f"{path.name}/" if path.is_dir() else path.name
         within = f" in {len(inside)}" if path.is_dir() else ""
-        rows.append([code(label), FILES.get(path.name, ""), f"{total}{within}"])
-    listing = table(
-        ["Name", "What it holds", "Size (in files)"],
-        rows,
-        caption="When this page was written",
-        class_="texts",
-    )
+        rows.append([code(label), _content(path), f"{total}{within}"])
+    header, caption = ["Name", "What it holds", "Size (in files)"], "When this page was written"
+    listing = table(header, rows, caption=caption, class_="texts")
     return section("Files in this folder", listing, anchor="files")
+
+
+def _content(path: Path) -> str:
+    """Return what an entry of the run folder holds; nothing for one that is not the run's."""
+    if path.name in FILES or path.suffix != ".safetensors":
+        return FILES.get(path.name, "")
+    if path.stem.startswith("teacher-"):
+        return "weights of a teacher"
+    return f"weights of the {path.stem} network at the best epoch"

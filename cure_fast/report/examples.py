@@ -32,11 +32,6 @@ class Examples:
     predictions: dict[tuple[str, str], np.ndarray]
 
 
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
-
-
 def read_examples(path: Path) -> Examples | None:
     """Return the example images, or ``None`` where the file is not there.
 
@@ -44,12 +39,11 @@ def read_examples(path: Path) -> Examples | None:
         InputError: if the file is damaged, or arrays do not fit together.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            arrays = {n.removesuffix(".npy"): _read_array(archive, n) for n in names}
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path}: expected arrays of images, but reading failed: {error}."
         ) from error

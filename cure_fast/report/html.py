@@ -19,13 +19,10 @@ def join(parts: list[Html]) -> Html:
 
 
 def element(name: str, /, *content: str, **attributes: str | float | bool | None) -> Html:
-    """Return one element.
+    """Return one element with its children in order; plain strings are escaped.
 
-    Args:
-        name: tag name.
-        content: children in order; plain strings are escaped.
-        attributes: by name, with ``_`` for ``-`` and a trailing ``_`` dropped (``class_``);
-            ``None`` and ``False`` leave the attribute out, ``True`` writes its name alone.
+    Attributes have ``_`` for ``-``, and a trailing ``_`` is dropped (``class_``); ``None`` and
+    ``False`` leave the attribute out, ``True`` writes its name alone.
     """
     written = [name]
     for key, value in attributes.items():
@@ -44,14 +41,7 @@ def element(name: str, /, *content: str, **attributes: str | float | bool | None
 def table(
     header: list[str], rows: list[list[str]], *, caption: str, class_: str | None = None
 ) -> Html:
-    """Return a table that scrolls sideways on narrow screens; the first cell of a row heads it.
-
-    Args:
-        header: one heading per column.
-        rows: cells; plain strings are escaped.
-        caption: says what the table shows.
-        class_: CSS class of the table.
-    """
+    """Return a table that scrolls sideways on narrow screens; the first cell of a row heads it."""
     head = [element("th", cell, scope="col") for cell in header]
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", c) for c in row[1:]))
@@ -72,6 +62,12 @@ def section(title: str, *content: str, anchor: str) -> Html:
     """Return a headed section."""
     heading = element("h2", title, id=f"{anchor}-title")
     return element("section", heading, *content, id=anchor, aria_labelledby=f"{anchor}-title")
+
+
+def figure(title: str, caption: str, *content: str, class_: str | None = None) -> Html:
+    """Return a titled figure with a caption below."""
+    heading = element("h3", title)
+    return element("figure", heading, *content, element("figcaption", caption), class_=class_)
 
 
 def fold(summary: str, *content: str, open_: bool = False) -> Html:

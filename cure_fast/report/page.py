@@ -14,7 +14,7 @@ from cure_fast.report.html import Html, element, join
 from cure_fast.report.pictures import pictures
 from cure_fast.report.record import Record, read_record
 from cure_fast.report.results import how_to_read, results_section
-from cure_fast.report.text import data_name, method_name
+from cure_fast.report.text import data_name
 
 # The page holds all it shows: a browser is told to load nothing from anywhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -26,9 +26,6 @@ def write_report(run_dir: Path) -> Path:
     The page is one file without scripts that loads nothing. It is written under a temporary name
     and renamed, so a reader sees the old page or the new one. A run may be unfinished: the page
     then says what is missing.
-
-    Args:
-        run_dir: folder that ``cure-fast train`` made.
 
     Raises:
         InputError: if ``config.json`` or ``metrics.jsonl`` is missing, any file is damaged, or the
@@ -46,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 def render(record: Record) -> str:
     """Return the whole page."""
-    method, data = record.config["method"], record.config["data"]["data"]
+    title = f"{record.label} on {data_name(record.config['data']['data'])}, cure-fast report"
     style = files("cure_fast.report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -54,7 +51,7 @@ def render(record: Record) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{method_name(method)} on {data_name(data)}, cure-fast report"),
+        element("title", title),
         element("style", Html(style)),
     )
     main = element(

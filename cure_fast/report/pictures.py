@@ -11,9 +11,6 @@ from cure_fast.report.record import Record
 from cure_fast.report.svg import data_uri, encode_png
 from cure_fast.report.text import class_name
 
-# Which network the two columns of a model were made against.
-AGAINST = {"start": "the start", "trained": "the trained model"}
-
 
 def pictures(record: Record) -> Html:
     """Return the section with one row per example image."""
@@ -23,36 +20,36 @@ def pictures(record: Record) -> Html:
         reason = "There are no pictures: examples.npz is not in this folder. It is written by "
         advice = paragraph(reason, code("cure-fast eval"), ".", class_="absent")
         return section(title, advice, anchor=anchor)
-    eps = radius(record)
+    results, config = record.results, record.config
+    # That of the evaluation, in pixel units.
+    eps = config.get("eval", {}).get("eval_eps") or config["attack"]["eps"]
+    eps, classes = (results.eps, results.classes) if results else (eps, [])
     factor = 0.5 / eps if eps else 1.0
-    classes = record.results.classes if record.results else []
     text = (
         f"Each difference is multiplied by {factor:.3g} around grey, so that grey is no change, "
         f"and black and white are the full radius eps = {format_pixel(eps)} down and up. Below "
         "each picture stands what the model takes it for: \N{CHECK MARK} right, \N{BALLOT X} wrong."
     )
+    result = "trained" if results is None else results.name("trained")
+    names = {"start": "start", "trained": "trained model" if result == "trained" else result}
     header = ["True class", "Natural image"]
     for model in examples.adversarial:
-        header += [f"Adversarial to {AGAINST[model]}", "Difference"]
-    rows = [_row(examples, index, classes, factor) for index in range(len(examples.labels))]
+        header += [f"Adversarial to the {names[model]}", "Difference"]
+    count = len(examples.labels)
+    rows = [_row(examples, index, classes, factor, names) for index in range(count)]
     head = element("tr", *(element("th", cell, scope="col") for cell in header))
     grid = element("table", element("thead", head), element("tbody", *rows), class_="pictures")
     return section(title, paragraph(text), scroll(grid, title), anchor=anchor)
 
 
-def radius(record: Record) -> float:
-    """Return the radius of the evaluation in pixel units."""
-    if record.results is not None:
-        return record.results.eps
-    return record.config.get("eval", {}).get("eval_eps") or record.config["attack"]["eps"]
-
-
-def _row(examples: Examples, index: int, classes: list[str], factor: float) -> Html:
+def _row(
+    examples: Examples, index: int, classes: list[str], factor: float, names: dict[str, str]
+) -> Html:
     label = int(examples.labels[index])
     true = class_name(classes, label)
     natural = examples.natural[index]
     verdicts = [
-        _verdict(f"{model}: ", examples.predictions[model, "natural"][index], label, classes)
+        _verdict(f"{names[model]}: ", examples.predictions[model, "natural"][index], label, classes)
         for model in examples.adversarial
     ]
     cells = [
@@ -61,7 +58,7 @@ def _row(examples: Examples, index: int, classes: list[str], factor: float) -> H
     ]
     for model, images in examples.adversarial.items():
         adversarial = images[index]
-        against = AGAINST[model]
+        against = f"the {names[model]}"
         verdict = _verdict("", examples.predictions[model, "adversarial"][index], label, classes)
         difference = adversarial.astype(np.float64) - natural
         largest = element("span", f"largest {_pixel(np.abs(difference).max())}", class_="verdict")

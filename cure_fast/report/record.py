@@ -10,15 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from cure_fast.errors import InputError
+from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.record import shown_name
+from cure_fast.methods import labels
 from cure_fast.report.examples import Examples, read_examples
+from cure_fast.runs.log import rows_of
 
 # Fields of config.json without which a page cannot say what was trained.
 REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "epochs"))
 
 
+# What an epoch's row holds of every run; the rest is of its policies.
+COMMON = frozenset(
+    {"event", "stage", "epoch", "step", "lr", "terms", "skipped", "micro_batch_size", "images"}
+    | {"seconds", "images_per_s", "engine", "validation"}
+)
+
+
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: learning rate, mean loss terms, speed, engine, validation in percent."""
+    """A finished epoch: learning rate, mean loss terms, speed, engine, validation in percent.
+
+    Attributes:
+        network: the run's result, which ``natural`` and ``robust`` are of, where that is another
+            network than the trained one.
+        raw_natural: what the trained network reaches then, and
+        raw_robust: under attack.
+        numbers: what policies recorded, by name.
+        by_tensor: the same where it is one number per tensor of the network.
+    """
 
     stage: str
     epoch: int
@@ -31,8 +51,11 @@ class Epoch:
     robust: float | None = None
     attack: str | None = None
     count: int | None = None
-    updated: dict[str, float] | None = None
-    moves: int | None = None
+    network: str | None = None
+    raw_natural: float | None = None
+    raw_robust: float | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+    by_tensor: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,30 +69,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What one attack left of one model: ``correct`` of ``count`` test images."""
-
-    attack: str
-    correct: int
-    count: int
-    seconds: float | None
-    precision: str
-    settings: dict[str, Any]
-    warnings: list[str]
-    reliable: bool
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy in percent."""
-        return 100 * self.correct / self.count
-
-
-@dataclass(frozen=True)
 class ModelScores:
     """One model's scores by attack, and its harmonic means of natural and robust accuracy."""
 
     title: str
-    attacks: dict[str, Score]
+    attacks: dict[str, AttackResult]
     nrr: dict[str, float]
 
 
@@ -83,6 +87,17 @@ class Results:
     paper: dict[str, Any] | None
     models: dict[str, ModelScores]
     warnings: list[str]
+    network: str = "model"
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the networks in the order of comparison: start, the run's result, further."""
+        return sorted(self.models, key=lambda key: {"start": 0, "trained": 1}.get(key, 2))
+
+    def name(self, key: str) -> str:
+        """Return what the page calls a network."""
+        name = shown_name(key, self.network)
+        return name if name in ("start", "trained") else f"{name} network"
 
     @property
     def attacks(self) -> list[str]:
@@ -102,6 +117,11 @@ class Record:
     cut_off: bool
     results: Results | None
     examples: Examples | None = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """Method and policies as papers write them; names that are not known as they are."""
+        return labels(self.config["method"], self.config.get("policies") or ())
 
     def stage(self, name: str) -> list[Epoch]:
         """Return the finished epochs of a stage (``pretrain`` or ``train``)."""
@@ -170,6 +190,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         values = _take(config, section, dict, str(path))
         kind = str if section in ("data", "model") else float
         _take(values, name, kind, f"{path}, {section}")
+    policies = _maybe(config, "policies", dict, str(path)) or {}
+    for name in policies:
+        _take(policies, name, dict, f"{path}, policies")
 
 
 def _take(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
@@ -193,34 +216,22 @@ def read_metrics(path: Path) -> tuple[list[Epoch], list[Step], bool]:
     """Return the epochs, the steps, and whether the last line was cut off (and left out).
 
     An epoch written twice, as a resumed run may do, counts once: the later row.
-
-    Raises:
-        InputError: if the file is missing or a line other than the last is damaged.
     """
     try:
-        lines = path.read_bytes().rstrip().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected the metrics of a run: {error.strerror}.") from error
     epochs: dict[tuple[str, int], Epoch] = {}
     steps: list[Step] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in rows_of(path, content):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return list(epochs.values()), steps, True
-            raise InputError(f"{where}: expected one JSON object per line: {error}.") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object, got {row!r}.")
-        if row.get("event") == "epoch":
+        if row["event"] == "epoch":
             epoch = _epoch(row, where)
             epochs[epoch.stage, epoch.epoch] = epoch
-        elif row.get("event") == "step":
-            steps.append(_step(row, where))
-    return list(epochs.values()), steps, False
+        elif row["event"] == "step":
+            epoch, lr = _take(row, "epoch", float, where), _take(row, "lr", float, where)
+            steps.append(Step(row["stage"], epoch, lr, _terms(row, "terms", where)))
+    return list(epochs.values()), steps, content[-1:] not in (b"", b"\n")
 
 
 def _terms(row: Mapping[str, Any], name: str, where: str) -> dict[str, float]:
@@ -228,18 +239,10 @@ def _terms(row: Mapping[str, Any], name: str, where: str) -> dict[str, float]:
     return {term: float(_take(values, term, float, f"{where}, {name}")) for term in values}
 
 
-def _step(row: Mapping[str, Any], where: str) -> Step:
-    return Step(
-        stage=_take(row, "stage", str, where),
-        epoch=_take(row, "epoch", float, where),
-        lr=_take(row, "lr", float, where),
-        terms=_terms(row, "terms", where),
-    )
-
-
 def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
     validation = _maybe(row, "validation", dict, where) or {}
-    revision = _maybe(row, "revision", dict, where) or {}
+    raw = _maybe(validation, "raw", dict, where) or {}
+    numbers, by_tensor = _recorded(row, where)
     return Epoch(
         stage=_take(row, "stage", str, where),
         epoch=_take(row, "epoch", int, where),
@@ -252,9 +255,33 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
         robust=_maybe(validation, "robust", float, where),
         attack=_maybe(validation, "attack", str, where),
         count=_maybe(validation, "count", int, where),
-        updated=None if row.get("updated") is None else _terms(row, "updated", where),
-        moves=_maybe(revision, "moves", int, where),
+        network=_maybe(validation, "network", str, where),
+        raw_natural=_maybe(raw, "natural", float, where),
+        raw_robust=_maybe(raw, "robust", float, where),
+        numbers=numbers,
+        by_tensor=by_tensor,
     )
+
+
+def _recorded(
+    row: Mapping[str, Any], where: str
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return the numbers that policies recorded, and those that there are one of per tensor."""
+    numbers, by_tensor = {}, {}
+    for name in row:
+        if name in COMMON:
+            continue
+        if not isinstance(row[name], dict):
+            if row[name] is not None:
+                numbers[name] = float(_take(row, name, float, where))
+            continue
+        values = _terms(row, name, where)
+        # Parameters lie in layers, whose names their own begin with.
+        if values and all("." in key for key in values):
+            by_tensor[name] = values
+        else:
+            numbers |= {f"{name} {key}": value for key, value in values.items()}
+    return numbers, by_tensor
 
 
 def _results(path: Path, values: dict[str, Any]) -> Results:
@@ -274,19 +301,15 @@ def _results(path: Path, values: dict[str, Any]) -> Results:
         test_images=_take(values, "test_images", int, where),
         eps=_take(values, "eps", float, where),
         paper=paper,
-        models={
-            name: _model(_take(models, name, dict, where), f"{where}, {name}") for name in models
-        },
+        models={n: _model(_take(models, n, dict, where), f"{where}, {n}") for n in models},
         warnings=[str(text) for text in values.get("warnings") or []],
+        network=_maybe(values, "network", str, where) or "model",
     )
 
 
 def _model(values: dict[str, Any], where: str) -> ModelScores:
     attacks = _take(values, "attacks", dict, where)
-    nrr = {
-        "C&W": _maybe(values, "nrr_cw", float, where),
-        "AA": _maybe(values, "nrr_aa", float, where),
-    }
+    nrr = {k: _maybe(values, f, float, where) for k, f in (("C&W", "nrr_cw"), ("AA", "nrr_aa"))}
     return ModelScores(
         title=_take(values, "title", str, where),
         attacks={
@@ -297,18 +320,18 @@ def _model(values: dict[str, Any], where: str) -> ModelScores:
     )
 
 
-def _score(name: str, values: dict[str, Any], where: str) -> Score:
+def _score(name: str, values: dict[str, Any], where: str) -> AttackResult:
     correct, count = _take(values, "correct", int, where), _take(values, "count", int, where)
     if not 0 <= correct <= count or count == 0:
         raise InputError(f"{where}: expected 0 <= correct <= count, got {correct} of {count}.")
-    score = Score(
+    score = AttackResult(
         attack=name,
         correct=correct,
         count=count,
-        seconds=_maybe(values, "seconds", float, where),
+        seconds=_take(values, "seconds", float, where),
         precision=str(values.get("precision", "not recorded")),
         settings=_maybe(values, "settings", dict, where) or {},
-        warnings=[str(text) for text in values.get("warnings") or []],
+        warnings=tuple(str(text) for text in values.get("warnings") or []),
         reliable=_take(values, "reliable", bool, where),
     )
     stated = _take(values, "accuracy", float, where)

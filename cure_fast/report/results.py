@@ -6,23 +6,27 @@ import math
 from typing import Any
 
 from cure_fast.config.checks import format_pixel
-from cure_fast.report.html import Html, code, element, join, paragraph, section, table
-from cure_fast.report.record import Record, Results, Score
+from cure_fast.config.values import to_dict
+from cure_fast.evaluation.attack_result import AttackResult, nrr
+from cure_fast.methods import labels
+from cure_fast.models import MODELS
+from cure_fast.policies import POLICIES
+from cure_fast.recipes import RECIPES
+from cure_fast.report.html import Html, code, element, figure, join, paragraph, section, table
+from cure_fast.report.record import Record, Results
 from cure_fast.report.text import (
-    MODELS,
     attack_name,
     data_name,
     difference,
     distance,
-    duration,
     interval,
-    method_name,
     percent,
     points,
     setting,
     settings,
     wilson,
 )
+from cure_fast.runs.log import duration
 
 # Two radii of an attack count as one below this difference, in pixel units.
 EPS_SLACK = 1e-6
@@ -54,16 +58,9 @@ DECISIVE = {
         "attack_mode": "BatchNorm in the training attack",
     },
     "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},
-    "settings": {
-        "rgp": "conserving by RGP",
-        "revision": "revision model",
-        "natural_share": "share of natural training inside the run",
-    },
 }
 # These words stand for None, which takes all or the published value.
 UNSET = {"train_images": "all", "width": "the published one", "init_from": "none"}
-# Settings of a method that do not touch the trained weights.
-IDLE = frozenset({"evaluate_revision"})
 
 
 def results_section(record: Record) -> Html:
@@ -85,16 +82,15 @@ def _paper_value(results: Results, attack: str) -> float | None:
 
 def _bars(results: Results) -> Html:
     """Return one group of bars per attack: each model's, and the paper's."""
-    order = ["start", "trained", *(m for m in results.models if m not in ("start", "trained"))]
     groups = []
     for attack in results.attacks:
         bars = []
-        for key in order:
-            score = results.models[key].attacks.get(attack) if key in results.models else None
+        for key in results.keys:
+            score = results.models[key].attacks.get(attack)
             if score:
                 low, high = wilson(score.correct, score.count)
                 text = [percent(score), *([] if score.reliable else [_doubt()])]
-                bars.append(_bar(MODELS.get(key, key), key, score.accuracy, text, (low, high)))
+                bars.append(_bar(results.name(key), key, score.accuracy, text, (low, high)))
         paper = _paper_value(results, attack)
         if paper is not None:
             bars.append(_bar("paper", "paper", paper, [f"{paper:.2f} %"], None))
@@ -105,9 +101,8 @@ def _bars(results: Results) -> Html:
         f"Accuracy in percent{paper_text}. The thin line on a bar is the 95 % interval that the "
         "number of test images leaves open."
     )
-    heading = element("h3", "Accuracy by attack")
     body = element("div", *groups, class_="bars")
-    return element("figure", heading, body, element("figcaption", caption), class_="wide")
+    return figure("Accuracy by attack", caption, body, class_="wide")
 
 
 def _doubt() -> Html:
@@ -135,27 +130,29 @@ def _bar(
 
 def _table(results: Results) -> Html:
     """Return the table of accuracies: a row per attack, a column per model, and the paper's."""
-    trained, start = results.models["trained"], results.models.get("start")
-    keys = [k for k in ("start", "trained") if k in results.models]
-    keys += [k for k in results.models if k not in keys]
+    start = results.models.get("start")
+    keys, ours = results.keys, results.name("trained").capitalize()
     header = ["Attack", *(results.models[k].title for k in keys)]
     if start:
-        header.append("Trained \N{MINUS SIGN} start")
+        header.append(f"{ours} \N{MINUS SIGN} start")
     if results.paper:
-        header += [results.paper["row"], "Trained \N{MINUS SIGN} paper"]
-    rows = []
+        header += [results.paper["row"], f"{ours} \N{MINUS SIGN} paper"]
+    rows: list[list[str]] = []
+
+    def add(cells: list[str], over_start: str, paper: str, over_paper: str) -> None:
+        row = cells + ([over_start] if start else [])
+        rows.append(row + ([paper, over_paper] if results.paper else []))
+
     for attack in results.attacks:
         scores = {k: results.models[k].attacks.get(attack) for k in keys}
-        ours = scores["trained"]
-        row: list[str] = [attack_name(attack)]
-        row += [_score_cell(score, results.test_images) for score in scores.values()]
-        if start:
-            row.append(difference(ours, scores["start"]))
-        if results.paper:
-            paper = _paper_value(results, attack)
-            row.append("not given" if paper is None else f"{paper:.2f} %")
-            row.append(difference(ours, paper))
-        rows.append(row)
+        cells = [_score_cell(score, results.test_images) for score in scores.values()]
+        paper = _paper_value(results, attack)
+        add(
+            [attack_name(attack), *cells],
+            difference(scores["trained"], scores.get("start")),
+            "not given" if paper is None else f"{paper:.2f} %",
+            difference(scores["trained"], paper),
+        )
     for name in dict.fromkeys(n for k in keys for n in results.models[k].nrr):
         values = {k: results.models[k].nrr.get(name) for k in keys}
         attack = {"AA": "aa"}.get(name, "natural")
@@ -163,14 +160,13 @@ def _table(results: Results) -> Html:
             _nrr_cell(values[k], results.models[k].attacks.get(attack), results.test_images)
             for k in keys
         ]
-        row = [f"NRR ({name})", *cells]
-        if start:
-            row.append(_between(trained.nrr.get(name), start.nrr.get(name)))
-        if results.paper:
-            paper = _paper_nrr(results, name)
-            row.append("not given" if paper is None else f"{paper:.1f} %")
-            row.append(_between(trained.nrr.get(name), paper))
-        rows.append(row)
+        paper = _paper_nrr(results, name)
+        add(
+            [f"NRR ({name})", *cells],
+            _between(values["trained"], values.get("start")),
+            "not given" if paper is None else f"{paper:.1f} %",
+            _between(values["trained"], paper),
+        )
     caption = (
         f"Accuracy on test images within eps {format_pixel(results.eps)}: right images of all, "
         "and the 95 % interval (Wilson) in percent; differences in points"
@@ -178,7 +174,7 @@ def _table(results: Results) -> Html:
     return table(header, rows, caption=caption, class_="results")
 
 
-def _score_cell(score: Score | None, test_images: int) -> Html | str:
+def _score_cell(score: AttackResult | None, test_images: int) -> Html | str:
     if score is None:
         return "not run"
     part = "" if score.count == test_images else ", a part of the test images"
@@ -192,7 +188,7 @@ def _score_cell(score: Score | None, test_images: int) -> Html | str:
     return join(lines)
 
 
-def _nrr_cell(value: float | None, score: Score | None, test_images: int) -> str:
+def _nrr_cell(value: float | None, score: AttackResult | None, test_images: int) -> str:
     """Return a ratio, and on which images it was taken where these are not all."""
     if value is None:
         return ""
@@ -209,9 +205,7 @@ def _paper_nrr(results: Results, name: str) -> float | None:
     """Return the harmonic mean of the paper's natural and robust accuracy."""
     natural = _paper_value(results, "natural")
     robust = _paper_value(results, {"C&W": "cw20", "AA": "aa"}[name])
-    if natural is None or robust is None or natural + robust == 0:
-        return None
-    return 2 * natural * robust / (natural + robust)
+    return None if natural is None or robust is None else nrr(natural, robust)
 
 
 def _paper_note(record: Record, results: Results) -> list[Html]:
@@ -238,45 +232,37 @@ def _paper_note(record: Record, results: Results) -> list[Html]:
 def differences(config: dict[str, Any], results: Results) -> list[str]:
     """Return what makes a run another experiment than the recipe for its row of the paper.
 
-    Args:
-        config: the run's configuration as nested plain values; what an older record lacks is not
-            compared.
-        results: the run's results on test images.
-
-    Returns:
-        One entry per difference in plain words, with the run's value and the recipe's. Without a
-        recipe for the data set and model, only attacks on fewer images are listed.
+    There is one entry per difference in plain words, with the run's value and the recipe's. What an
+    older configuration lacks is not compared. Without a recipe for the data set and model, only
+    attacks on fewer images are listed.
     """
     recipe = _recipe(config)
     found = [] if recipe is None else _other_settings(config, recipe)
     eps = None if recipe is None else recipe["eval"]["eval_eps"] or recipe["attack"]["eps"]
     if eps is not None and abs(results.eps - eps) > EPS_SLACK:
         found.append(f"eps of the evaluation {distance(results.eps)} instead of {distance(eps)}")
-    scores = results.models["trained"].attacks.values()
-    parts = [s for s in scores if s.count != results.test_images]
-    for score in parts:
-        found.append(f"{attack_name(score.attack)} on {score.count:,} test images only")
+    for score in results.models["trained"].attacks.values():
+        if score.count != results.test_images:
+            found.append(f"{attack_name(score.attack)} on {score.count:,} test images only")
     return found
 
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the recipe for the configuration's data set and model as plain values."""
-    from cure_fast.config.values import to_dict
-    from cure_fast.recipes import RECIPES
-
     pair = (config["data"]["data"], config["model"]["model"])
-    recipes = (to_dict(make()) for make in RECIPES.values())
+    recipes = (to_dict(recipe.config) for recipe in RECIPES.values())
     return next((r for r in recipes if (r["data"]["data"], r["model"]["model"]) == pair), None)
 
 
 def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """Return each decisive setting in which the configuration differs from the recipe."""
-    from cure_fast.models import MODELS as MODEL_INFO
-
     method, usual = config["method"], recipe["method"]
     found = []
     if method != usual:
-        found.append(f"method {method_name(method)} instead of {method_name(usual)}")
+        found.append(f"method {labels(method)} instead of {labels(usual)}")
+    ours, theirs = config.get("policies") or {}, recipe["policies"]
+    if ours != theirs:
+        found.append(f"policies {_policies(ours)} instead of {_policies(theirs)}")
     for group in ("settings", "model", "attack", "pretrain", "optim", "data"):
         ours, theirs, words = config.get(group, {}), recipe[group], DECISIVE.get(group, {})
         # All of a method's and the optimiser's settings decide; of data, not how it is fed.
@@ -285,11 +271,15 @@ def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]
             continue
         if group == "pretrain" and config["model"].get("init_from") is not None:
             continue
-        for name in [n for n in (theirs if whole else words) if n in ours and n not in IDLE]:
-            if name == "width" and ours[name] == MODEL_INFO[config["model"]["model"]].default_width:
+        for name in [n for n in (theirs if whole else words) if n in ours]:
+            if name == "width" and ours[name] == MODELS[config["model"]["model"]].default_width:
                 continue  # The published width, written out.
-            if _differ(ours[name], theirs[name]):
-                values = (_value(name, v) for v in (ours[name], theirs[name]))
+            pair = (ours[name], theirs[name])
+            numbers = all(isinstance(value, int | float) for value in pair)
+            # A number is stored with some rounding.
+            same = math.isclose(*pair, rel_tol=1e-9) if numbers else pair[0] == pair[1]
+            if not same:
+                values = (_value(name, value) for value in pair)
                 found.append(
                     f"{words.get(name, name.replace('_', ' '))} {' instead of '.join(values)}"
                 )
@@ -298,11 +288,15 @@ def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]
     return found
 
 
-def _differ(ours: Any, theirs: Any) -> bool:
-    """Return whether two JSON values differ by more than the rounding of a number."""
-    if isinstance(ours, int | float) and isinstance(theirs, int | float):
-        return not math.isclose(ours, theirs, rel_tol=1e-9)
-    return ours != theirs
+def _policies(chosen: dict[str, dict[str, Any]]) -> str:
+    """Return policies with those of their settings that are not the default."""
+    told = []
+    for name, values in chosen.items():
+        usual = to_dict(POLICIES[name].settings) if name in POLICIES else {}
+        other = {key: value for key, value in values.items() if value != usual.get(key)}
+        label = POLICIES[name].label if name in POLICIES else name
+        told.append(f"{label} ({settings(other)})" if other else label)
+    return ", ".join(told) or "none"
 
 
 def _value(name: str, value: Any) -> str:
@@ -322,9 +316,10 @@ def _attacks(results: Results) -> Html:
         for key, model in results.models.items():
             score = model.attacks.get(attack)
             if score:
-                time = "" if score.seconds is None else f" {duration(score.seconds)}"
                 shown = (settings(score.settings), score.precision)
-                groups.setdefault(shown, []).append(f"{MODELS.get(key, key)}{time}")
+                groups.setdefault(shown, []).append(
+                    f"{results.name(key)} {duration(score.seconds)}"
+                )
         rows += [
             [attack_name(attack), shown, precision, ", ".join(models)]
             for (shown, precision), models in groups.items()
@@ -336,36 +331,19 @@ def _attacks(results: Results) -> Html:
 def how_to_read(record: Record) -> Html:
     """Return the paragraph for readers who meet these numbers for the first time."""
     eps = record.results.eps if record.results else record.config["attack"]["eps"]
-    items = [
-        (
-            "Natural",
-            "the share of unchanged test images that the model classifies right.",
-        ),
-        (
-            "Under attack",
-            "an image counts as right only if the model is right on the natural image and on the "
-            f"attacked one. The attack may change every pixel by up to eps = {format_pixel(eps)} "
-            "of the full range from 0 to 1 (an L-inf ball), and it sees the model's weights.",
-        ),
-        (
-            "PGD-k, C&W-k",
-            "k steps uphill on the cross-entropy, or on the margin between the best wrong class "
-            "and the right one.",
-        ),
-        (
-            "AutoAttack",
-            "four attacks in a row, one of them without gradients. It is the strictest test here; "
-            "where it was run on fewer images, compare its count.",
-        ),
-        (
-            "NRR",
-            "the harmonic mean of natural and robust accuracy: high only if both are.",
-        ),
-        (
-            "Intervals",
-            "say how far a share moves by the choice of test images alone. Another seed moves it "
-            "too; one run does not show by how much.",
-        ),
-    ]
-    entries = [part for k, v in items for part in (element("dt", k), element("dd", v))]
+    items = {
+        "Natural": "the share of unchanged test images that the model classifies right.",
+        "Under attack": "an image counts as right only if the model is right on the natural image "
+        "and on the attacked one. The attack may change every pixel by up to eps = "
+        f"{format_pixel(eps)} of the full range from 0 to 1 (an L-inf ball), and it sees the "
+        "model's weights.",
+        "PGD-k, C&W-k": "k steps uphill on the cross-entropy, or on the margin between the best "
+        "wrong class and the right one.",
+        "AutoAttack": "four attacks in a row, one of them without gradients. It is the strictest "
+        "test here; where it was run on fewer images, compare its count.",
+        "NRR": "the harmonic mean of natural and robust accuracy: high only if both are.",
+        "Intervals": "say how far a share moves by the choice of test images alone. Another seed "
+        "moves it too; one run does not show by how much.",
+    }
+    entries = [part for k, v in items.items() for part in (element("dt", k), element("dd", v))]
     return section("How to read this", element("dl", *entries), anchor="how-to-read")

@@ -6,6 +6,7 @@ import base64
 import math
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +45,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """Range and labelled ticks of an axis; ``log`` places values by their logarithm."""
+    """Range and labelled ticks of an axis."""
 
     low: float
     high: float
     ticks: list[tuple[float, str]]
     title: str
-    log: bool = False
 
     def share(self, value: float) -> float:
         """Return where a value lies, 0 at the low and 1 at the high end."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
@@ -67,14 +65,6 @@ class Band:
     high: float
     title: str
     shaded: bool
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A vertical line at ``x`` with its title, such as the best epoch."""
-
-    x: float
-    title: str
 
 
 def nice_step(span: float, count: int) -> float:
@@ -93,17 +83,6 @@ def linear_axis(high: float, title: str, *, low: float = 0.0, parts: int = 5) ->
     return Axis(ticks[0], ticks[-1], [(t, f"{t:,.6g}") for t in ticks], title)
 
 
-def log_axis(low: float, high: float, title: str) -> Axis:
-    """Return a logarithmic axis whose ends and ticks are 1, 2 or 5 times a power of ten."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    values = [m * 10.0**power for power in range(first, last + 1) for m in (1, 2, 5)]
-    start = max(v for v in values if v <= low * (1 + 1e-9))
-    stop = min((v for v in values if v >= high * (1 - 1e-9)), default=values[-1])
-    stop = stop if stop > start else start * 10
-    ticks = [v for v in values if start <= v <= stop]
-    return Axis(start, stop, [(t, f"{t:,.6g}") for t in ticks], title, log=True)
-
-
 def _x(axis: Axis, value: float) -> float:
     return LEFT + axis.share(value) * (WIDTH - LEFT - RIGHT)
 
@@ -118,46 +97,36 @@ def line_chart(
     y_axis: Axis,
     *,
     label: str,
-    bands: list[Band] | None = None,
-    mark: Mark | None = None,
+    bands: Iterable[Band] = (),
+    mark: tuple[float, str] | None = None,
 ) -> Html:
-    """Return a line chart.
+    """Return a chart of lines, in order from back to front.
 
-    Args:
-        lines: what to draw, in order from back to front.
-        x_axis: horizontal axis.
-        y_axis: vertical axis.
-        label: what the chart shows, for readers who do not see it.
-        bands: stretches of the x axis.
-        mark: a vertical line.
+    The label says what it shows to readers who do not see it; the mark is a place on the x axis,
+    such as the best epoch, with its title.
     """
-    parts = [
-        _band(band, x_axis, wide=_x(x_axis, band.high) - _x(x_axis, band.low))
-        for band in bands or []
-    ]
-    parts.append(_grid(x_axis, y_axis))
+    parts = [*(_band(band, x_axis) for band in bands), _grid(x_axis, y_axis)]
     if mark:
-        x = _x(x_axis, mark.x)
+        x, title = _x(x_axis, mark[0]), mark[1]
         anchor = "end" if x > WIDTH * 0.6 else "start"
         parts.append(element("line", class_="mark", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
         side = -5.0 if anchor == "end" else 5.0
-        parts.append(
-            element("text", mark.title, x=x + side, y=HEIGHT - BOTTOM - 7, text_anchor=anchor)
-        )
+        parts.append(element("text", title, x=x + side, y=HEIGHT - BOTTOM - 7, text_anchor=anchor))
     faint = [_line(line, x_axis, y_axis) for line in lines if line.faint]
     if faint:
         # An inner svg cuts off what lies outside it.
-        box = f"{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}"
-        x, y, width, height = box.split()
-        parts.append(element("svg", *faint, x=x, y=y, width=width, height=height, viewBox=box))
+        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+        box = f"{LEFT} {TOP} {width} {height}"
+        parts.append(element("svg", *faint, x=LEFT, y=TOP, width=width, height=height, viewBox=box))
     parts += [_line(line, x_axis, y_axis) for line in lines if not line.faint]
     return element(
         "svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="chart"
     )
 
 
-def _band(band: Band, x_axis: Axis, wide: float) -> Html:
+def _band(band: Band, x_axis: Axis) -> Html:
     left = _x(x_axis, band.low)
+    wide = _x(x_axis, band.high) - left
     parts = []
     if band.shaded:
         height = HEIGHT - TOP - BOTTOM
@@ -183,15 +152,8 @@ def _grid(x_axis: Axis, y_axis: Axis) -> Html:
     parts.append(element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom))
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(element("text", x_axis.title, x=middle, y=HEIGHT - 6, text_anchor="middle"))
-    upright = (TOP + bottom) / 2
-    parts.append(
-        element(
-            "text",
-            y_axis.title,
-            text_anchor="middle",
-            transform=f"translate(12 {upright:.0f}) rotate(-90)",
-        )
-    )
+    upright = f"translate(12 {(TOP + bottom) / 2:.0f}) rotate(-90)"
+    parts.append(element("text", y_axis.title, text_anchor="middle", transform=upright))
     return join(parts)
 
 
@@ -233,26 +195,14 @@ def legend(lines: list[Line]) -> Html:
 def heat_map(rows: list[str], columns: list[str], values: np.ndarray, *, label: str) -> Html:
     """Return a heat map of fractions, with each row's mean in percent at its right.
 
-    Args:
-        rows: names, from top to bottom.
-        columns: names, from left to right; some of them are written below.
-        values: [rows, columns] in [0, 1]; NaN is drawn grey.
-        label: what the chart shows, for readers who do not see it.
+    Values are [rows, columns] in [0, 1]; NaN is drawn grey. Some columns are named below.
     """
     height = 15 if len(rows) <= 24 else 12
     left, wide, top = 190, 400, 6
     bottom = top + height * len(rows)
-    parts = [
-        element(
-            "image",
-            href=data_uri(encode_png(heat_colours(values))),
-            x=left,
-            y=top,
-            width=wide,
-            height=bottom - top,
-            preserveAspectRatio="none",
-        )
-    ]
+    place = {"x": left, "y": top, "width": wide, "height": bottom - top}
+    colours = data_uri(encode_png(heat_colours(values)))
+    parts = [element("image", href=colours, **place, preserveAspectRatio="none")]
     for index, name in enumerate(rows):
         known = values[index][np.isfinite(values[index])]
         y = top + height * (index + 0.5) + 3.5

@@ -8,30 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cure_fast.config.checks import format_pixel
-from cure_fast.report.record import Score
+from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.step.method import WRITTEN
 
 # 97.5 % quantile of the standard normal.
 Z95 = 1.959963984540054
 PIXEL_FIELDS = frozenset({"eps", "step_size", "eval_eps", "eval_step_size"})
-DATA = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "svhn": "SVHN",
-    "digits": "handwritten digits",
-}
-MODELS = {
-    "trained": "trained",
-    "start": "start",
-    "last": "last epoch",
-    "revision": "revision model",
-}
-
-
-def method_name(method: str) -> str:
-    """Return a method's name as papers write it, or the name itself."""
-    from cure_fast.methods import METHODS
-
-    return METHODS[method].label if method in METHODS else method
+DATA = {**WRITTEN, "digits": "handwritten digits"}
 
 
 def data_name(data: str) -> str:
@@ -55,12 +38,12 @@ def class_name(classes: list[str], index: int) -> str:
     return classes[index] if 0 <= index < len(classes) else f"class {index}"
 
 
-def percent(score: Score) -> str:
+def percent(score: AttackResult) -> str:
     """Return an accuracy with as many digits as its number of images carries."""
     return f"{score.accuracy:.{_digits(score)}f} %"
 
 
-def _digits(score: Score) -> int:
+def _digits(score: AttackResult) -> int:
     return 2 if score.count >= 1000 else 1
 
 
@@ -70,11 +53,11 @@ def points(difference: float, digits: int = 1) -> str:
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{digits}f}"
 
 
-def difference(score: Score | None, other: Score | float | None) -> str:
+def difference(score: AttackResult | None, other: AttackResult | float | None) -> str:
     """Return how far a score lies above another, or above a published percentage, in points."""
     if score is None or other is None:
         return ""
-    if isinstance(other, Score):
+    if isinstance(other, AttackResult):
         return points(score.accuracy - other.accuracy, min(_digits(score), _digits(other)))
     return points(score.accuracy - other, _digits(score))
 
@@ -90,22 +73,10 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     return 100 * max(0.0, centre - spread), 100 * min(1.0, centre + spread)
 
 
-def interval(score: Score) -> str:
+def interval(score: AttackResult) -> str:
     """Return the 95 % interval of a score, as ``65.4 to 74.9``."""
     low, high = wilson(score.correct, score.count)
     return f"{low:.1f} to {high:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in the two largest units that say something."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def size(count: int) -> str:

@@ -29,7 +29,7 @@ from cure_fast.runs.manifest import (
     PREFIX,
     STATE,
     WEIGHTS,
-    checkpoint_problem,
+    check_checkpoint,
     read_manifest,
     write_manifest,
 )
@@ -40,6 +40,11 @@ LATEST = "latest"
 KEPT = 2
 # Entries of the state whose tensors go into the file of weights.
 NETWORKS = ("model", "networks")
+# What states of format 1 lack, beside ``counted``; random numbers go on from where they are.
+LACKING = {
+    **dict.fromkeys(("random", "pending", "micro_batch_size", "micro_batch_asked")),
+    **dict.fromkeys(("skipped", "skipped_in_row"), 0),
+}
 # What reading with weights_only=True gives back as it was.
 PLAIN = (type(None), bool, int, float, str)
 
@@ -47,16 +52,15 @@ PLAIN = (type(None), bool, int, float, str)
 def save_checkpoint(
     folder: Path, step: int, state: dict[str, Any], config: dict[str, Any], *, best: bool = False
 ) -> Path:
-    """Store ``state`` as the checkpoint of ``step`` and return its path.
+    """Store ``state`` as the checkpoint of ``step`` finished steps and return its path.
 
     The newest two whole checkpoints stay, and the newest one saved as ``best``. Later steps than
     ``step``, which a run that went back to an older checkpoint leaves behind, are not touched.
 
     Args:
-        folder: folder of the run's checkpoints, made when absent inside an existing folder.
+        folder: of the run's checkpoints, made when absent inside an existing folder.
         step: number of finished steps.
-        state: tensors and plain values, nested in dicts, lists and tuples; the tensors may lie on
-            any device.
+        state: tensors on any device and plain values, nested in dicts, lists and tuples.
         config: resolved configuration of JSON types, stored so that a resumed run can be compared.
         best: whether this is the best state so far; one that was saved as best before stays it.
 
@@ -76,21 +80,24 @@ def save_checkpoint(
         temporary.mkdir()
         _write_state(temporary, state)
         write_manifest(temporary, step, config, best=best or _is_best(final, config))
-        _put_in_place(temporary, final)
+        replaced = final.with_name(f"{final.name}~")
+        # An older one of the step stays until this one has its name.
+        if os.path.lexists(final):
+            final.rename(replaced)
+        temporary.rename(final)
+        flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if os.path.lexists(replaced):
+        _delete(replaced)
     _link_latest(final)
     _prune(folder, step)
     return final
 
 
 def tidy_checkpoints(folder: Path, step: int) -> None:
-    """Finish what a save that was killed left undone, as no later one may come.
-
-    Args:
-        folder: folder of the run's checkpoints.
-        step: that of the checkpoint from which the run goes on.
+    """Finish what a save that was killed left undone, where a run goes on from ``step``.
 
     Raises:
         OSError: if the folder cannot be read or written to.
@@ -148,11 +155,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     )
 
 
-def check_checkpoint(path: Path) -> str:
-    """Return what is wrong with the checkpoint in one line, "" if nothing; never raises."""
-    return checkpoint_problem(path, hashes=True)
-
-
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return step and folder of the finished checkpoints, valid or not, newest first."""
     if not folder.exists():
@@ -164,7 +166,6 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the two files of a state."""
     from safetensors.torch import save
 
     weights: dict[str, Tensor] = {}
@@ -189,7 +190,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} holds a {type(state).__name__}, expected a table")
     if read_manifest(path)["format"] == 1:
-        return upgrade(state)
+        # Every step of the epoch under way was counted then.
+        return LACKING | {"counted": state.get("batch", 0)} | state
     # From bytes, not from a mapping of the file, which a later truncation turns into a crash.
     weights = load((path / WEIGHTS).read_bytes())
     whole = {
@@ -199,25 +201,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     if weights:
         raise ValueError(f"{WEIGHTS} holds tensors that {STATE} has no place for")
     return whole
-
-
-def upgrade(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state of format 1 with what it lacks; its random numbers go on from where they are.
-
-    Args:
-        state: as format 1 has it: networks, optimiser, scaler, generators, policies, position.
-    """
-    lacking = {
-        "random": None,
-        "pending": None,
-        # Every step of the epoch under way was counted then.
-        "counted": state.get("batch", 0),
-        "skipped": 0,
-        "skipped_in_row": 0,
-        "micro_batch_size": None,
-        "micro_batch_asked": None,
-    }
-    return lacking | state
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -267,7 +250,7 @@ def _plain(value: Any, path: str) -> Any:
 
 def _is_best(path: Path, config: dict[str, Any]) -> bool:
     """Return whether the same step of the same configuration was saved as the best already."""
-    if checkpoint_problem(path, hashes=False):
+    if check_checkpoint(path, hashes=False):
         return False
     manifest = read_manifest(path)
     return bool(manifest.get("best")) and manifest.get("config_digest") == digest(config)
@@ -288,17 +271,6 @@ def _clear_leftovers(folder: Path) -> None:
         path.rename(final)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Give the finished folder its name; an older one of the step stays until that is done."""
-    replaced = final.with_name(f"{final.name}~")
-    if os.path.lexists(final):
-        final.rename(replaced)
-    temporary.rename(final)
-    flush(final.parent)
-    if os.path.lexists(replaced):
-        _delete(replaced)
-
-
 def _link_latest(final: Path) -> None:
     """Point the link ``latest`` to the checkpoint: for people, nothing here reads it."""
     link = final.with_name(f"{TEMPORARY}{LATEST}")
@@ -311,7 +283,7 @@ def _link_latest(final: Path) -> None:
 def _prune(folder: Path, step: int) -> None:
     """Delete the checkpoints up to ``step`` that are neither new nor best, or not whole."""
     past = [path for number, path in _checkpoints(folder) if number <= step]
-    whole = [path for path in past if not checkpoint_problem(path, hashes=False)]
+    whole = [path for path in past if not check_checkpoint(path, hashes=False)]
     best = [path for path in whole if read_manifest(path).get("best")]
     kept = {*whole[:KEPT], *best[:1]}
     for path in past:

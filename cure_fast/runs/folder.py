@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,26 @@ from typing import Any
 import torch
 
 from cure_fast.config import Config
+from cure_fast.config.checks import check
 from cure_fast.config.values import from_dict, to_dict
 from cure_fast.console import say, warn
 from cure_fast.errors import InputError
 from cure_fast.files import clear_unfinished, locked, user_path, write_json
 from cure_fast.methods import find_method
+from cure_fast.policies import find_policy
 from cure_fast.runs.environment import environment
+from cure_fast.runs.former import upgraded
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
-FREE_SECTIONS = ("name",)
-BOUND_RUN_FIELDS = ("seed", "amp", "deterministic")
-# What decides which epoch is the best.
-BOUND_EVAL_FIELDS = ("val_every", "val_attack_steps")
-FREE_DATA_FIELDS = ("loader", "workers", "download", "data_root")
+FREE_FIELDS = ("name", "data.loader", "data.workers", "data.download", "data.data_root")
+# All of ``run`` and ``eval`` may too, but for these; the last two decide which epoch is the best.
+BOUND_FIELDS = (
+    *("run.seed", "run.amp", "run.deterministic"),
+    *("eval.val_every", "eval.val_attack_steps"),
+)
 LOCK = "run.lock"
-# What not even --override changes: the state in a checkpoint has the form that these give it.
+# What not even --override changes: the state in a checkpoint has the form that these give it, and
+# what the method and each policy call fixed.
 FIXED_FIELDS = (
     "method",
     "model.model",
@@ -35,9 +41,7 @@ FIXED_FIELDS = (
     "model.normalize",
     "optim.optimizer",
     "run.amp",
-    "settings.natural_share",
-    "settings.revision",
-    "settings.rgp",
+    "policies",
 )
 # What decides which images an epoch's batches hold: it may change between two epochs alone.
 EPOCH_FIELDS = (
@@ -85,14 +89,18 @@ def config_from_dict(values: Any) -> Config:
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise InputError("configuration: expected a table with the name of a method.")
     settings = type(find_method(values["method"]).settings)
-    return from_dict(Config, values, settings=settings)
+    rest = upgraded(values)
+    stored = rest.pop("policies")
+    check(isinstance(stored, dict), "policies", stored, "a table with the settings of each policy")
+    policies = {n: from_dict(type(find_policy(n).settings), v) for n, v in stored.items()}
+    return replace(from_dict(Config, rest, settings=settings), policies=policies)
 
 
 def run_folder(config: Config, *, resume: bool) -> Path:
     """Return the folder for a new run, or of the run to resume; nothing is made yet.
 
     A folder named with --out is never written over. Without --out the name is made from recipe,
-    method and seed, with a number where it is taken; resuming takes the newest of them.
+    method, policies and seed, with a number where it is taken; resuming takes the newest of them.
 
     Raises:
         InputError: if the folder exists (new run) or holds no run (resume).
@@ -101,19 +109,19 @@ def run_folder(config: Config, *, resume: bool) -> Path:
         folder = user_path(config.run.out, "--out")
         if resume:
             load_config(folder)
-            return folder
-        if not is_free(folder):
+        elif not is_free(folder):
             raise InputError(
                 f"--out {folder}: expected a folder that is new or empty. "
                 "Add --resume to continue the run in it, or name another."
             )
-    else:
-        base = Path("runs") / f"{config.name}-{config.method}-s{config.run.seed}"
-        if resume:
-            return newest_run(base)
-        names = (base.with_name(f"{base.name}-{n}") for n in count(2))
-        folder = next(path for path in chain([base], names) if not path.exists())
-    return folder
+        return folder
+    # Such as quickstart-trades+awp-s0; a policy called as the method that brings it comes once.
+    parts = "+".join(dict.fromkeys((config.method, *config.policies)))
+    base = Path("runs") / f"{config.name}-{parts}-s{config.run.seed}"
+    if resume:
+        return newest_run(base)
+    names = (base.with_name(f"{base.name}-{n}") for n in count(2))
+    return next(path for path in chain([base], names) if not path.exists())
 
 
 def is_free(folder: Path) -> bool:
@@ -175,13 +183,9 @@ def own_folder(config: Config, *, resume: bool) -> Iterator[Path]:
 def held(folder: Path, *, busy: str, denied: str) -> Iterator[None]:
     """Hold an existing run folder for the block: no other process trains or writes results in it.
 
-    Args:
-        folder: the run's folder.
-        busy: what to do where another process holds it, in a sentence.
-        denied: what to do where the folder cannot be written to, in a sentence.
-
     Raises:
-        InputError: in these two cases.
+        InputError: if another process holds it, with the advice ``busy``, or it cannot be written
+            to, with the advice ``denied``.
     """
     with ExitStack() as stack:
         try:
@@ -202,14 +206,8 @@ def start_record(
 ) -> None:
     """Write ``config.json`` and ``environment.json``.
 
-    A resumed run keeps the environment it began in, and lists the later ones under ``resumed``.
-
-    Args:
-        folder: the run's folder.
-        config: what runs.
-        loader: one line on how images are fed.
-        device: where it trains; its type is recorded under ``device``.
-        changes: what :func:`check_same_run` returned; recorded under ``changes``.
+    A resumed run keeps the environment it began in, and lists the later ones under ``resumed``,
+    with the ``changes`` that :func:`check_same_run` found.
 
     Raises:
         InputError: if the environment that the run began in cannot be read.
@@ -217,36 +215,31 @@ def start_record(
     path = folder / "environment.json"
     here = {**environment(), "device": device.type, "loader": loader}
     if path.exists():
-        first = read_environment(path)
-        warn_of_other_bits(last_environment(first), here)
+        first, *later = read_environments(path)
+        warn_of_other_bits([first, *later][-1], here)
         here |= {"changes": changes} if changes else {}
-        here = {**first, "resumed": [*first.get("resumed", []), here]}
+        here = {**first, "resumed": [*later, here]}
     write_json(folder / "config.json", to_dict(config))
     write_json(path, here)
 
 
-def read_environment(path: Path) -> dict[str, Any]:
-    """Return what a run recorded of the machines it ran on.
+def read_environments(path: Path) -> list[dict[str, Any]]:
+    """Return what a run recorded of the machines it ran on, one for each start.
 
     Raises:
         InputError: if it is not what a run writes.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or not isinstance(values.get("resumed", []), list):
+        starts = [values, *values.get("resumed", [])]
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        starts: list[Any] = [None]
+    if not all(isinstance(start, dict) for start in starts):
         raise InputError(
             f"{path}: expected the record that the run wrote, and it is damaged. "
             "Delete the file to go on without it."
         )
-    return values
-
-
-def last_environment(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of :func:`read_environment`'s record that is of the newest start."""
-    newest = [record, *record.get("resumed", [])][-1]
-    return newest if isinstance(newest, dict) else {}
+    return starts
 
 
 def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
@@ -273,7 +266,7 @@ def check_device(folder: Path, device: torch.device) -> None:
         InputError: if the run recorded another type, or its record is damaged.
     """
     path = folder / "environment.json"
-    trained_on = last_environment(read_environment(path)).get("device") if path.exists() else None
+    trained_on = read_environments(path)[-1].get("device") if path.exists() else None
     # Earlier versions did not record it.
     if trained_on not in (None, device.type):
         raise InputError(
@@ -283,14 +276,10 @@ def check_device(folder: Path, device: torch.device) -> None:
 
 
 def check_position(changed: Iterable[str], *, batch: int) -> None:
-    """Refuse to go on in the middle of an epoch with other batches than it began with.
-
-    Args:
-        changed: names of the fields that differ, as :func:`bound_fields` has them.
-        batch: 0-based batch of the epoch that comes next.
+    """Refuse to go on at the 0-based ``batch`` of an epoch with other batches than it began with.
 
     Raises:
-        InputError: if the batches would change.
+        InputError: if the changed fields, named as by :func:`bound_fields`, decide the batches.
     """
     found = [name for name in changed if name in EPOCH_FIELDS]
     if batch and found:
@@ -304,10 +293,7 @@ def check_position(changed: Iterable[str], *, batch: int) -> None:
 def check_same_run(folder: Path, config: Config, *, override: bool = False) -> dict[str, str]:
     """Return how the configuration differs from the run's in what is trained; refuse it by default.
 
-    Args:
-        folder: the run's folder.
-        config: what is asked for.
-        override: print the differences and accept them, but for what a checkpoint cannot follow.
+    With ``override`` differences are printed and accepted, but for what a checkpoint cannot follow.
 
     Returns:
         One line for each field that differs, by its name.
@@ -321,7 +307,11 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
         for name in sorted(stored.keys() | wanted.keys())
         if stored.get(name) != wanted.get(name)
     }
-    fixed = [line for name, line in changes.items() if name in FIXED_FIELDS]
+    never = {*FIXED_FIELDS, *(f"settings.{name}" for name in find_method(config.method).fixed)}
+    never |= {
+        f"policies.{name}" for policy in config.policies for name in find_policy(policy).fixed
+    }
+    fixed = [line for name, line in changes.items() if name in never]
     if override and fixed:
         raise InputError(
             f"--override: a checkpoint cannot follow {'; '.join(fixed)}. "
@@ -340,14 +330,15 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
 
 def bound_fields(config: Config) -> dict[str, Any]:
     """Return the fields that decide what is trained, by ``section.field``."""
-    flat: dict[str, Any] = {}
-    for section, values in to_dict(config).items():
-        if section == "run":
-            flat |= {f"run.{name}": values[name] for name in BOUND_RUN_FIELDS}
-        elif section == "eval":
-            flat |= {f"eval.{name}": values[name] for name in BOUND_EVAL_FIELDS}
-        elif section not in FREE_SECTIONS and isinstance(values, dict):
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
-        elif section not in FREE_SECTIONS:
-            flat[section] = values
-    return {k: v for k, v in flat.items() if k.removeprefix("data.") not in FREE_DATA_FIELDS}
+    values = to_dict(config)
+    policies = values.pop("policies")
+    flat = {"policies": list(policies)}
+    flat |= {f"policies.{k}": v for own in policies.values() for k, v in own.items()}
+    for section, own in values.items():
+        flat |= (
+            {f"{section}.{k}": v for k, v in own.items()}
+            if isinstance(own, dict)
+            else {section: own}
+        )
+    free = {k for k in flat if k.startswith(("run.", "eval.")) and k not in BOUND_FIELDS}
+    return {k: v for k, v in flat.items() if k not in free.union(FREE_FIELDS)}

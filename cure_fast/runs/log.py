@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,9 @@ class RunLog:
     """Writes the rows of one stage of a run; nothing that fails here ends training.
 
     Every row of ``metrics.jsonl`` is one JSON object with ``event`` (``step`` or ``epoch``) and
-    ``stage``. A row is complete or absent for a reader, but for the last one of a killed run.
-
-    Args:
-        folder: run folder.
-        stage: ``pretrain`` or ``train``.
-        epochs: number of epochs of the stage, for the epoch lines.
-        tensorboard: write TensorBoard events below ``folder/tensorboard`` too.
-        wandb: project of Weights & Biases that receives the numbers too; None for none.
-        upto_step: keep step rows of this stage below this step; a resumed run writes the others
-            again.
-        upto_epoch: keep epoch rows of this stage up to this epoch.
+    ``stage``. A row is complete or absent for a reader, but for the last one of a killed run. Of
+    the stage's rows those of steps below ``upto_step`` stay, and those of epochs up to
+    ``upto_epoch``: a resumed run writes the others again.
 
     Raises:
         InputError: if the rows that are there already are damaged.
@@ -64,14 +58,9 @@ class RunLog:
     def step(
         self, step: int, epoch: float, lr: float, terms: Terms, *, skipped: int | None = None
     ) -> None:
-        """Write the row of a logging step; reads the terms from the device.
+        """Write the row of the 0-based step; reads the terms from the device.
 
-        Args:
-            step: number of the step in the stage, from 0.
-            epoch: epochs done, with the fraction of the one under way.
-            lr: learning rate.
-            terms: parts of the loss, one value each.
-            skipped: steps left out so far in this epoch; None keeps it out of the row.
+        ``epoch`` has the fraction of the one under way; ``skipped`` counts its steps left out.
         """
         values = {name: float(value) for name, value in terms.items()}
         row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": lr, "terms": values}
@@ -105,9 +94,6 @@ class RowWriter:
 
     Rows that cannot be written wait in memory and are tried again with each later one; the start of
     a line that did not fit is cut off again. The first failure costs one warning.
-
-    Args:
-        path: file, made when absent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,8 +103,6 @@ class RowWriter:
         self.handle: int | None = None
         # Bytes of whole rows in the file, known once it is open.
         self.size = 0
-        # Whether something may follow the whole rows: a part of what was to be written.
-        self.torn = False
 
     def add(self, row: dict[str, Any], *, durable: bool) -> None:
         """Write the row behind those that wait; with ``durable`` it survives a power cut."""
@@ -145,29 +129,23 @@ class RowWriter:
             if self.handle is None:
                 self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 self.size = os.fstat(self.handle).st_size
-            if self.torn:
-                os.ftruncate(self.handle, self.size)
-            self.torn = True
+            self._cut_off()
             write_all(self.handle, data)
             if durable:
                 os.fsync(self.handle)
         except OSError as error:
             self._warn(error)
-            self._cut_off()
+            # Where that fails too, the next attempt begins with it.
+            with suppress(OSError):
+                self._cut_off()
             return
-        self.torn = False
         self.size += len(data)
         self.waiting = []
 
     def _cut_off(self) -> None:
-        """Take away what follows the whole rows; where that fails too, the next attempt does."""
-        if self.handle is not None and self.torn:
-            try:
-                os.ftruncate(self.handle, self.size)
-            except OSError as error:
-                self._warn(error)
-                return
-            self.torn = False
+        """Take away what follows the whole rows: a part of what was to be written."""
+        if self.handle is not None and os.fstat(self.handle).st_size > self.size:
+            os.ftruncate(self.handle, self.size)
 
     def _warn(self, error: OSError) -> None:
         if not self.warned:
@@ -191,22 +169,31 @@ def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
     scalars |= {"epoch/lr": row["lr"], "epoch/images_per_s": row["images_per_s"]}
     if row.get("skipped"):
         scalars["epoch/skipped"] = row["skipped"]
-    if row["validation"]:
-        scalars |= {
-            f"validation/{name}": row["validation"][name]
-            for name in ("natural", "robust")
-            if row["validation"][name] is not None
-        }
+    for network, found in validations(row).items():
+        # The run's result goes without its name, as there is one in every run.
+        place = "validation/raw" if network == "raw" else "validation"
+        accuracies = {name: found[name] for name in ("natural", "robust")}
+        scalars |= {f"{place}/{k}": value for k, value in accuracies.items() if value is not None}
     return scalars
+
+
+def validations(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what an epoch's networks reached on the validation images, the run's result first.
+
+    The result is called by its name where it is not the trained network, which is ``raw`` then;
+    ``val`` else. Empty for an epoch without validation.
+    """
+    found = row["validation"]
+    if not found:
+        return {}
+    return {found["network"]: found, "raw": found["raw"]} if "raw" in found else {"val": found}
 
 
 def epoch_at(path: Path, stage: str, step: int) -> dict[str, float]:
     """Return the numbers of the stage's epoch that ended at ``step``; nothing if none did."""
-    found: dict[str, float] = {}
-    for row in read_rows(path):
-        if row["event"] == "epoch" and row["stage"] == stage and row["step"] == step:
-            found = epoch_scalars(row)
-    return found
+    wanted = ("epoch", stage, step)
+    rows = [r for r in read_rows(path) if (r["event"], r["stage"], r["step"]) == wanted]
+    return epoch_scalars(rows[-1]) if rows else {}
 
 
 def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
@@ -216,11 +203,10 @@ def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
         parts.append(f"loss {row['terms']['total']:.3f}")
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
-    validation = row["validation"]
-    if validation:
-        parts.append(f"val natural {validation['natural']:.1f} %")
-        if validation["robust"] is not None:
-            parts.append(f"val {validation['attack']} {validation['robust']:.1f} %")
+    for network, found in validations(row).items():
+        parts.append(f"{network} natural {found['natural']:.1f} %")
+        if found["robust"] is not None:
+            parts.append(f"{network} {found['attack']} {found['robust']:.1f} %")
     parts += [f"lr {row['lr']:.4f}", f"{row['images_per_s']:,.0f} images/s"]
     left = (epochs - row["epoch"]) * row["seconds"]
     if left:
@@ -229,55 +215,60 @@ def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as ``45 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """Return a time span in the two largest units that say something."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a ``metrics.jsonl``; a last line that was cut off is left out.
+    """Return the complete rows of a ``metrics.jsonl``; nothing where there is no such file.
 
     Raises:
         InputError: for a complete line that is not a row, with its number.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [read_row(path, n, line) for n, line in enumerate(lines[:-1], 1) if line]
+    content = path.read_bytes() if path.exists() else b""
+    return [row for _, row in rows_of(path, content)]
 
 
-def read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Return the row in a line, or raise an ``InputError`` that names file and line."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        row = None
-    if (
-        isinstance(row, dict)
-        and isinstance(row.get("stage"), str)
-        and row.get("event") in ("step", "epoch")
-        and isinstance(row.get("step"), int)
-        and (row["event"] == "step" or isinstance(row.get("epoch"), int))
-    ):
-        return row
-    shown = line[:40].decode("utf-8", errors="replace")
-    raise InputError(
-        f"{path}, line {number}: expected a JSON object with event, stage, epoch and step, "
-        f"got {shown!r}; the file is damaged, delete this line to go on without it."
-    )
+def rows_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and row of each line in the content of ``path``, but for a last one cut off.
+
+    Raises:
+        InputError: for a complete line that is not a row, with its number.
+    """
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if not (
+            isinstance(row, dict)
+            and isinstance(row.get("stage"), str)
+            and isinstance(row.get("event"), str)
+            and isinstance(row.get("step"), int)
+            and (row["event"] == "step" or isinstance(row.get("epoch"), int))
+        ):
+            shown = line[:40].decode("utf-8", errors="replace")
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object with event, stage, epoch and step, "
+                f"got {shown!r}; the file is damaged, delete this line to go on without it."
+            )
+        yield number, row
 
 
 def drop_rows_from(path: Path, stage: str, step: int, epoch: int) -> None:
     """Rewrite the file without the rows of ``stage`` that a resumed run will write again.
 
-    A last line that was cut off goes too. Nothing is written where there is nothing to drop.
-
-    Args:
-        path: ``metrics.jsonl``.
-        stage: other stages keep all their rows.
-        step: step rows from this 0-based step on go.
-        epoch: epoch rows after this 1-based epoch go.
+    These are of steps from the 0-based ``step`` on, and of epochs after the 1-based ``epoch``. A
+    last line that was cut off goes too. Nothing is written where there is nothing to drop.
 
     Raises:
         InputError: if the file is damaged.

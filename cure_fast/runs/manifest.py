@@ -27,14 +27,7 @@ WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
 
 def write_manifest(folder: Path, step: int, config: dict[str, Any], *, best: bool) -> None:
-    """Flush the files of a checkpoint to disk and write the manifest that names them.
-
-    Args:
-        folder: holds ``weights.safetensors`` and ``state.pt``.
-        step: number of finished steps.
-        config: resolved configuration, of JSON types.
-        best: whether this is the best state so far.
-    """
+    """Flush the files of a checkpoint to disk and write the manifest that names them."""
     files = {}
     for name in (WEIGHTS, STATE):
         path = folder / name
@@ -75,12 +68,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def checkpoint_problem(path: Path, *, hashes: bool) -> str:
+def check_checkpoint(path: Path, *, hashes: bool = True) -> str:
     """Return what is wrong with the checkpoint ``path`` in one line, "" if nothing; never raises.
 
-    Args:
-        path: folder of the checkpoint.
-        hashes: compare the content of the files with their hashes too, not their sizes alone.
+    With ``hashes`` the content of the files is compared too, not their sizes alone.
     """
     try:
         for name, written in _files_of(path).items():

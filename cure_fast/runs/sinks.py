@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cure_fast.console import warn
 from cure_fast.errors import CureFastError
@@ -23,50 +23,30 @@ NAME_PART = 48
 WANDB_WAITS = {"init_timeout": 60, "login_timeout": 60}
 
 
-class Sink(Protocol):
-    """Receives the numbers of a run."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the values of a step, by name."""
-        ...
-
-    def close(self) -> None:
-        """Write what is held back, and let go."""
-        ...
-
-
 class GuardedSink:
     """A sink whose failures cost one warning and switch it off.
 
     Whatever it throws when it is opened, called or closed goes no further, but for what asks the
     whole program to stop: ``KeyboardInterrupt`` and this project's own errors.
-
-    Args:
-        title: what the warning calls it.
-        opens: returns the sink; called once, at once.
     """
 
-    def __init__(self, title: str, opens: Callable[[], Sink]) -> None:
+    def __init__(self, title: str, opens: Callable[[], TensorBoard | WandB]) -> None:
         self.title = title
-        self.sink: Sink | None = None
-        self.sink = self._guarded(opens)
+        self.sink: TensorBoard | WandB | None = self._guarded(opens)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass the values on, where the sink still works."""
-        sink = self.sink
-        if sink is not None:
-            self._guarded(lambda: sink.scalars(step, values))
+        """Pass the values of a step on, where the sink still works."""
+        if self.sink is not None:
+            self._guarded(self.sink.scalars, step, values)
 
     def close(self) -> None:
         """Close the sink, where it still works."""
-        sink = self.sink
-        if sink is not None:
-            self._guarded(sink.close)
-            self.sink = None
+        if self.sink is not None:
+            self._guarded(self.sink.close)
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return call()
+            return call(*arguments)
         except CureFastError:
             raise
         except (Exception, SystemExit) as error:  # wandb has left the program by sys.exit
@@ -76,7 +56,6 @@ class GuardedSink:
                 f"{self.title} failed and is off from here, training goes on: "
                 f"{type(error).__name__}{': ' if told else ''}{told}"
             )
-            return None
 
 
 class TensorBoard:
@@ -85,11 +64,8 @@ class TensorBoard:
     Not torch's ``SummaryWriter``: that one writes from a thread, which prints a traceback where the
     disk is full, and holds events back for two minutes, which a killed run loses.
 
-    Args:
-        folder: where the file goes; made when absent.
-        start: first step of which values may come. Readers drop what earlier files hold from this
-            step on, which a resumed run gives again.
-        known: values of the step ``start`` that are not given again.
+    Readers drop what earlier files hold from step ``start`` on, which a resumed run gives again,
+    but for those values of that step that are ``known``.
 
     Raises:
         ImportError: if the package tensorboard is not installed.
@@ -138,9 +114,7 @@ def new_events(folder: Path) -> Path:
 class WandB:
     """A run of Weights & Biases; a resumed run folder goes on in the same one.
 
-    Args:
-        folder: run folder: gives the name and, where it holds one, the configuration.
-        project: project that the run belongs to.
+    The folder gives its name and, where it holds one, the configuration.
 
     Raises:
         ImportError: if the package wandb is not installed.
@@ -214,13 +188,8 @@ def open_sinks(
 ) -> list[GuardedSink]:
     """Return the sinks that are wanted, each guarded.
 
-    Args:
-        folder: run folder.
-        stage: ``pretrain`` or ``train``; TensorBoard gets a folder for each.
-        tensorboard: write events below ``folder/tensorboard``.
-        wandb: project of Weights & Biases; None for none.
-        start: first step of which values may come.
-        known: returns the values of that step that were given before, for TensorBoard to keep.
+    TensorBoard gets a folder for each stage; see :class:`TensorBoard` for ``start`` and ``known``.
+    ``wandb`` is a project of Weights & Biases.
     """
     sinks = []
     if tensorboard:

@@ -1,152 +1,84 @@
-"""What training is made of: a method (what to optimise) and policies (what else moves weights).
-
-A method is one frozen record of functions in one file of ``cure_fast/methods``. A policy
-touches weights or gradients across steps; policies combine as a tuple whose order is the
-order of application. Neither knows about devices, precision or loaders.
-"""
+"""Methods: what is optimised, as frozen records of functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from cure_fast.config import Config, MethodSettings
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
-
-# Named scalars of one step, each a mean over the images of a pass, so that passes add up by their
-# share of the batch; "total" is the one that is minimised.
-Terms = dict[str, Tensor]
+from cure_fast.batch import Batch
+from cure_fast.config import Config
+from cure_fast.step.policy import Choice, Policy
+from cure_fast.step.run import Run, Terms
 
 
-class Policy:
-    """Touches weights or gradients across steps; every hook does nothing by default.
+@dataclass(frozen=True)
+class PaperRow:
+    """A published result in percent; ``None`` where the paper has no figure."""
 
-    The fast engine decides on the device whether a step is finite. It calls every hook all the
-    same and holds the answer in ``run.engine.skip``, a 0-d bool tensor, None in the eager engine.
-    Gradients of a skipped step move nothing; what a hook moves itself it must leave as it is.
-
-    Attributes:
-        moves_weights: whether :meth:`around` or :meth:`on_step` changes weights of the trained
-            network, of which the fast engine then makes its copies anew.
-    """
-
-    moves_weights: bool = True
-
-    def around(self, run: Run, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[None]:
-        """Return a context that spans the loss, the backward pass and the optimiser's step."""
-        return nullcontext()
-
-    def moved_before_loss(self) -> Sequence[Tensor]:
-        """Return the tensors that :meth:`around` moves before the loss, other than by setting them
-        to what they are set to if it is entered again: so that a failed step can be taken back.
-        """
-        return ()
-
-    def on_grads(self, run: Run) -> None:
-        """Change the gradients, which are complete and unscaled, and finite unless
-        ``run.engine.skip`` says otherwise.
-
-        Sets in ``run.gradients`` still have the loss scale of fp16.
-        """
-
-    def on_step(self, run: Run) -> None:
-        """Act after the optimiser's step."""
-
-    def epoch_metrics(self, run: Run) -> dict[str, Any]:
-        """Return what the epoch's row of metrics shall hold of this policy."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+    row: str
+    natural: float
+    pgd20: float | None
+    cw20: float | None
+    aa: float | None
 
 
-@contextmanager
-def around(
-    policies: Sequence[Policy], run: Run, x: Tensor, x_adv: Tensor, y: Tensor
-) -> Iterator[None]:
-    """Enter every policy's :meth:`Policy.around` in order, and leave them in reverse."""
-    with ExitStack() as stack:
-        for policy in policies:
-            stack.enter_context(policy.around(run, x, x_adv, y))
-        yield
+# How papers write the models and data sets of their rows.
+WRITTEN = {
+    "resnet18": "ResNet-18",
+    "preactresnet18": "PreActResNet-18",
+    "wrn32-10": "WRN-32-10",
+    "wrn34-10": "WRN-34-10",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+}
 
 
-def no_policies(run: Run) -> tuple[Policy, ...]:
-    """Return no policy."""
-    return ()
-
-
-def no_networks(run: Run) -> dict[str, nn.Module]:
-    """Return no further network."""
-    return {}
-
-
-def backward_total(run: Run, terms: Terms) -> None:
-    """Accumulate the gradient of ``terms["total"]`` into every parameter's ``.grad``."""
-    run.backward(terms["total"])
-
-
-def one_phase(run: Run) -> Hashable:
-    """Return the same for every step."""
-    return None
-
-
-def accept(config: Config) -> None:
-    """Accept every configuration."""
-
-
-def keep_config(config: Config) -> Config:
-    """Return the configuration as it is."""
-    return config
+def paper_rows(
+    method: str, *rows: tuple[str, str, str, float, float | None, float | None, float | None]
+) -> dict[tuple[str, str], PaperRow]:
+    """Return rows by (data set, model), from these two, the row's place, and its figures."""
+    return {
+        (data, model): PaperRow(
+            f"{method}, {WRITTEN[model]}, {WRITTEN[data]}{place}", natural, *robust
+        )
+        for data, model, place, natural, *robust in rows
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Choice):
     """A training method as a record of functions.
 
     Attributes:
-        name: what ``--method`` takes.
-        label: name as papers write it, for reports.
-        title: one line for ``cure-fast list``.
-        paper: authors, title, venue.
-        settings: default settings; their type holds the method's flags.
-        attack: from (run, x, y) to adversarial images inside the eps-ball and [0, 1]; called with
-            the model in ``attack_mode``.
-        loss: from (run, x, x_adv, y) to :data:`Terms`.
-        backward: adds the gradients of the terms to ``.grad``, and further sets of gradients to
-            ``run.gradients``; called once per pass over a part of the batch. The default takes the
-            total.
-        networks: builds further networks (a teacher, an average), which checkpoints store.
-        policies: builds the policies of a run.
+        attack: from (run, batch) to adversarial images inside the eps-ball and [0, 1]; called with
+            the model in ``attack_mode``. It may leave notes in the batch.
+        loss: from (run, batch) to :data:`Terms`; called once per pass over a part of the batch.
+        networks: builds further networks, which checkpoints store. Those whose parameters take
+            gradients are trained by the run's optimiser, with the model.
+        teachers: names networks that stay as they are, with a run folder or file of weights each.
+        policies: builds the method's own policies.
         check: raises ``InputError`` for a configuration the method cannot run.
         preset: changes other parts of the configuration when the method is chosen by name.
-        phase: from the run to what its functions and policies branch on besides the settings, such
-            as the epoch. Steps of equal phase must do the same operations: the fast engine replays
-            them. Numbers that change are asked of ``run.engine.number`` instead.
+        published: sets the official schedule, optimiser and attack for the configuration's data and
+            model, for ``--regime published``; None where that is not known.
+        phase: from the run to what its functions branch on besides the settings, such as the epoch.
+            Steps of equal phase must do the same operations: the fast engine replays them. Numbers
+            that change are asked of ``run.engine.number`` instead.
+        rows: published results by (data set, model).
         uses_attack: False for a method that trains on natural images alone.
     """
 
-    name: str
-    label: str
-    title: str
-    paper: str
-    settings: MethodSettings
-    attack: Callable[[Run, Tensor, Tensor], Tensor]
-    loss: Callable[[Run, Tensor, Tensor, Tensor], Terms]
-    backward: Callable[[Run, Terms], None] = backward_total
-    networks: Callable[[Run], dict[str, nn.Module]] = no_networks
-    policies: Callable[[Run], tuple[Policy, ...]] = no_policies
-    check: Callable[[Config], None] = accept
-    preset: Callable[[Config], Config] = keep_config
-    phase: Callable[[Run], Hashable] = one_phase
+    attack: Callable[[Run, Batch], Tensor]
+    loss: Callable[[Run, Batch], Terms]
+    networks: Callable[[Run], dict[str, nn.Module]] = lambda run: {}
+    teachers: Callable[[Config], dict[str, str]] = lambda config: {}
+    policies: Callable[[Run], tuple[Policy, ...]] = lambda run: ()
+    check: Callable[[Config], None] = lambda config: None
+    preset: Callable[[Config], Config] = lambda config: config
+    published: Callable[[Config], Config] | None = None
+    phase: Callable[[Run], Hashable] = lambda run: None
+    rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True

@@ -1,7 +1,7 @@
 """One training step: attack, loss, gradients, update, in passes that fit into memory.
 
 A step whose loss or gradient is not finite leaves weights, momenta and BatchNorm statistics as they
-were; what a policy does before the loss (a revision model that moves first) stands. A batch that
+were; what a policy does before the attack (a revision model that moves first) stands. A batch that
 does not fit into memory is cut into near-equal pieces whose gradients are added up, so that the
 update is of the same batch.
 """
@@ -9,96 +9,121 @@ update is of the same batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cure_fast.batch import Batch
+from cure_fast.classifier import attack_mode
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, MemoryExhaustedError, is_out_of_memory
-from cure_fast.models.modes import attack_mode
-from cure_fast.step.method import Terms, around
-
-if TYPE_CHECKING:
-    from cure_fast.training.trainer import Run
+from cure_fast.step.policy import Wanted, around
+from cure_fast.step.run import Terms
+from cure_fast.step.state import TrainState
+from cure_fast.step.undo import Undo
 
 T = TypeVar("T")
 
 
-def train_step(run: Run, x: Tensor, y: Tensor) -> Terms | None:
+def train_step(state: TrainState, batch: Batch) -> Terms | None:
     """Train on one batch; return the detached terms of its loss, or None where that is not finite.
 
-    Weights move only if loss and gradients are finite; ``run.skipped`` counts the steps where they
-    do not. With fp16 an overflow under a finite loss is part of finding the loss scale, and does
-    not count towards ``--max-skipped`` while the scale is above 1.
-
-    Args:
-        run: what is moved.
-        x: natural images [N, C, H, W] in [0, 1], float32, channels_last.
-        y: labels [N] int64.
+    Weights move only if loss and gradients are finite; ``state.skipped`` counts the steps where
+    they do not. With fp16 an overflow under a finite loss is part of finding the loss scale, and
+    does not count towards ``--max-skipped`` while the scale is above 1.
 
     Raises:
         DivergedError: after more than ``--max-skipped`` such steps in a row.
         MemoryExhaustedError: if not even two images fit into memory.
     """
-    if run.undo is None:
-        run.undo = Undo(run)
-    undo, count = run.undo, len(y)
-    undo.keep_before_attack()
-    x_adv = fitting(run, undo.restore_attack, count, lambda pieces: attack(run, x, y, pieces))
-    with around(run.policies, run, x, x_adv, y):
-        undo.keep_before_loss()
+    state.undo = state.undo or (Undo(state), Undo(state))
+    (before_attack, before_loss), count = state.undo, len(batch)
+    before_attack.keep()
+    x_adv = fitting(
+        state, before_attack.restore, count, lambda pieces: attack(state, batch, pieces)
+    )
+    batch = batch.attacked(x_adv)
+    with around(state.policies, state, batch):
+        before_loss.keep()
         terms = fitting(
-            run, undo.restore_loss, count, lambda pieces: add_gradients(run, x, x_adv, y, pieces)
+            state, before_loss.restore, count, lambda pieces: add_gradients(state, batch, pieces)
         )
-        run.scaler.unscale_(run.optimizer)
-        verdict = judge(run, terms)
-        if verdict.all_finite:
-            update(run)
-        update_scale(run, verdict)
-    if verdict.all_finite:
-        for policy in run.policies:
-            policy.on_step(run)
-        run.skipped_in_row = 0
+        state.scaler.unscale_(state.optimizer)
+        verdict = judge(state, terms)
+        if all(verdict):
+            update(state)
+        update_scale(state, verdict)
+    if all(verdict):
+        for policy in state.policies:
+            policy.on_step(state, batch)
+        state.skipped_in_row = 0
     else:
-        undo.restore_statistics()
-        count_skipped(run, verdict.loss)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.gradients.clear()
+        # Random sources go on.
+        before_attack.statistics.restore()
+        count_skipped(state, verdict.loss)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.gradients.clear()
     return terms if verdict.loss else None
 
 
-def attack(run: Run, x: Tensor, y: Tensor, pieces: int) -> Tensor:
+def attack(state: TrainState, batch: Batch, pieces: int) -> Tensor:
     """Return the method's adversarial images [N, C, H, W], made in ``pieces`` passes."""
-    with attack_mode(run.model, run.config.attack.attack_mode):
-        made = [run.method.attack(run, *piece) for piece in split(pieces, x, y)]
+    parts = batch.split(pieces)
+    with attack_mode(state.model, state.config.attack.attack_mode):
+        made = [state.method.attack(state, part) for part in parts]
+    batch.join(parts)
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def add_gradients(run: Run, x: Tensor, x_adv: Tensor, y: Tensor, pieces: int) -> Terms:
+def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
     """Fill the gradients of the batch in ``pieces`` passes; return its detached terms.
 
     Every term is a mean over its images, so pieces count by their share of the batch.
     """
-    run.optimizer.zero_grad(set_to_none=True)
-    run.gradients.clear()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.gradients.clear()
+    wanted = wanted_gradients(state)
     sums: Terms = {}
-    for piece in split(pieces, x, x_adv, y):
-        terms = run.method.loss(run, *piece)
-        share = len(piece[0]) / len(x)
+    parts = batch.split(pieces)
+    for part in parts:
+        terms = state.method.loss(state, part)
+        share = len(part) / len(batch)
         if share < 1:
             terms = {name: share * term for name, term in terms.items()}
-        run.method.backward(run, terms)
+        for name, (of, parameters) in wanted.items():
+            grads = torch.autograd.grad(
+                state.scaler.scale(of(terms)),
+                parameters,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            add_to(state.gradients, name, list(grads))
+        state.scaler.scale(terms["total"]).backward()
         for name, term in terms.items():
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
+    batch.join(parts)
     return sums
 
 
-def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same part of each tensor, ``pieces`` parts whose lengths differ by one at most."""
-    return zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True)
+def wanted_gradients(state: TrainState) -> dict[str, Wanted]:
+    """Return which gradients the step's policies want."""
+    wanted: dict[str, Wanted] = {}
+    for policy in state.policies:
+        for name, gradients in policy.wants(state).items():
+            assert name not in wanted, f"two policies want gradients that they call {name}"
+            wanted[name] = gradients
+    return wanted
+
+
+def add_to(gradients: dict[str, list[Tensor]], name: str, grads: list[Tensor]) -> None:
+    """Add a pass's part to the set of gradients ``name``."""
+    if name in gradients:
+        torch._foreach_add_(gradients[name], grads)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        gradients[name] = grads
 
 
 def pieces_of(count: int, size: int) -> int:
@@ -110,24 +135,18 @@ def pieces_of(count: int, size: int) -> int:
     return max(1, min(math.ceil(count / size), count // 2))
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What of a step is finite: the terms of its loss, ``.grad``, and the further gradients."""
 
     loss: bool
     grads: bool = True
     further: bool = True
 
-    @property
-    def all_finite(self) -> bool:
-        """Whether the step may move anything."""
-        return self.loss and self.grads and self.further
 
-
-def judge(run: Run, terms: Terms) -> Verdict:
+def judge(state: TrainState, terms: Terms) -> Verdict:
     """Return what of the step is finite; reads the device once."""
-    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    further = [grad for group in run.gradients.values() for grad in group]
+    grads = [p.grad for p in state.trained_parameters if p.grad is not None]
+    further = [grad for group in state.gradients.values() for grad in group]
     finite = [torch.stack([*terms.values()]).isfinite().all()]
     finite += [
         torch.nn.utils.get_total_norm(group).isfinite() for group in (grads, further) if group
@@ -136,54 +155,56 @@ def judge(run: Run, terms: Terms) -> Verdict:
     return Verdict(*torch.stack(finite).tolist())
 
 
-def update_scale(run: Run, verdict: Verdict) -> None:
+def update_scale(state: TrainState, verdict: Verdict) -> None:
     """Let fp16's loss scale follow: it falls where gradients overflowed, and rises in time."""
-    if run.scaler.is_enabled() and verdict.grads and not verdict.further:
+    if state.scaler.is_enabled() and verdict.grads and not verdict.further:
         # The scaler has seen ``.grad`` alone.
-        run.scaler.update(run.scaler.get_scale() * run.scaler.get_backoff_factor())
+        state.scaler.update(state.scaler.get_scale() * state.scaler.get_backoff_factor())
     else:
-        run.scaler.update()
+        state.scaler.update()
 
 
-def update(run: Run) -> None:
+def update(state: TrainState) -> None:
     """Move the weights; what runs out of memory here has moved some of them and cannot be redone.
 
     Raises:
         MemoryExhaustedError: where that happens.
     """
     try:
-        for policy in run.policies:
-            policy.on_grads(run)
-        run.scaler.step(run.optimizer)
+        for policy in state.policies:
+            policy.on_grads(state)
+        if state.config.optim.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(state.trained_parameters, state.config.optim.clip_grad)
+        state.scaler.step(state.optimizer)
     except Exception as error:
         if is_out_of_memory(error):
-            raise no_memory_for_update(run, error) from error
+            raise no_memory_for_update(state, error) from error
         raise
 
 
-def no_memory_for_update(run: Run, error: Exception) -> MemoryExhaustedError:
+def no_memory_for_update(state: TrainState, error: Exception) -> MemoryExhaustedError:
     """Return the error of an update that ran out of memory."""
     return MemoryExhaustedError(
-        f"no memory for the update of the weights in step {run.step}: {error}. Try a "
+        f"no memory for the update of the weights in step {state.step}: {error}. Try a "
         "smaller model, or a device with more memory."
     )
 
 
-def count_skipped(run: Run, loss_is_finite: bool) -> None:
+def count_skipped(state: TrainState, loss_is_finite: bool) -> None:
     """Count a step that moved nothing.
 
     Raises:
         DivergedError: if there were too many in a row.
     """
-    run.skipped += 1
-    if run.scaler.is_enabled() and loss_is_finite and run.scaler.get_scale() >= 1:
+    state.skipped += 1
+    if state.scaler.is_enabled() and loss_is_finite and state.scaler.get_scale() >= 1:
         return
-    run.skipped_in_row += 1
-    if run.skipped_in_row > run.config.run.max_skipped:
+    state.skipped_in_row += 1
+    if state.skipped_in_row > state.config.run.max_skipped:
         what = "gradient" if loss_is_finite else "loss"
         raise DivergedError(
-            f"the {what} is not finite in epoch {run.epoch + 1}, step {run.step}, for the "
-            f"{ordinal(run.skipped_in_row)} step in a row."
+            f"the {what} is not finite in epoch {state.epoch + 1}, step {state.step}, for the "
+            f"{ordinal(state.skipped_in_row)} step in a row."
         )
 
 
@@ -193,107 +214,19 @@ def ordinal(count: int) -> str:
     return f"{count}{ending or 'th'}"
 
 
-class Undo:
-    """What the passes of a step move besides gradients, kept so that it can be put back.
+def fitting(
+    state: TrainState, restore: Callable[[], None], count: int, compute: Callable[[int], T]
+) -> T:
+    """Return ``compute(pieces)`` for a batch of ``count`` images, in as few pieces as fit.
 
-    That is BatchNorm statistics, and the random sources that passes draw from: the run's own and
-    torch's. The copies are allocated once.
-
-    Args:
-        run: whose networks are looked after.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.model = Statistics([run.model])
-        self.networks = Statistics(list(run.networks.values()))
-        self.during_attack = Statistics([run.model])
-        self.device = run.device
-        self.generators = list(run.generators.values())
-        self.states: list[Tensor] = []
-
-    def keep_before_attack(self) -> None:
-        """Keep what the attack can move."""
-        self.model.keep()
-        self._keep_random()
-
-    def keep_before_loss(self) -> None:
-        """Keep what the passes of the loss can move, with what policies did before them."""
-        self.during_attack.keep()
-        self.networks.keep()
-        self._keep_random()
-
-    def restore_attack(self) -> None:
-        """Go back to before the attack."""
-        self.model.restore()
-        self._restore_random()
-
-    def restore_loss(self) -> None:
-        """Go back to before the passes of the loss."""
-        self.during_attack.restore()
-        self.networks.restore()
-        self._restore_random()
-
-    def restore_statistics(self) -> None:
-        """Put back the statistics of the whole step; random sources go on."""
-        self.model.restore()
-        self.networks.restore()
-
-    def _keep_random(self) -> None:
-        self.states = [generator.get_state() for generator in self.generators]
-        self.torch_state = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.cuda_state = torch.cuda.get_rng_state(self.device)
-
-    def _restore_random(self) -> None:
-        for generator, state in zip(self.generators, self.states, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(self.torch_state)
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.cuda_state, self.device)
-
-
-class Statistics:
-    """The buffers of networks, such as BatchNorm's running statistics, and one copy of them.
-
-    Args:
-        networks: their buffers must stay the tensors that they are now.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for network in networks:
-            for buffer in network.buffers():
-                by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        # One launch per dtype on a GPU, where a network has a hundred small buffers.
-        self.groups = [
-            (group, [torch.empty_like(buffer) for buffer in group]) for group in by_dtype.values()
-        ]
-
-    def keep(self) -> None:
-        """Copy the buffers."""
-        for buffers, copies in self.groups:
-            torch._foreach_copy_(copies, buffers)  # pyright: ignore[reportPrivateImportUsage]
-
-    def restore(self) -> None:
-        """Copy them back."""
-        for buffers, copies in self.groups:
-            torch._foreach_copy_(buffers, copies)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def fitting(run: Run, restore: Callable[[], None], count: int, compute: Callable[[int], T]) -> T:
-    """Return ``compute(pieces)``; halve ``run.micro_batch_size`` for as long as memory runs out.
-
-    Args:
-        run: keeps the size for the steps to come.
-        restore: undoes a try that failed.
-        count: images in the batch.
-        compute: what is tried, given the number of passes.
+    As long as memory runs out, ``restore`` undoes the try and ``state.micro_batch_size`` is halved,
+    also for the steps to come.
 
     Raises:
         MemoryExhaustedError: if the batch can be cut no further.
     """
     while True:
-        pieces = pieces_of(count, run.micro_batch_size or count)
+        pieces = pieces_of(count, state.micro_batch_size or count)
         try:
             return compute(pieces)
         except Exception as error:
@@ -302,18 +235,18 @@ def fitting(run: Run, restore: Callable[[], None], count: int, compute: Callable
             reason = str(error).split("\n")[0]
         # Outside the handler, whose traceback holds the tensors of the failed try.
         restore()
-        if run.device.type == "cuda":
+        if state.device.type == "cuda":
             torch.cuda.empty_cache()
         largest = math.ceil(count / pieces)
         size = max(2, math.ceil(largest / 2))
         if pieces_of(count, size) == pieces:
             raise MemoryExhaustedError(
-                f"step {run.step} does not fit into memory, even {largest} of the batch's {count} "
-                f"images at a time ({reason}). Try a smaller --model or --width, --amp bf16, or a "
-                "device with more memory."
+                f"step {state.step} does not fit into memory, even {largest} of the batch's "
+                f"{count} images at a time ({reason}). Try a smaller --model or --width, --amp "
+                "bf16, or a device with more memory."
             )
-        run.micro_batch_size = size
+        state.micro_batch_size = size
         warn(
-            f"step {run.step} did not fit into memory; from here {size} images per pass, {count} "
+            f"step {state.step} did not fit into memory; from here {size} images per pass, {count} "
             "per step as before"
         )

@@ -44,6 +44,7 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         seed=config.run.seed,
         crop_padding=config.data.crop_padding,
         flip=config.data.flip,
+        reflect=config.data.crop_mode == "reflect",
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import torch
 from cure_fast.config import Config
 from cure_fast.console import say
 from cure_fast.errors import InputError, StoppedError
-from cure_fast.evaluation.results import evaluate_run, print_results
+from cure_fast.evaluation.record import keep_results
+from cure_fast.evaluation.results import check_networks, measure_run, print_results
 from cure_fast.files import user_path
 from cure_fast.loaders import Loader
-from cure_fast.methods import find_method
+from cure_fast.methods import check_config
 from cure_fast.models import ImageClassifier
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
@@ -29,9 +33,12 @@ from cure_fast.runs.folder import (
     start_record,
 )
 from cure_fast.signals import Interrupted, StopSignals
+from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
+from cure_fast.training.saving import RAW
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
-from cure_fast.training.trainer import Run
+from cure_fast.training.teachers import copy_name, keep_teachers, read_teachers
+from cure_fast.training.trainer import build_run
 
 
 def train(
@@ -57,24 +64,47 @@ def train(
             return train(config, resume=resume, override=override, stop=stop)
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
-    find_method(config.method).check(config)
-    check_model(config)
+    check_config(config)
+    with torch.device("meta"):
+        # What cannot be built is refused before any data is read.
+        new_model(config, num_classes=2)
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
     try:
         with stop.at_once():
-            data, loader, model = prepare(config, device, named)
+            data, loader, model, teachers = prepare(config, device, named)
     except Interrupted as error:
         again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
     with stop.orderly(), own_folder(config, resume=resume) as folder:
-        begin = record_when_sure(folder, config, loader.reason, device, changes)
-        stage = Stage("train", config, data, folder, device, stop, begin)
+        kept = {"device": device, "changes": list(changes.values())}
+        record = partial(start_record, folder, config, loader.reason, **kept)
+        # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a
+        # checkpoint when that has been read and fits: a folder that is refused stays as it was, and
+        # can be resumed with its own configuration.
+        resumed = has_checkpoints(folder / "checkpoints")
+        if resumed:
+            check_device(folder, device)
+        else:
+            record()
+
+        def begin(run: TrainState) -> None:
+            if resumed:
+                check_position(changes, batch=run.batch)
+                check_unfinished(run, changes)
+                forget_best(run, changes)
+                record()
+
+        stage = Stage("train", config, data, folder, device, stop, begin, teachers)
         try:
             results = run_stages(stage, model, loader)
             with stop.at_once():
-                finish(folder, results)
+                print_results(results)
+                # Drawing the page takes what training does not.
+                from cure_fast.report import write_report
+
+                say(f"report: {write_report(folder)}")
         except (StoppedError, Interrupted) as error:
             why = error if isinstance(error, StoppedError) else "stopped by a signal"
             remedy = f"continue with: cure-fast train {folder} --resume"
@@ -82,39 +112,10 @@ def train(
     return folder
 
 
-def record_when_sure(
-    folder: Path, config: Config, loader: str, device: torch.device, changes: dict[str, str]
-) -> Callable[[Run], None]:
-    """Record what runs from here on, and return what the training stage calls once it is set up.
-
-    A run without a checkpoint is recorded at once, so that it can be resumed wherever it ends. One
-    that goes on from a checkpoint is recorded when that has been read and fits: where it is refused
-    the folder stays as it was, and the run can be resumed with its own configuration.
-
-    Raises:
-        InputError: if the run is of another type of device, or its record is damaged.
-    """
-
-    def record() -> None:
-        start_record(folder, config, loader, device=device, changes=list(changes.values()))
-
-    def begin(run: Run) -> None:
-        check_position(changes, batch=run.batch)
-        check_unfinished(run, changes)
-        forget_best(run, changes)
-        record()
-
-    if has_checkpoints(folder / "checkpoints"):
-        check_device(folder, device)
-        return begin
-    record()
-    return lambda run: None
-
-
 def prepare(
     config: Config, device: torch.device, folder: Path
-) -> tuple[Data, Loader, ImageClassifier]:
-    """Return images, loader and the network with its first weights, having checked all of them."""
+) -> tuple[Data, Loader, ImageClassifier, dict[str, ImageClassifier]]:
+    """Return images, loader, the network with its first weights, and teachers, all checked."""
     data = read_data(config)
     say(
         f"data: {config.data.data}, {len(data.train):,} training, {len(data.val):,} validation "
@@ -126,15 +127,27 @@ def prepare(
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
         load_into(model, read_weights(given), source=str(given))
-    return data, loader, model
+    teachers = read_teachers(config, len(data.train.classes), folder)
+    check_attacked(config, model, loader, teachers)
+    return data, loader, model, teachers
 
 
-def check_unfinished(run: Run, changes: Iterable[str]) -> None:
-    """Refuse other settings for a run that has nothing left to train with them.
+def check_attacked(
+    config: Config, model: ImageClassifier, loader: Loader, teachers: Mapping[str, ImageClassifier]
+) -> None:
+    """Refuse to attack networks that the run will not have; a trial run on the CPU tells them."""
+    if not config.eval.networks:
+        return
+    trial = replace(config, run=replace(config.run, engine="eager"))
+    run = build_run(trial, copy.deepcopy(model), loader, torch.device("cpu"), teachers)
+    names = {name for name, net in run.all_networks.items() if isinstance(net, ImageClassifier)}
+    names |= {copy_name(name) for name in teachers}
+    names |= set() if run.result == "model" else {RAW}
+    check_networks(config.eval.networks, names - {"model", run.result})
 
-    Raises:
-        InputError: if something changes and no epoch is left.
-    """
+
+def check_unfinished(run: TrainState, changes: Iterable[str]) -> None:
+    """Refuse other settings for a run that has no epoch left to train with them."""
     if changes and run.epoch >= run.config.optim.epochs and run.pending is None:
         raise InputError(
             f"--override: the run is at the end of epoch {run.epoch}, and --epochs is "
@@ -143,7 +156,7 @@ def check_unfinished(run: Run, changes: Iterable[str]) -> None:
         )
 
 
-def forget_best(run: Run, changes: Iterable[str]) -> None:
+def forget_best(run: TrainState, changes: Iterable[str]) -> None:
     """Choose the best epoch anew where validation no longer measures what it did."""
     measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
     found = [name for name in changes if name.startswith(measured)]
@@ -154,17 +167,13 @@ def forget_best(run: Run, changes: Iterable[str]) -> None:
 
 def run_stages(stage: Stage, model: ImageClassifier, loader: Loader) -> dict[str, Any]:
     """Take the start, train and evaluate, each from where an earlier call left it."""
+    keep_teachers(stage.config, stage.teachers, stage.folder)
     take_start(stage, model)
     train_stage(stage, model, loader)
-    return evaluate_run(stage.folder, stage.config, stage.data.test, stage.device, stage.stop)
-
-
-def finish(folder: Path, results: dict[str, Any]) -> None:
-    """Print the results and write the report."""
-    from cure_fast.report import write_report
-
-    print_results(results)
-    say(f"report: {write_report(folder)}")
+    measured, examples = measure_run(
+        stage.folder, stage.config, stage.data.test, stage.device, stage.stop
+    )
+    return keep_results(stage.folder, stage.config, measured, examples).record or measured
 
 
 def set_determinism(deterministic: bool) -> None:
@@ -180,9 +189,3 @@ def set_determinism(deterministic: bool) -> None:
         # Else torch also fills each tensor that it makes without values, at one more kernel each.
         fills: Any = torch.utils.deterministic
         fills.fill_uninitialized_memory = not deterministic
-
-
-def check_model(config: Config) -> None:
-    """Raise ``InputError`` for a model that cannot be built, before any data is read."""
-    with torch.device("meta"):
-        new_model(config, num_classes=2)

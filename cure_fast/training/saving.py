@@ -7,15 +7,27 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cure_fast.config import Config
 from cure_fast.config.values import to_dict
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, InputError
+from cure_fast.models import ImageClassifier
 from cure_fast.models.weights import save_state
 from cure_fast.runs.checkpoint import newest_checkpoint, save_checkpoint
-from cure_fast.training.trainer import Run
+from cure_fast.step.state import TrainState
+
+# Names of files of weights: the run's result, and the trained network where that is another.
+RESULT, RAW = "model", "raw"
+
+
+def weights_metadata(config: Config, network: nn.Module) -> dict[str, str]:
+    """Return what a file of weights says of itself: enough to rebuild the network and its data."""
+    told = {"recipe": config.name, "method": config.method, "eps": repr(config.attack.eps)}
+    if config.policies:
+        told["policies"] = ",".join(config.policies)
+    return told | (network.description if isinstance(network, ImageClassifier) else {})
 
 
 class Saver:
@@ -23,26 +35,15 @@ class Saver:
 
     Best weights that could not be written are kept in memory and tried again at each later save;
     the checkpoint marked as best is then the newest best one that could be written.
-
-    Args:
-        folder: the stage's folder.
-        config: its configuration.
-        metadata: what files of weights say of themselves, beside their epoch.
     """
 
-    def __init__(self, folder: Path, config: Config, metadata: dict[str, str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.config = config
-        self.metadata = metadata
-        self.owed: dict[str, dict[str, Tensor]] = {}
-        self.owed_epoch = 0
+        # Tensors and metadata, by name of the file.
+        self.owed: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    def __call__(self, run: Run, best: bool) -> None:
+    def __call__(self, run: TrainState, best: bool) -> None:
         """Store the run; with ``best``, its weights as the best ones too.
 
         Raises:
@@ -51,8 +52,11 @@ class Saver:
         """
         check_weights(run)
         if best:
-            self.owed = {name: net.state_dict() for name, net in run.all_networks.items()}
-            self.owed_epoch = run.epoch
+            # The result is always in model.safetensors, which every other command reads.
+            files, self.owed = {"model": RAW, run.result: RESULT}, {}
+            for name, network in run.all_networks.items():
+                metadata = weights_metadata(self.config, network) | {"epoch": str(run.epoch)}
+                self.owed[files.get(name, name)] = network.state_dict(), metadata
         try:
             self._write_owed()
             values = to_dict(self.config)
@@ -60,8 +64,8 @@ class Saver:
         except OSError as error:
             # The next step moves the networks' own tensors.
             self.owed = {
-                name: {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
-                for name, state in self.owed.items()
+                name: ({key: t.to("cpu", copy=True) for key, t in state.items()}, metadata)
+                for name, (state, metadata) in self.owed.items()
             }
             if self.config.run.on_save_failure == "stop":
                 raise self._failure(error) from error
@@ -93,9 +97,8 @@ class Saver:
         if not self.folder.is_dir():
             # Made anew it would lack the configuration, and nobody would look for it.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
-        metadata = self.metadata | {"epoch": str(self.owed_epoch)}
         for name in list(self.owed):
-            save_state(self.owed[name], self.folder / f"{name}.safetensors", metadata)
+            save_state(self.owed[name][0], self.folder / f"{name}.safetensors", self.owed[name][1])
             del self.owed[name]
 
     def _failure(self, error: OSError) -> InputError:
@@ -105,7 +108,7 @@ class Saver:
         )
 
 
-def check_weights(run: Run) -> None:
+def check_weights(run: TrainState) -> None:
     """Raise :class:`DivergedError` unless all that a checkpoint stores of the networks is finite.
 
     Finite gradients can still move a weight past the largest number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from cure_fast.config import OptimConfig
 
@@ -10,14 +11,54 @@ from cure_fast.config import OptimConfig
 RISE = 0.25
 
 
-def lr_at(optim: OptimConfig, progress: float) -> float:
-    """Return the learning rate for the step that starts at ``progress`` in [0, 1)."""
-    if optim.schedule == "multistep":
-        return optim.lr * optim.lr_decay ** sum(progress >= m for m in optim.milestones)
+def lr_at(optim: OptimConfig, progress: float, step: float = 0.0) -> float:
+    """Return the learning rate for the step that starts at ``progress``.
+
+    ``step`` is the share of the run that one step is, 1 / steps.
+    """
+    if optim.schedule in ("multistep", "linear"):
+        factors = optim.lr_factors
+        if factors is None:
+            factors = tuple(0.1 ** (place + 1) for place in range(len(optim.milestones)))
+        if optim.schedule == "linear":
+            return optim.lr * interpolated(progress, (0.0, *optim.milestones), (1.0, *factors))
+        passed = sum(progress >= milestone for milestone in optim.milestones)
+        return optim.lr * (1.0, *factors)[passed]
     if optim.schedule == "onecycle":
         rise, fall = progress / RISE, (1 - progress) / (1 - RISE)
         # A hundredth of the peak at the start: a first step of length zero would do nothing.
         return optim.lr * max(0.01, min(rise, fall))
+    if optim.schedule == "onecycle-cosine":
+        start = optim.lr / 25
+        return one_cycle(progress, step, start, optim.lr, start / 1e4)
     if optim.schedule == "cosine":
         return optim.lr * (1 + math.cos(math.pi * progress)) / 2
     return optim.lr
+
+
+def momentum_at(optim: OptimConfig, progress: float, step: float = 0.0) -> float:
+    """Return the momentum for the step that starts at ``progress``; see :func:`lr_at`."""
+    if optim.schedule != "onecycle-cosine" or not optim.momentum:
+        return optim.momentum
+    return one_cycle(progress, step, 0.95, 0.85, 0.95)
+
+
+def one_cycle(progress: float, step: float, start: float, peak: float, end: float) -> float:
+    """Return what torch.optim.lr_scheduler.OneCycleLR with ``pct_start=RISE`` sets for a step.
+
+    It is at ``peak`` one step before the share RISE, and at ``end`` in the last step.
+    """
+    top = RISE - step
+    if progress < top:
+        return start + (peak - start) * (1 - math.cos(math.pi * progress / top)) / 2
+    fallen = (progress - top) / (1 - RISE)
+    return end + (peak - end) * (1 + math.cos(math.pi * fallen)) / 2
+
+
+def interpolated(at: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Return the value at a place on the straight lines between points; beyond the last, its."""
+    for i in range(1, len(places)):
+        if at < places[i]:
+            share = (at - places[i - 1]) / (places[i] - places[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return values[-1]

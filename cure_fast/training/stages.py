@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cure_fast
-from cure_fast.config import Config, MethodSettings, PretrainConfig
+from cure_fast.config import Config, MethodSettings, OptimConfig, PretrainConfig
 from cure_fast.config.values import digest, to_dict
 from cure_fast.console import say
 from cure_fast.engine import engine_asked
@@ -26,11 +26,12 @@ from cure_fast.models.weights import load_into, read_weights, save_weights
 from cure_fast.runs.checkpoint import has_checkpoints, load_checkpoint, tidy_checkpoints
 from cure_fast.runs.environment import choose_dtype
 from cure_fast.runs.log import RunLog, drop_rows_from
-from cure_fast.runs.random_state import seed_all
 from cure_fast.signals import StopSignals
+from cure_fast.step.random_state import seed_all
+from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader
-from cure_fast.training.saving import Saver
-from cure_fast.training.trainer import Run, build_run, fit
+from cure_fast.training.saving import Saver, weights_metadata
+from cure_fast.training.trainer import build_run, fit
 
 # The weights training started from, kept in the run folder: a resumed run needs no other file.
 START = "start.safetensors"
@@ -44,11 +45,7 @@ class Stage:
 
     Attributes:
         name: ``pretrain`` or ``train``, as in ``metrics.jsonl``.
-        config: configuration of this stage.
-        data: the images.
         folder: receives metrics, weights and checkpoints.
-        device: where it trains.
-        stop: polled after each step.
         begin: called with what is trained, once it is set up and before its first step; may refuse
             with ``InputError``.
     """
@@ -59,7 +56,8 @@ class Stage:
     folder: Path
     device: torch.device
     stop: StopSignals
-    begin: Callable[[Run], None] = lambda run: None
+    begin: Callable[[TrainState], None] = lambda run: None
+    teachers: Mapping[str, ImageClassifier] = field(default_factory=dict)
 
 
 def new_model(config: Config, num_classes: int) -> ImageClassifier:
@@ -90,7 +88,7 @@ def take_start(stage: Stage, model: ImageClassifier) -> None:
         load_into(model, read_weights(weights), source=str(weights))
     else:
         return
-    save_weights(model, kept, weights_metadata(config, stage.data))
+    save_weights(model, kept, weights_metadata(config, model))
 
 
 def pretrain(stage: Stage) -> Path:
@@ -104,7 +102,12 @@ def pretrain(stage: Stage) -> Path:
     cached = user_path(staged.run.cache, "--cache") / "pretrained" / key
     cached.mkdir(parents=True, exist_ok=True)
     weights, done = cached / "model.safetensors", cached / "done"
-    with lock_of(cached, stage.stop):
+    with ExitStack() as stack:
+        # A signal ends the wait for another run.
+        with stage.stop.at_once():
+            wait = "start: waiting for another run that pre-trains it"
+            stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
+        clear_unfinished(cached)
         if done.exists():
             say(f"start: naturally pre-trained earlier, {weights}")
         else:
@@ -123,17 +126,6 @@ def pretrain(stage: Stage) -> Path:
     return weights
 
 
-@contextmanager
-def lock_of(cached: Path, stop: StopSignals) -> Iterator[None]:
-    """Hold the cache folder for the block; a signal ends the wait for another run at once."""
-    with ExitStack() as stack:
-        with stop.at_once():
-            wait = "start: waiting for another run that pre-trains it"
-            stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
-        clear_unfinished(cached)
-        yield
-
-
 def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
     """Return the name of the cache folder: a digest of all that decides the stage's weights."""
     values = to_dict(staged)
@@ -149,6 +141,7 @@ def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "images": data.train.checksum() + data.val.checksum(),
             "crop_padding": staged.data.crop_padding,
+            "crop_mode": staged.data.crop_mode,
             "flip": staged.data.flip,
             "versions": [torch.__version__, cure_fast.__version__],
         }
@@ -156,19 +149,27 @@ def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
 
 
 def natural_stage(config: Config) -> Config:
-    """Return the configuration of the natural pre-training stage."""
-    stage = config.pretrain
+    """Return the configuration of the natural pre-training stage.
+
+    Of the method's schedule and of what goes with it the stage has nothing: it has its own.
+    """
+    stage, plain = config.pretrain, OptimConfig()
     return replace(
         config,
         method="natural",
         settings=MethodSettings(),
+        policies={},
         pretrain=PretrainConfig(),
+        eval=replace(config.eval, networks=()),
         optim=replace(
             config.optim,
             epochs=stage.pretrain_epochs,
             lr=stage.pretrain_lr,
             weight_decay=stage.pretrain_weight_decay,
             schedule=stage.pretrain_schedule,
+            milestones=plain.milestones,
+            lr_factors=plain.lr_factors,
+            clip_grad=plain.clip_grad,
         ),
         # What is logged elsewhere belongs to a run, and the cache to none.
         run=replace(config.run, tensorboard=False, wandb=None),
@@ -182,7 +183,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
     seed_all(config.run.seed)
     model.compute_dtype = choose_dtype(config.run.amp, device)
     model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    run = build_run(config, model, loader, device)
+    run = build_run(config, model, loader, device, stage.teachers)
     if run.engine.reason is not None:
         say(f"engine: eager, as the fast one cannot take this run: {run.engine.reason}")
     elif run.engine.name == "fast":
@@ -206,12 +207,12 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         upto_step=run.step,
         upto_epoch=run.epoch - (run.pending is not None),
     )
-    save = Saver(stage.folder, config, weights_metadata(config, stage.data))
+    save = Saver(stage.folder, config)
     try:
         fit(
             run,
             log,
-            validate=lambda run: validate(run, stage.data.val, stage.stop),
+            validate=lambda run, network: validate(run, network, stage.data.val, stage.stop),
             save=save,
             stop=stage.stop,
         )
@@ -233,7 +234,7 @@ def advice(stage: Stage) -> str:
     return f"Try a lower {rate} than {config.optim.lr:g}{', or --amp off' if half else ''}."
 
 
-def continue_from(run: Run, checkpoints: Path) -> None:
+def continue_from(run: TrainState, checkpoints: Path) -> None:
     """Set the run to its newest valid checkpoint; say which were skipped.
 
     Raises:
@@ -260,18 +261,18 @@ def continue_from(run: Run, checkpoints: Path) -> None:
         )
 
 
-def validate(run: Run, val: ImageSet, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Return natural and robust accuracy in percent on the validation split.
+def validate(
+    run: TrainState, network: str, val: ImageSet, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Return a network's natural and robust accuracy in percent on the validation split.
 
-    Raises:
-        DivergedError: if the model's logits are not finite.
-        StoppedError: if ``stop()`` says so.
+    ``robust_by_class`` has an entry for each class that the split has images of.
     """
     robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
     attack = run.config.attack
     try:
         results = evaluate(
-            run.model,
+            run.all_networks[network],
             torch.from_numpy(val.images),
             torch.from_numpy(val.labels),
             num_classes=len(val.classes),
@@ -285,24 +286,11 @@ def validate(run: Run, val: ImageSet, stop: Callable[[], bool]) -> dict[str, Any
         )
     except DivergedError as error:
         raise DivergedError(f"after epoch {run.epoch}: {error}") from error
+    by_class = [p for p in results[robust or "natural"].by_class if p is not None]
     return {
         "natural": results["natural"].accuracy,
         "robust": results[robust].accuracy if robust else None,
         "attack": robust,
         "count": results["natural"].count,
-    }
-
-
-def weights_metadata(config: Config, data: Data) -> dict[str, str]:
-    """Return what a file of weights says of itself: enough to rebuild the model and its data."""
-    return {
-        "recipe": config.name,
-        "method": config.method,
-        "data": config.data.data,
-        "model": config.model.model,
-        "width": "" if config.model.width is None else str(config.model.width),
-        "stem": config.model.stem,
-        "normalize": config.model.normalize,
-        "eps": repr(config.attack.eps),
-        "num_classes": str(len(data.train.classes)),
+        "robust_by_class": by_class if robust else None,
     }

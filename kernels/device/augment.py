@@ -20,6 +20,13 @@ def shift_of(corner, PADDING: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def reflected(place, SIZE: tl.constexpr):
+    """Return the place inside an axis that one beyond its ends mirrors; far beyond, some place."""
+    place = SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(place))
+    return tl.minimum(tl.maximum(place, 0), SIZE - 1)
+
+
+@triton.jit
 def augment_kernel(
     out,
     images,
@@ -29,6 +36,7 @@ def augment_kernel(
     mirror,
     count,
     PADDING: tl.constexpr,
+    REFLECT: tl.constexpr,
     MOVED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -48,6 +56,9 @@ def augment_kernel(
         column = tl.where(tl.load(mirror + number) != 0, WIDTH - 1 - column, column)
         row += shift_of(top + number, PADDING, HEIGHT)
         column += shift_of(left + number, PADDING, WIDTH)
+        if REFLECT:
+            row = reflected(row, HEIGHT)
+            column = reflected(column, WIDTH)
     inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
     inside = inside & (channel < DEPTH) & (offsets < SIZE)
     image = tl.minimum(tl.maximum(tl.load(indices + number), 0), count - 1)
@@ -69,6 +80,7 @@ def augment_crop_flip(
     left: Tensor | None,
     mirror: Tensor | None,
     padding: int = 4,
+    reflect: bool = False,
     out_dtype: torch.dtype = torch.float32,
     channels: int | None = None,
 ) -> Tensor:
@@ -83,6 +95,7 @@ def augment_crop_flip(
         args = (out, images, indices.contiguous(), *drawn, count)
         constants = {
             "PADDING": padding,
+            "REFLECT": reflect,
             "MOVED": top is not None,
             "HEIGHT": height,
             "WIDTH": width,

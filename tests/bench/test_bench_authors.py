@@ -71,7 +71,7 @@ def step_both(theirs, ours, x, y, seed):
     torch.manual_seed(seed)
     loss = theirs.step(x, y)
     ours.generators["attack"].manual_seed(seed)
-    terms = train_step(ours, x, y)
+    terms = train_step(ours, tiny.batch_of(x, y))
     ours.step, ours.batch = ours.step + 1, ours.batch + 1
     return loss, float(terms["total"])
 

@@ -248,9 +248,7 @@ def test_ceilings_and_ablation_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> No
     assert len(copies) == 1 and copies[0]["figures"]["bytes_per_second"] > 1e6
     assert command.main(["--part", "ablation", *arguments]) == 0
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    along = {"fold": " (and compile)", "stack": " (and compile-loss in part)"}
-    along["copies"] = " (and stack, compile-loss)"
-    names = [f"without {name}{along.get(name, '')}" for name in get_args(EngineFeature)]
+    names = [f"without {name}" for name in get_args(EngineFeature)]
     assert [row["key"]["engine"] for row in rows] == ["all features", *names]
     assert rows[0]["figures"]["gain"] == 1 and all(row["figures"]["gain"] > 0 for row in rows)
 

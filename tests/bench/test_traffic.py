@@ -36,7 +36,6 @@ EXPECTED = {
     ),
     "average": (4 + 4 + 4, 12),
     "copy": (4 + 4, 8),
-    "fold BatchNorm into bf16": (4 + 2, 6),
     "augment": (1 + 4, 5),
     "attack step, linf": (3 * 4 + 4, 16),
     "attack step, l2": (3 * 4 + 4, 4 + 3 * 4 + 4 * 4 + 4),

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import strange
-from cure_fast.cli.configure import resolve_config
+from cure_fast.cli.configure import read_config
 from cure_fast.cli.main import main
+from cure_fast.policies import POLICIES
 from processes import finish, start
 
 TINY = (
@@ -55,11 +56,19 @@ def test_every_flag_has_help(capsys):
     with pytest.raises(SystemExit):
         main(["train", "quickstart", "--help"])
     text = capsys.readouterr().out
-    config = resolve_config("quickstart", [], "x")
+    config = read_config("quickstart", [], "x", {})[0]
     for section in ("settings", "data", "model", "pretrain", "attack", "optim", "eval", "run"):
         for name in vars(getattr(config, section)):
             assert f"--{name.replace('_', '-')}" in text, name
     assert "--resume" in text and "Exit codes" in text and "Handwritten digits" in text
+    assert "--policies" in text and "--regime" in text and "--awp-gamma" not in text
+
+
+def test_help_shows_the_flags_of_the_policies_that_are_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "quickstart", "--policies", "awp,piat", "--help"])
+    text = capsys.readouterr().out
+    assert "policies.awp options" in text and "--awp-gamma" in text and "--piat-share" in text
 
 
 def test_list_names_everything(capsys):
@@ -75,6 +84,8 @@ def test_list_names_everything(capsys):
         "aa",
     ):
         assert name in text
+    for policy in POLICIES.values():
+        assert f"  {policy.name} " in text and policy.title in text and policy.paper in text
 
 
 def test_show_prints_values_and_alternatives(capsys):
@@ -82,6 +93,16 @@ def test_show_prints_values_and_alternatives(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--percentile 50" in text and "--score signed or abs, abs_of_sum" in text
     assert "--eps 4/255" in text and "--step-size 0.007" in text and "--rgp True or False" in text
+    assert "policy:" not in text
+
+
+def test_show_prints_policies_and_their_settings(capsys):
+    words = ["show", "quickstart", "--method", "trades", "--policies", "piat,awp"]
+    assert main([*words, "--awp-gamma", "0.01"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "policy: piat (PIAT: " in text and "policy: awp (AWP: " in text
+    assert "awp --awp-gamma 0.01 --awp-warmup 0" in text
+    assert "--piat-buffers interpolate or keep" in text
 
 
 def test_flags_reach_every_section():
@@ -90,7 +111,7 @@ def test_flags_reach_every_section():
         "--data-root x --train-images 500 --attack-steps 4 --eps 8/255 --device cpu --seed 5 "
         "--out y --milestones 0.2,1/2 --attacks natural,aa --no-flip"
     ).split()
-    config = resolve_config("cifar10-resnet18", words, "x")
+    config = read_config("cifar10-resnet18", words, "x", {})[0]
     assert (config.optim.epochs, config.optim.batch_size, config.model.model) == (7, 32, "wrn28-10")
     assert (config.model.width, config.method, config.settings.beta) == (2, "trades", 3)
     assert (config.data.data_root, config.data.train_images, config.data.flip) == ("x", 500, False)
@@ -118,7 +139,10 @@ WRONG = {
     "train quickstart --val-images 1430": "--val-images",
     "train quickstart --train-images 100000": "--train-images",
     "train quickstart --method cure_eff --epochs 1": "--natural-share",
-    "train quickstart --no-revision --evaluate-revision": "--no-revision",
+    "train quickstart --no-revision --networks revision": "no network 'revision'",
+    "train quickstart --policies swaa": "piat, awp",
+    "train quickstart --policies piat,piat": "--policies piat",
+    "train quickstart --awp-gamma 1": "--policies awp",
     "train quickstart --beta 1 --method pgd_at": "beta",
     "train quickstart --resume": "no run",
     "train cifar10-resnet18 --no-download --data-root empty": "empty",
@@ -184,6 +208,19 @@ def test_runs_without_out_get_a_folder_of_their_own(folder):
         "quickstart-cure-s0",
         "quickstart-cure-s0-2",
     }
+
+
+def test_policies_name_the_folder_that_resume_finds(folder, capsys):
+    words = ["train", "quickstart", "--method", "trades", "--policies", "piat,awp", *TINY]
+    assert main(words) == 0
+    assert main(["train", "quickstart", "--method", "piat", *TINY]) == 0
+    names = {"quickstart-trades+piat+awp-s0", "quickstart-piat-s0"}
+    assert {p.name for p in Path("runs").iterdir()} == names
+    assert main([*words, "--resume"]) == 0
+    assert "resumed" in capsys.readouterr().out
+    # The same method with another set is another run.
+    assert main([*words, "--policies", "piat", "--resume"]) == 2
+    assert "no run in runs/quickstart-trades+piat-s0" in capsys.readouterr().err
 
 
 def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):

@@ -22,14 +22,24 @@ from cure_fast.config import (
 )
 from cure_fast.config.arguments import EvalArgs, ExportArgs
 from cure_fast.methods import METHODS
+from cure_fast.policies import POLICIES
 
 GROUPS = (DataConfig, ModelConfig, PretrainConfig, AttackConfig, OptimConfig, EvalConfig, RunConfig)
-SETTINGS = {type(method.settings) for method in METHODS.values()} - {MethodSettings}
+SETTINGS = {type(part.settings) for part in (*METHODS.values(), *POLICIES.values())}
+SETTINGS -= {MethodSettings}
 CLASSES = sorted({*GROUPS, EvalArgs, ExportArgs, *SETTINGS}, key=lambda kind: kind.__name__)
 
 
 def helps(kind: type) -> dict[str, str]:
-    """Return the docstring below each annotated field of a class, or an empty one, by name."""
+    """Return the docstring below each field of a class and its bases, or an empty one, by name."""
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        found |= own_helps(base)
+    return found
+
+
+def own_helps(kind: type) -> dict[str, str]:
+    """Return the docstring below each annotated field in a class's body, by name."""
     (body,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -48,7 +58,7 @@ def is_number(hint: object) -> bool:
 
 def test_the_classes_hold_every_group() -> None:
     names = {kind.__name__ for kind in CLASSES}
-    assert {"CureSettings", "TradesSettings", "EvalArgs", "DataConfig", "RunConfig"} <= names
+    assert {"CureSettings", "AwpSettings", "EvalArgs", "DataConfig", "RunConfig"} <= names
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import engine_runs as runs
+from cure_fast.batch import Batch
+from cure_fast.engine.cuda_graph import CapturedStep
 from cure_fast.engine.fast import COMPILED, WARM_UP
-from cure_fast.engine.graph import CapturedStep
 from cure_fast.evaluation.trust import full_precision
 from cure_fast.kernels.ema import flip_coin_ref
 from cure_fast.loaders import ImageSet, make_loader
 from cure_fast.loaders.ffcv_reader import ffcv_problem
-from cure_fast.training.trainer import Run, next_step
+from cure_fast.step.run import Run
 from gpu_cases import no_waiting
 
 pytestmark = pytest.mark.gpu
@@ -63,13 +64,13 @@ def gpu_run(method: str, *, without=(), **options) -> Run:
     return runs.make_run(method, without=[*COMPILED, *without], device=GPU, **options)
 
 
-def compare_steps(both: runs.Pair, count: int, *, signs: float = runs.SIGNS) -> None:
+def assert_steps_equal(both: runs.Pair, count: int, *, signs: float = runs.SIGNS) -> None:
     for place in range(count):
         for run in (both.fast, both.eager):
             runs.reach(run, place)
         both.align()
         before = runs.snapshot(both.fast)
-        terms = both.step(both.fast.loader.batches[both.fast.batch])
+        terms = both.step(*both.fast.loader.batches[both.fast.batch])
         runs.assert_equal_terms(*terms, BOUND)
         runs.assert_equal_step(both, before, bound=BOUND, flips=FLIPS)
         assert runs.differing(before, runs.snapshot(both.fast))
@@ -83,7 +84,7 @@ def compare_half_precision(both: runs.Pair, count: int) -> None:
         for run in (both.fast, both.eager):
             runs.reach(run, place)
         both.align()
-        ours, theirs = both.step(both.fast.loader.batches[both.fast.batch])
+        ours, theirs = both.step(*both.fast.loader.batches[both.fast.batch])
         runs.assert_equal_terms(ours, theirs, 2**-5)
         prepared = both.fast.engine.prepared
         for parameter in both.fast.model.parameters():
@@ -98,7 +99,7 @@ def compare_half_precision(both: runs.Pair, count: int) -> None:
 def test_fifty_captured_steps_are_the_eager_ones(method):
     """The eager run follows with the same images, but its attack's noise is drawn by itself."""
     both = gpu_pair(method, optim={"epochs": 8, "schedule": "cosine"})
-    compare_steps(both, 50)
+    assert_steps_equal(both, 50)
     assert list(both.fast.engine.warmed.values()) == [WARM_UP]
     assert len(both.fast.engine.captured) == 1
 
@@ -118,9 +119,9 @@ def test_masks_agree_but_where_rounding_decides():
             runs.reach(run, place)
         both.align()
         before = runs.snapshot(both.fast)
-        both.step(both.fast.loader.batches[both.fast.batch])
+        both.step(*both.fast.loader.batches[both.fast.batch])
         otherwise = runs.masked_otherwise(both, before)
-        (selector,) = both.fast.engine.prepared.update.selectors.built.values()
+        (selector,) = both.fast.engine.selectors.built.values()
         space = selector.workspace
         names = both.fast.policies[0].names
         for name, scores, limit in zip(names, space.scores, space.thresholds, strict=True):
@@ -132,17 +133,17 @@ def test_masks_agree_but_where_rounding_decides():
     assert flipped <= FLIPS
 
 
-@pytest.mark.parametrize("feature", ["graph", "fold", "stack", "copies", "fuse"])
+@pytest.mark.parametrize("feature", ["graph", "stack", "copies", "fuse"])
 def test_each_feature_can_be_left_out(feature):
     both = gpu_pair("cure", without=[feature])
-    compare_steps(both, 6)
+    assert_steps_equal(both, 6)
     assert bool(both.fast.engine.captured) == (feature != "graph")
 
 
 @pytest.mark.parametrize("dtype", [None, HALF], ids=str)
 def test_a_compiled_step_is_the_eager_one(dtype):
     both = runs.pair("cure", device=GPU, data=data(), dtype=dtype)
-    (compare_steps if dtype is None else compare_half_precision)(both, 6)
+    (assert_steps_equal if dtype is None else compare_half_precision)(both, 6)
     # What torch.compile fails at, the engine goes on without, with the same results.
     assert both.fast.engine.without == set()
     assert all(both.fast.engine.has(feature) for feature in COMPILED)
@@ -151,14 +152,14 @@ def test_a_compiled_step_is_the_eager_one(dtype):
 
 def test_a_smaller_last_batch_is_computed_alike_and_not_captured():
     both = gpu_pair("cure", data=data(5, last=7))
-    compare_steps(both, 15)
+    assert_steps_equal(both, 15)
     assert {key[-2][0] for key in both.fast.engine.captured} == {32}
     assert {key[-2][0] for key in both.fast.engine.warmed} == {32, 7}
 
 
 def test_the_phases_of_a_natural_warm_up_have_graphs_of_their_own():
     both = gpu_pair("cure_eff", natural_share=0.5)
-    compare_steps(both, 16)
+    assert_steps_equal(both, 16)
     assert len(both.fast.engine.captured) == 2
 
 
@@ -173,7 +174,7 @@ def test_replays_draw_new_attack_noise():
     noises, offsets = [], []
     for _ in range(WARM_UP + 20):
         offsets.append(run.generators["attack"].get_offset())
-        next_step(run, x, y)
+        runs.step(run, x, y)
         noises.append(images.kept[x.shape] - x)
     assert len(run.engine.captured) == 1
     assert len(set(offsets)) == len(offsets)
@@ -186,7 +187,7 @@ def test_coins_of_replays_fall_at_their_rate():
     run = gpu_run("cure", revision_rate=rate, run={"log_every": 50})
     for place in range(count):
         runs.reach(run, place % 8)
-        next_step(run, *run.loader.batches[place % 8])
+        runs.step(run, *run.loader.batches[place % 8])
     moves = int(run.policies[-1].moves)
     tossed = [bool(flip_coin_ref(rate, seed=run.config.run.seed, step=s)) for s in range(count)]
     assert moves == sum(tossed)
@@ -210,12 +211,12 @@ def test_a_capture_leaves_everything_as_it_was(method, dtype):
     run = gpu_run(method, dtype=dtype, run={"log_every": 100})
     runs.train(run, WARM_UP)
     before = runs.snapshot(run) | states(run)
-    x, y = run.loader.batches[WARM_UP]
+    batch = run.loader.batch(WARM_UP)
     run.engine.prepared.numbers.send()
-    captured = CapturedStep(run.engine.prepared.compute, x, y, run.generators.values())
+    captured = CapturedStep(run.engine.prepared.compute, batch, run.generators.values())
     torch.cuda.synchronize()
     assert runs.differing(before, runs.snapshot(run) | states(run)) == []
-    captured.replay(x, y)
+    captured.replay(batch)
     after = runs.snapshot(run) | states(run)
     moved = runs.differing(before, after)
     assert "attack" in moved and "counts" not in moved  # A snapshot reads and clears the counts.
@@ -229,34 +230,35 @@ def test_a_step_that_waits_runs_without_a_graph(capsys):
     for run in made:
         loss = run.method.loss
 
-        def waiting(run, x, x_adv, y, loss=loss):
-            terms = loss(run, x, x_adv, y)
+        def waiting(run, batch, loss=loss):
+            terms = loss(run, batch)
             assert float(terms["total"]) > 0
             return terms
 
         run.method = replace(run.method, loss=waiting)
         runs.train(run, 8)
     assert torch.cuda.current_stream() == stream
-    errors = capsys.readouterr().err.splitlines()
-    lines = [line for line in errors if line.startswith("warning: ")]
-    assert len(lines) == 1 and "runs without a CUDA graph, as the step has none" in lines[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    # Nor can such a loss be recorded.
+    whys = ("as the loss has no graph", "runs without a CUDA graph, as the step has none")
+    assert [sum(why in line for line in lines) for why in whys] == [2, 1] and len(lines) == 3
     assert runs.differing(*map(runs.snapshot, made)) == []
 
 
 def test_memory_of_failed_captures_comes_back():
     """And the cache can be emptied, as it cannot while torch takes a capture to go on."""
-    x, y = torch.ones(2**24, device=GPU), torch.zeros(2, device=GPU)
+    batch = Batch(*(torch.ones(n, device=GPU) for n in (2**24, 2, 2)))
 
-    def waiting(x, y):
-        return {"total": torch.tensor((x * 2).sum().item())}
+    def waiting(batch):
+        return {"total": torch.tensor((batch.x * 2).sum().item())}
 
-    assert float(waiting(x, y)["total"]) == 2**25
+    assert float(waiting(batch)["total"]) == 2**25
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     for _ in range(3):
         with pytest.raises(RuntimeError, match="captur"):
-            CapturedStep(waiting, x, y, ())
-    assert float(waiting(x, y)["total"]) == 2**25
+            CapturedStep(waiting, batch, ())
+    assert float(waiting(batch)["total"]) == 2**25
     gc.collect()  # What pytest.raises may have kept.
     torch.cuda.empty_cache()
     # The step's tensors have 64 MiB each.
@@ -285,7 +287,7 @@ def test_nothing_waits_for_the_device_between_logged_steps(method):
     with no_waiting():
         for place in range(3, 23):
             run.batch = place % 8
-            next_step(run, *run.loader.batches[run.batch])
+            runs.step(run, *run.loader.batches[run.batch])
     run.engine.flush()
     assert run.counted == WARM_UP + 2 + 20
 
@@ -300,7 +302,7 @@ def test_two_thousand_steps_take_no_more_memory_than_two_hundred():
     device, host = [], []
     for place in range(2000):
         runs.reach(run, place % 5)
-        next_step(run, *run.loader.batches[place % 5])
+        runs.step(run, *run.loader.batches[place % 5])
         if place % 5 == 4 and place >= 200:
             device.append(torch.cuda.memory_allocated())
         if place in (200, 1999):
@@ -324,11 +326,11 @@ def test_a_nan_batch_in_a_replay_moves_nothing(method):
     x, y = run.loader.batches[6]
     bad = x.clone(memory_format=torch.preserve_format)
     bad[3, 1] = float("nan")
-    assert next_step(run, bad, y)[1] is None
+    assert runs.step(run, bad, y) is None
     assert runs.differing(before, runs.snapshot(run)) == []
     assert all(map(torch.equal, copies, run.engine.prepared.copies.values()))
     assert (run.skipped, run.skipped_in_row) == (1, 1)
-    assert next_step(run, x, y)[1] is not None
+    assert runs.step(run, x, y) is not None
     assert runs.differing(before, runs.snapshot(run)) and run.skipped_in_row == 0
 
 
@@ -362,12 +364,12 @@ def test_loaders_feed_captured_steps(kind, tmp_path):
     sizes = []
     for epoch in range(2):
         with loader.epoch(epoch, start_batch=0) as batches:
-            for number, (x, y) in enumerate(batches):
+            for number, batch in enumerate(batches):
                 for run in (both.fast, both.eager):
                     runs.reach(run, epoch * loader.batches_per_epoch + number)
                 both.align()
                 before = runs.snapshot(both.fast)
-                runs.assert_equal_terms(*both.step((x, y)), BOUND)
+                runs.assert_equal_terms(*both.step(batch.x, batch.y), BOUND)
                 runs.assert_equal_step(both, before, bound=BOUND, flips=FLIPS)
-                sizes.append(len(y))
+                sizes.append(len(batch))
     assert len(sizes) == 2 * loader.batches_per_epoch and both.fast.engine.captured

@@ -10,7 +10,6 @@ import torch
 import engine_runs as runs
 from cure_fast.engine.selector import Selectors
 from cure_fast.kernels import rgp_select
-from cure_fast.training.trainer import next_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,14 +63,15 @@ def test_gradients_in_another_memory_order_or_spread_by_strides_are_taken(monkey
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_no_table_holds_a_step_s_gradients_through_the_next(engine):
     run = runs.make_run("cure", engine)
-    gone, add = [], run.add_gradients
+    gone, (conserve, *_) = [], run.policies
+    masked = conserve.on_grads
 
-    def noted(name, grads):
-        gone.extend(map(weakref.ref, grads))
-        add(name, grads)
+    def noted(run):
+        gone.extend(weakref.ref(grad) for grads in run.gradients.values() for grad in grads)
+        masked(run)
 
-    run.add_gradients = noted
-    next_step(run, *run.loader.batches[0])
+    conserve.on_grads = noted
+    runs.step(run, *run.loader.batches[0])
     gone += [weakref.ref(p.grad) for p in run.model.parameters() if p.grad is not None]
     run.optimizer.zero_grad(set_to_none=True)
     run.gradients.clear()
@@ -82,7 +82,7 @@ def test_the_eager_engine_keeps_one_selection_until_its_tensors_are_replaced():
     run = runs.make_run("cure", "eager")
     assert not run.engine.selectors.built
     for batch in run.loader.batches[:3]:
-        next_step(run, *batch)
+        runs.step(run, *batch)
     (selector,) = run.engine.selectors.built.values()
     names = run.policies[0].names
     shapes = [parameter.shape for name, parameter in run.model.named_parameters() if name in names]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,9 +18,10 @@ from cure_fast.config.arguments import EvalArgs
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import Outcome
+from cure_fast.evaluation.measurement import by_class
 from cure_fast.evaluation.record import merge_results, model_entry
-from cure_fast.evaluation.results import load_model
-from cure_fast.models.building import build_for_data
+from cure_fast.loaders import read_dataset
+from cure_fast.models.building import build_for_data, load_model
 from cure_fast.models.weights import read_metadata, save_weights
 
 RUN = (
@@ -276,3 +278,42 @@ def test_a_result_is_replaced_by_one_of_as_many_images(count: int) -> None:
     now = merged["models"]["trained"]["attacks"]["pgd1"]
     assert complete == (count >= 10)
     assert (now["correct"], now["count"]) == ((4, count) if complete else (5, 10))
+
+
+def test_further_networks_join_the_record_and_unknown_ones_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(run / "results.json")["models"]
+    assert list(before) == ["trained"]
+    kept = (run / "results.json").read_bytes()
+    assert evaluate("--networks", "revision,raw") == 2
+    told = capsys.readouterr().err
+    assert "no network 'raw'; it has revision." in told and len(told.splitlines()) == 1
+    assert (run / "results.json").read_bytes() == kept
+    assert evaluate("--networks", "revision") == 0
+    after = results(run / "results.json")["models"]
+    assert after["trained"] == before["trained"]
+    assert after["revision"]["title"] == "revision network, best epoch 1 of 1"
+    assert after["revision"]["weights"] != after["trained"]["weights"]
+    assert main(["eval", "run/revision.safetensors", "--networks", "raw"]) == 2
+    assert "only for a run folder" in capsys.readouterr().err
+
+
+def test_accuracies_by_class_make_up_the_accuracy_and_are_kept(run: Path) -> None:
+    stored = attacks(run / "results.json")["pgd2"]
+    result = AttackResult.from_dict(stored)
+    labels = read_dataset("digits", Path("data"), "test", download=False).labels[:20]
+    counts = np.bincount(labels, minlength=10)
+    assert [share is None for share in result.by_class] == [not count for count in counts]
+    right = sum(
+        count * (share or 0) / 100 for count, share in zip(counts, result.by_class, strict=True)
+    )
+    assert right == pytest.approx(result.correct)
+    assert result.to_dict() == stored
+    del stored["by_class"]
+    assert AttackResult.from_dict(stored).by_class == ()
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    right = torch.tensor([True, False, True, True])
+    assert by_class(right, torch.tensor([0, 0, 2, 2]), 4) == (50.0, None, 100.0, None)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from cure_fast.classifier import ImageClassifier
 from cure_fast.errors import CureFastError, InputError, StoppedError
 from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
 from cure_fast.evaluation.model_state import Watch, state_hashes
-from cure_fast.models.base import ImageClassifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cure_fast.cli.main import main
-from cure_fast.evaluation.results import load_model
 from cure_fast.loaders import read_dataset
+from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_metadata
 
 

@@ -14,7 +14,13 @@ from cure_fast.config.values import to_dict
 from cure_fast.errors import InputError
 from cure_fast.export import to_robustbench
 from cure_fast.export.source import read_source
-from cure_fast.export.to_robustbench import ARCHITECTURES, TESTED, export_robustbench, find_package
+from cure_fast.export.to_robustbench import (
+    ARCHITECTURES,
+    TESTED,
+    export_robustbench,
+    find_package,
+    model_info,
+)
 from cure_fast.files import write_json
 from cure_fast.models import MODELS, build_model
 from cure_fast.models.weights import load_into, read_weights
@@ -141,9 +147,13 @@ def test_the_command_on_a_run(make_source, tmp_path: Path, capsys) -> None:
 def record(weights: str, *, count: int = 10_000, reliable: bool = True, **attack) -> dict:
     """What results.json holds of a run on 10,000 test images, as far as it matters here."""
 
-    def result(correct: int, **more) -> dict:
+    def result(attack: str, correct: int, **more) -> dict:
         return {
+            "attack": attack,
+            "correct": correct,
             "count": 10_000,
+            "seconds": 1.0,
+            "settings": {},
             "accuracy": correct / 100,
             "reliable": True,
             "warnings": [],
@@ -152,8 +162,8 @@ def record(weights: str, *, count: int = 10_000, reliable: bool = True, **attack
         }
 
     warnings = [] if reliable else ["gradients are zero"]
-    robust = result(5210, count=count, reliable=reliable, warnings=warnings, **attack)
-    attacks = {"natural": result(8705), "aa": robust}
+    robust = result("aa", 5210, count=count, reliable=reliable, warnings=warnings, **attack)
+    attacks = {"natural": result("natural", 8705), "aa": robust}
     entry = {"weights": weights, "attacks": attacks}
     return {"eps": 8 / 255, "test_images": 10_000, "models": {"trained": entry}}
 
@@ -239,3 +249,8 @@ def test_every_model_has_a_class_or_is_known_to_have_none() -> None:
 
 def test_the_set_up_installs_the_version_that_messages_name() -> None:
     assert f"\nrobustbench=={TESTED}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_the_entry_names_the_policies_too(make_source) -> None:
+    info, _ = model_info(make_source("resnet18", told={"method": "trades", "policies": "ema"}), "x")
+    assert info["name"] == "TRADES + EMA"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cure_fast.cli.main import main
-from cure_fast.evaluation.results import load_model
-from cure_fast.export import to_safetensors
+from cure_fast.export import command
 from cure_fast.export.source import describe
+from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_metadata
 
 
@@ -30,7 +30,7 @@ def test_the_file_says_all_that_the_network_needs(exported: Path) -> None:
     told = read_metadata(exported)
     expected = {
         "model": "resnet-small",
-        "width": "4",
+        "width": "16",
         "stem": "cifar",
         "num_classes": "10",
         "data": "digits",
@@ -76,8 +76,8 @@ def test_a_wrong_file_is_not_kept_and_the_old_one_stays(
         changed.linear.weight.data.neg_()
         save(changed, path, metadata)
 
-    save = to_safetensors.save_weights
-    monkeypatch.setattr(to_safetensors, "save_weights", damaged)
+    save = command.save_weights
+    monkeypatch.setattr(command, "save_weights", damaged)
     out = tmp_path / "net.safetensors"
     assert main(["export", str(run), "--out", str(out)]) == 2
     assert "predictions differ" in capsys.readouterr().err

@@ -11,14 +11,16 @@ import pytest
 import bad_input
 from bad_input import answer, prepared
 from bad_input_cases import CASES
-from cure_fast.cli.configure import sections
+from cure_fast.cli.configure import OWN, sections
 from cure_fast.cli.main import COMMANDS, parameters
-from cure_fast.cli.words import alternatives, flags_of
+from cure_fast.cli.words import flags_of
+from cure_fast.config.checks import alternatives
 from cure_fast.methods import METHODS
+from cure_fast.policies import POLICIES
 from cure_fast.recipes import find_recipe
 
 # Numbers that are looked at again with the images at hand.
-DEEP = ("train_images", "val_images", "split_seed", "width", "workers", "batch_size")
+DEEP = ("train_images", "val_images", "split_seed", "width", "workers", "batch_size", "networks")
 # Wrong for every flag that takes a value of the kind.
 NOT_WHOLE = [
     "many",
@@ -82,13 +84,16 @@ def kind_of(hint: Any) -> Any:
 
 
 def train_flags() -> list[tuple[str, str, Any]]:
-    """Return method, field and type of every flag of train, each once."""
+    """Return what brings it, field and type of every flag of train, each once."""
     found = {}
-    for method in METHODS.values():
-        parts = {**sections(find_recipe("quickstart")), "settings": method.settings}
-        for name, hint in flags_of(*map(type, parts.values())).items():
-            found.setdefault((name, str(hint)), (method.name, name, hint))
-    return [*found.values(), ("cure", "name", str), ("cure", "method", str)]
+    recipe = sections(find_recipe("quickstart"))
+    for words, settings in [
+        *((f"--method {name}", method.settings) for name, method in METHODS.items()),
+        *((f"--policies {name}", policy.settings) for name, policy in POLICIES.items()),
+    ]:
+        for name, hint in flags_of(*map(type, {**recipe, "settings": settings}.values())).items():
+            found.setdefault((name, str(hint)), (words, name, hint))
+    return [*found.values(), *(("--method cure", name, hint) for name, hint in OWN.items())]
 
 
 def command_flags() -> list[tuple[str, str, Any]]:
@@ -137,19 +142,20 @@ def check_values(start: list[str], name: str, hint: Any) -> None:
 def test_the_walk_sees_every_group():
     names = {name for _, name, _ in train_flags()}
     assert {"eps", "beta", "percentile", "val_images", "out", "max_skipped", "name"} <= names
+    assert {"policies", "regime", "awp_gamma", "piat_share", "ema_decay"} <= names
     assert len(names) > 75
     commands = {start for start, _, _ in command_flags()}
     assert commands == {"eval run", "data write digits", "export run"}
 
 
-@pytest.mark.parametrize(("method", "name", "hint"), train_flags(), ids=str)
-def test_every_flag_of_train(method, name, hint, folder, tmp_path):
+@pytest.mark.parametrize(("brought", "name", "hint"), train_flags(), ids=str)
+def test_every_flag_of_train(brought, name, hint, folder, tmp_path):
     # Only training looks further at texts and at what becomes of images and weights.
     deep = kind_of(hint) is str or name in DEEP
     words = (
         ["train", "quickstart", "--out", str(tmp_path / "new")] if deep else ["show", "quickstart"]
     )
-    check_values([*words, "--method", method], name, hint)
+    check_values([*words, *brought.split()], name, hint)
 
 
 @pytest.mark.parametrize(("start", "name", "hint"), command_flags(), ids=str)
@@ -205,4 +211,4 @@ def test_a_switch_may_come_first(folder):
 
 def test_the_cases_are_many_and_each_once():
     words = [words for cases in CASES.values() for words, _ in cases]
-    assert len(words) == len(set(words)) and 60 <= len(words) <= 140
+    assert len(words) == len(set(words)) and 60 <= len(words) <= 150

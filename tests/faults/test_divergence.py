@@ -19,10 +19,12 @@ from cure_fast.kernels import pgd_step_
 from cure_fast.methods import METHODS
 from cure_fast.models.weights import read_weights
 from cure_fast.runs.log import read_rows
+from cure_fast.step import train_step as train_step_module
 from cure_fast.step.train_step import ordinal, train_step
 from cure_fast.training import saving
 from cure_fast.training.job import train
 from cure_fast.training.stages import advice
+from cure_fast.training.trainer import next_step
 from tiny_job import tiny
 
 
@@ -42,47 +44,28 @@ def equal(a, b):
     return a == b if not isinstance(a, list) else all(map(equal, a, b))
 
 
-class Normalised(tiny_step.Tiny):
-    """The tiny network with BatchNorm, whose statistics every forward pass moves."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(tiny_step.HIDDEN)
-
-    def logits(self, x):
-        h = self.norm(torch.tanh(self.conv1(x)))
-        return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
-
-
-def poisoned(x):
-    x = x.clone()
-    x[1, 0] = float("nan")
-    return x
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_with_nan_moves_nothing(method):
     # Where the revision model moves first: see the next test.
     still = {"revision_rate": 0.0} if method == "cure_paper" else {}
-    run = tiny_step.tiny_run(method, model=Normalised(), **still)
-    train_step(run, *run.loader.batches[0])
+    run = tiny_step.tiny_run(method, model=tiny_step.Normalised(), **still)
+    train_step(run, run.loader.batch(0))
     before = moving(run)
-    x, y = run.loader.batches[1]
-    assert train_step(run, poisoned(x), y) is None
+    batch = run.loader.batch(1)
+    assert train_step(run, tiny_step.poisoned(batch)) is None
     assert equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 1)
     assert all(p.grad is None for p in run.model.parameters()) and not run.gradients
-    assert train_step(run, x, y) is not None
+    assert train_step(run, batch) is not None
     assert not equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 0)
 
 
 def test_a_revision_model_that_moves_first_has_moved_but_stays_whole():
-    run = tiny_step.tiny_run("cure_paper", model=Normalised(), revision_rate=1.0)
-    x, y = run.loader.batches[0]
-    train_step(run, x, y)
+    run = tiny_step.tiny_run("cure_paper", model=tiny_step.Normalised(), revision_rate=1.0)
+    next_step(run, run.loader.batch(0))
     revision = run.networks["revision"]
     statistics = {name: value.clone() for name, value in revision.named_buffers()}
     weights = [p.clone() for p in revision.parameters()]
-    assert train_step(run, poisoned(x), y) is None
+    assert next_step(run, tiny_step.poisoned(run.loader.batch(0)))[1] is None
     assert equal(statistics, dict(revision.named_buffers()))
     assert not all(map(torch.equal, weights, revision.parameters()))
     assert all(p.isfinite().all() for p in revision.parameters())
@@ -90,31 +73,32 @@ def test_a_revision_model_that_moves_first_has_moved_but_stays_whole():
 
 def test_the_step_after_a_natural_warm_up_may_be_left_out():
     """The revision model starts as a copy of the network, statistics included."""
-    run = tiny_step.tiny_run("cure_eff", model=Normalised(), natural_share=0.5, revision_rate=0.0)
-    for x, y in run.loader.batches:
-        train_step(run, x, y)
+    run = tiny_step.tiny_run(
+        "cure_eff", model=tiny_step.Normalised(), natural_share=0.5, revision_rate=0.0
+    )
+    for batch in run.loader:
+        next_step(run, batch)
     run.epoch, run.batch = 1, 0
-    x, y = run.loader.batches[0]
-    assert train_step(run, poisoned(x), y) is None
+    assert next_step(run, tiny_step.poisoned(run.loader.batch(0)))[1] is None
     assert equal(run.networks["revision"].state_dict(), run.model.state_dict())
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_score_that_is_not_finite_leaves_the_step_out(scaled):
+def test_a_score_that_is_not_finite_leaves_the_step_out(scaled, monkeypatch):
     """CURE's mask would be silently off; the gradient that updates is finite."""
     run = tiny_step.tiny_run("cure", dtype=torch.float32)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
-    before, add = moving(run), run.add_gradients
+    before, add = moving(run), train_step_module.add_to
 
-    def overflown(name, grads):
-        add(name, [grad * float("inf") for grad in grads])
+    def overflown(gradients, name, grads):
+        add(gradients, name, [grad * float("inf") for grad in grads])
 
-    run.add_gradients = overflown
-    assert train_step(run, *run.loader.batches[0]) is not None
+    monkeypatch.setattr(train_step_module, "add_to", overflown)
+    assert train_step(run, run.loader.batch(0)) is not None
     assert equal(before, moving(run)) and run.skipped == 1
     assert run.scaler.get_scale() == (512.0 if scaled else 1.0)
-    run.add_gradients = add
-    train_step(run, *run.loader.batches[0])
+    monkeypatch.undo()
+    train_step(run, run.loader.batch(0))
     assert not equal(before, moving(run)) and run.skipped_in_row == 0
 
 
@@ -122,7 +106,7 @@ def test_a_weight_past_the_largest_number_is_no_checkpoint(tmp_path):
     run = tiny_step.tiny_run("natural")
     with torch.no_grad():
         next(run.model.parameters()).view(-1)[0] = float("inf")
-    save = saving.Saver(tmp_path, run.config, {})
+    save = saving.Saver(tmp_path, run.config)
     with pytest.raises(DivergedError, match=r"weight or statistic of the model is not finite"):
         save(run, True)
     assert not list(tmp_path.iterdir())
@@ -138,7 +122,7 @@ def test_a_nan_in_an_attack_gradient_leaves_the_step_out(monkeypatch):
     monkeypatch.setattr("cure_fast.attacks.pgd_step_", broken)
     run = tiny_step.tiny_run("pgd_at")
     before = moving(run)
-    assert train_step(run, *run.loader.batches[0]) is None
+    assert train_step(run, run.loader.batch(0)) is None
     assert equal(before, moving(run)) and run.skipped == 1
 
 
@@ -167,7 +151,7 @@ def test_an_infinite_gradient_under_a_finite_loss_moves_nothing():
     run = tiny_step.tiny_run("natural")
     before = moving(run)
     inner, run.model = run.model, SteepHead(run.model)
-    assert train_step(run, *run.loader.batches[0]) is not None
+    assert train_step(run, run.loader.batch(0)) is not None
     run.model = inner
     assert equal(before, moving(run)) and run.skipped_in_row == 1
 
@@ -178,9 +162,9 @@ def test_weights_with_nan_end_the_run_after_the_allowed_steps():
         next(run.model.parameters())[0] = float("nan")
     allowed = run.config.run.max_skipped
     for _ in range(allowed):
-        assert train_step(run, *run.loader.batches[0]) is None
+        assert train_step(run, run.loader.batch(0)) is None
     with pytest.raises(DivergedError, match=rf"loss is not finite.*{allowed + 1}th step"):
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
 
 
 def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
@@ -194,12 +178,12 @@ def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
     while not scaled.optimizer.state:
         for name, source in sources.items():
             scaled.generators[name].set_state(source)
-        assert train_step(scaled, *batch[0]) is not None
+        assert train_step(scaled, scaled.loader.batch(0)) is not None
         steps += 1
         assert steps < 100
     # Steps that only look for the scale do not count towards a divergence.
     assert 1 < steps and scaled.skipped == steps - 1 and scaled.skipped_in_row == 0
-    train_step(plain, *batch[0])
+    train_step(plain, plain.loader.batch(0))
     for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -207,10 +191,10 @@ def test_a_loss_scale_that_overflows_is_halved_until_it_fits():
 def test_a_run_goes_on_after_a_bad_batch_and_says_so(tmp_path, monkeypatch, capsys):
     real, calls = eager.train_step, []
 
-    def one_bad(run, x, y):
+    def one_bad(run, batch):
         calls.append(run.config.method)
         bad = calls.count("cure") == 2 and calls[-1] == "cure"
-        return real(run, poisoned(x) if bad else x, y)
+        return real(run, tiny_step.poisoned(batch) if bad else batch)
 
     monkeypatch.setattr(eager, "train_step", one_bad)
     folder = train(tiny(tmp_path))
@@ -227,9 +211,9 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
 ):
     real = eager.train_step
 
-    def bad_from_the_second_epoch(run, x, y):
+    def bad_from_the_second_epoch(run, batch):
         late = run.config.method == "cure" and run.epoch > 0
-        return real(run, poisoned(x) if late else x, y)
+        return real(run, tiny_step.poisoned(batch) if late else batch)
 
     monkeypatch.setattr(eager, "train_step", bad_from_the_second_epoch)
     monkeypatch.chdir(tmp_path)
@@ -253,7 +237,9 @@ def test_a_run_that_diverges_exits_with_3_and_names_the_last_good_checkpoint(
 
 def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch):
     real = eager.train_step
-    monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
+    monkeypatch.setattr(
+        eager, "train_step", lambda run, batch: real(run, tiny_step.poisoned(batch))
+    )
     with pytest.raises(DivergedError, match="no step of epoch 1 had a finite loss") as caught:
         train(tiny(tmp_path, "trades", pretrain={"pretrain_epochs": 0}, run={"max_skipped": 9}))
     assert not (tmp_path / "run/model.safetensors").exists()
@@ -266,7 +252,9 @@ def test_an_epoch_without_one_finite_step_is_a_divergence(tmp_path, monkeypatch)
 
 def test_a_divergence_of_the_natural_start_names_its_own_rate(tmp_path, monkeypatch):
     real = eager.train_step
-    monkeypatch.setattr(eager, "train_step", lambda run, x, y: real(run, poisoned(x), y))
+    monkeypatch.setattr(
+        eager, "train_step", lambda run, batch: real(run, tiny_step.poisoned(batch))
+    )
     with pytest.raises(DivergedError, match="no step of epoch 1") as caught:
         train(tiny(tmp_path, pretrain={"pretrain_epochs": 1, "pretrain_lr": 0.25}))
     assert str(caught.value).endswith(

@@ -273,8 +273,8 @@ loader = make_loader(
 os.setpgid(0, 0)
 count = 0
 with loader.epoch(0) as batches:
-    for x, y in batches:
-        count += len(y)
+    for batch in batches:
+        count += len(batch)
         if count == 10:
             for number in SIGNALS:
                 os.killpg(0, number)

@@ -16,7 +16,7 @@ from cure_fast.errors import MemoryExhaustedError, StoppedError
 from cure_fast.methods import METHODS
 from cure_fast.signals import StopSignals
 from cure_fast.step import train_step as step
-from cure_fast.step.train_step import pieces_of, split, train_step
+from cure_fast.step.train_step import pieces_of, train_step
 from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
@@ -61,8 +61,8 @@ def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
     whole, parts = (run_of(method) for _ in range(2))
     parts.micro_batch_size = size
     for _ in range(3):
-        expected = train_step(whole, *whole.loader.batches[0])
-        found = train_step(parts, *parts.loader.batches[0])
+        expected = train_step(whole, whole.loader.batch(0))
+        found = train_step(parts, parts.loader.batch(0))
         torch.testing.assert_close(found, expected)
         whole.step, parts.step = whole.step + 1, parts.step + 1
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
@@ -73,12 +73,11 @@ def test_a_step_out_of_memory_goes_on_in_smaller_passes(monkeypatch, capsys):
     """It ends where a run ends that took these passes from the start."""
     given_up, small = (run_of("cure", model=Noisy(), revision_rate=0.5) for _ in range(2))
     small.micro_batch_size = 6
-    x, y = small.loader.batches[0]
     torch.manual_seed(7)
-    expected = train_step(small, x, y)
+    expected = train_step(small, small.loader.batch(0))
     fits_only(monkeypatch, 6)
     torch.manual_seed(7)
-    assert train_step(given_up, x, y) == expected
+    assert train_step(given_up, given_up.loader.batch(0)) == expected
     assert given_up.micro_batch_size == 6
     states = (
         [net.state_dict() for net in (run.model, *run.networks.values())]
@@ -90,24 +89,30 @@ def test_a_step_out_of_memory_goes_on_in_smaller_passes(monkeypatch, capsys):
     assert "6 images per pass, 12 per step as before" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", ["loss", "backward"])
+@pytest.mark.parametrize("place", ["loss", "further gradients"])
 def test_memory_that_runs_out_behind_the_attack_is_no_different(monkeypatch, place):
     run, small = (run_of("cure", model=Noisy()) for _ in range(2))
     small.micro_batch_size = 6
     torch.manual_seed(7)
-    expected = train_step(small, *small.loader.batches[0])
-    real, calls = getattr(run.method, place), []
+    expected = train_step(small, small.loader.batch(0))
+    calls = []
 
-    def limited(*arguments):
-        calls.append(place)
-        if len(calls) == 1:
-            real(*arguments)  # so that half of the gradients are there already
-            raise out_of_memory()
-        return real(*arguments)
+    def limited(real):
+        def once(*arguments):
+            calls.append(place)
+            if len(calls) == 1:
+                real(*arguments)  # so that statistics or gradients have moved already
+                raise out_of_memory()
+            return real(*arguments)
 
-    run.method = replace(run.method, **{place: limited})
+        return once
+
+    if place == "loss":
+        run.method = replace(run.method, loss=limited(run.method.loss))
+    else:
+        monkeypatch.setattr(step, "add_to", limited(step.add_to))
     torch.manual_seed(7)
-    assert train_step(run, *run.loader.batches[0]) == expected
+    assert train_step(run, run.loader.batch(0)) == expected
     states = (r.model.state_dict() | r.networks["revision"].state_dict() for r in (run, small))
     a, b = states
     assert all(torch.equal(a[name], b[name]) for name in b)
@@ -124,7 +129,7 @@ def test_no_cut_is_tried_twice(monkeypatch):
     monkeypatch.setattr(attacks, "pgd_step_", nothing_fits)
     run = tiny_step.tiny_run("trades", batches=tiny_step.tiny_batches(1, size=5))
     with pytest.raises(MemoryExhaustedError, match="even 3 of the batch's 5"):
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
     assert tried == [5, 3]
 
 
@@ -132,7 +137,7 @@ def test_two_images_that_do_not_fit_end_the_step(monkeypatch):
     fits_only(monkeypatch, 1)
     run = tiny_step.tiny_run("trades")
     with pytest.raises(MemoryExhaustedError, match=r"even 2 of the batch's 12.*--width"):
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
 
 
 def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
@@ -143,7 +148,7 @@ def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
 
     monkeypatch.setattr(run.optimizer, "step", no_room)
     with pytest.raises(MemoryExhaustedError, match="update of the weights in step 0"):
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
 
 
 def test_another_error_is_not_taken_for_it(monkeypatch):
@@ -154,7 +159,7 @@ def test_another_error_is_not_taken_for_it(monkeypatch):
 
     monkeypatch.setattr(attacks, "pgd_step_", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
 
 
 def test_the_size_of_a_pass_survives_a_stop(tmp_path, monkeypatch, capsys):
@@ -186,9 +191,10 @@ class Poll(StopSignals):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_pieces_are_near_equal_and_never_one_image(count, size):
-    pieces = [piece for (piece,) in split(pieces_of(count, size), torch.arange(count))]
+    whole = tiny_step.batch_of(torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.int64))
+    pieces = whole.split(pieces_of(count, size))
     lengths = [len(piece) for piece in pieces]
-    assert torch.equal(torch.cat(pieces), torch.arange(count))
+    assert torch.equal(torch.cat([piece.index for piece in pieces]), torch.arange(count))
     assert max(lengths) - min(lengths) <= 1 and (count == 1 or min(lengths) >= 2)
     assert max(lengths) <= max(size, 3) or count == 1
 

@@ -18,8 +18,8 @@ from cure_fast.runs.checkpoint import check_checkpoint, load_checkpoint, save_ch
 from cure_fast.runs.environment import environment
 from cure_fast.runs.folder import check_position, check_same_run, load_config, start_record
 from cure_fast.runs.log import read_rows
+from cure_fast.step.state import TrainState
 from cure_fast.training import job
-from cure_fast.training.trainer import Run
 
 # A run of the code that wrote format 1, stopped in the middle of its second epoch of two.
 FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
@@ -143,19 +143,20 @@ def test_override_goes_on_with_the_changed_configuration_and_records_it(run, cap
 
 def test_overridden_settings_of_the_optimiser_take_effect(run, monkeypatch):
     seen = []
-    real = Run.load_state_dict
+    real = TrainState.load_state_dict
 
     def load(self, state):
         real(self, state)
         seen.append({k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"})
 
-    monkeypatch.setattr(Run, "load_state_dict", load)
+    monkeypatch.setattr(TrainState, "load_state_dict", load)
     assert resume("--override", "--momentum", "0.5", "--weight-decay", "0.25") == 0
     assert (seen[0]["momentum"], seen[0]["weight_decay"]) == (0.5, 0.25)
 
 
 FIXED = ["--width 2", "--model resnet18", "--optimizer adam", "--normalize dataset", "--amp fp16"]
 FIXED += ["--method trades", "--no-revision", "--no-rgp", "--natural-share 0.5"]
+FIXED += ["--policies piat", "--policies awp,ema"]
 
 
 @pytest.mark.parametrize("flags", FIXED)
@@ -165,6 +166,40 @@ def test_override_cannot_change_what_the_state_is_made_of(run, capsys, flags):
     error = capsys.readouterr().err
     assert "a checkpoint cannot follow" in error and "--out" in error and error.count("\n") == 1
     assert record_of(run) == before
+
+
+@pytest.fixture
+def with_policies(tmp_path, monkeypatch):
+    """A finished run of one epoch with two policies, as ``run`` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    words = "--method pgd_at --policies piat,awp --awp-gamma 0.01 --pretrain-epochs 0 --epochs 1 "
+    words += "--train-images 40 --val-images 20 --width 4 --batch-size 20 --attack-steps 1 "
+    words += "--attacks natural --limit 10 --loader resident --device cpu --no-tensorboard"
+    assert main(["train", "quickstart", "--out", "run", *words.split()]) == 0
+    return Path("run")
+
+
+def test_a_checkpoint_follows_no_other_set_of_policies(with_policies, capsys):
+    before = record_of(with_policies)
+    for words in ("none", "piat", "awp,piat", "piat,awp,ema"):
+        assert resume("--override", "--epochs", "2", "--policies", words) == 2
+        error = capsys.readouterr().err
+        assert "a checkpoint cannot follow policies: ['piat', 'awp'] in the run" in error
+        assert error.count("\n") == 1
+    assert resume("--override", "--epochs", "2", "--piat-buffers", "keep") == 2
+    assert "cannot follow policies.piat_buffers: 'interpolate'" in capsys.readouterr().err
+    assert record_of(with_policies) == before
+
+
+def test_settings_of_a_policy_change_with_override_alone(with_policies, capsys):
+    words = ["--epochs", "2", "--awp-gamma", "0.02"]
+    assert resume(*words) == 2
+    assert "policies.awp_gamma: 0.01 in the run, 0.02 asked for" in capsys.readouterr().err
+    assert resume("--override", *words) == 0
+    assert "--override: policies.awp_gamma: 0.01 in the run" in capsys.readouterr().out
+    config = load_config(with_policies)
+    assert list(config.policies) == ["piat", "awp"] and config.policies["awp"].awp_gamma == 0.02
+    assert epochs(with_policies) == [1, 2]
 
 
 MID_EPOCH = ["--batch-size 10", "--train-images 60", "--val-images 10", "--seed 1"]

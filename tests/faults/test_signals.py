@@ -32,9 +32,9 @@ PHASES = {
     "training step": ("torch.optim:SGD.step", 5, None, 2),
     "inside the attack": ("cure_fast.attacks:pgd_step_", 3, None, 2),
     "saving": ("cure_fast.training.saving:save_checkpoint", 2, None, 4),
-    "validation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 1, None, 3),
-    "evaluation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 3, None, 6),
-    "pictures": ("cure_fast.evaluation.results:attacked_examples", 1, None, 6),
+    "validation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 3, None, 3),
+    "evaluation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 7, None, 6),
+    "pictures": ("cure_fast.evaluation.results:adversarial_examples", 1, None, 6),
     "report": ("cure_fast.report:write_report", 1, None, 6),
 }
 

@@ -34,7 +34,7 @@ def corners(count, padding, seed=0):
 NOTHING = {"top": None, "left": None, "mirror": None}
 
 
-def in_numpy(images, indices, *, top, left, mirror, padding, channels):
+def in_numpy(images, indices, *, top, left, mirror, padding, reflect, channels):
     """Pad, crop and mirror one image after the other; float64 in [0, 1]."""
     out = []
     for i, index in enumerate(indices.tolist()):
@@ -42,7 +42,8 @@ def in_numpy(images, indices, *, top, left, mirror, padding, channels):
         height, width, depth = image.shape
         if top is not None:
             y, x = int(top[i]), int(left[i])
-            padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+            wide = ((padding, padding), (padding, padding), (0, 0))
+            padded = np.pad(image, wide, mode="reflect" if reflect else "constant")
             image = padded[y : y + height, x : x + width]
             image = image[:, ::-1] if mirror[i] else image
         out.append(np.pad(image, ((0, 0), (0, 0), (0, channels - depth))) / 255)
@@ -57,14 +58,16 @@ def in_numpy(images, indices, *, top, left, mirror, padding, channels):
     extra=st.integers(0, 5),
     indices=st.lists(st.integers(-3, 9), min_size=1, max_size=4),
     moved=st.booleans(),
+    reflect=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_it_is_numpys(monkeypatch, kernels, size, padding, extra, indices, moved, seed):
+def test_it_is_numpys(monkeypatch, kernels, size, padding, extra, indices, moved, reflect, seed):
     """Any size, also indices outside the data set, which are clamped."""
     monkeypatch.setenv("CURE_FAST_KERNELS", kernels)
     images, indices = data_set(5, *size, seed=seed), torch.tensor(indices)
+    padding = min(padding, *(side - 1 for side in size[:2])) if reflect else padding
     options = corners(len(indices), padding, seed) if moved else NOTHING
-    options = options | {"padding": padding, "channels": size[2] + extra}
+    options = options | {"padding": padding, "reflect": reflect, "channels": size[2] + extra}
     found = augment_crop_flip(images, indices, **options)
     assert found.is_contiguous(memory_format=torch.channels_last)
     # p / 255 in float64, rounded to float32, is the nearest float32 for each of the 256 values.
@@ -107,6 +110,9 @@ def test_a_crop_outside_the_padded_image_is_zero(monkeypatch, kernels, corner):
             images, torch.tensor([1]), **good | {name: torch.tensor([corner])}
         )
         assert not found.any()
+        moved = good | {name: torch.tensor([corner])}
+        found = augment_crop_flip(images, torch.tensor([1]), **moved, reflect=True)
+        assert set(found.unique().tolist()) <= set(to_float(images[[1]]).unique().tolist())
     assert augment_crop_flip(images, torch.tensor([1]), **good).all()
 
 
@@ -177,6 +183,7 @@ ZEROS = torch.zeros(2, dtype=torch.int64)
         ({"padding": 1.5}, TypeError, "padding: expected an int"),
         ({"padding": True}, TypeError, "padding: expected an int, got bool"),
         ({"padding": 2**20 + 1}, ValueError, r"padding: .*\[0, 1048576\], got 1048577"),
+        ({"padding": 4, "reflect": True}, ValueError, "padding: .*sides with reflect, got 4"),
         ({"channels": 2}, ValueError, r"channels: .*\[3, "),
         ({"channels": 3.5}, TypeError, "channels: expected an int"),
         ({"out_dtype": torch.float64}, ValueError, "out_dtype: .*float64"),

@@ -26,17 +26,13 @@ pytestmark = pytest.mark.timeout(900)
 NARROW = {
     ("softmax_losses_kernel", ""): "few kilobytes a batch, and rows of 10 numbers are not aligned",
     ("_interpolate_kernel", "key_of(tl.load("): "not launched in training",
-    ("_fold_kernel", "values = tl.load(pointer + channels"): "gathers a number per channel",
     ("step_linf_kernel", "tl.load(value + image)"): "gathers a number per image",
-    # Whole chunks have lines of their own: see test_folding_moves_whole_chunks_wide.
-    ("_fold_kernel", "folded = tl.load(weight + offsets, mask"): "the end of a tensor",
-    ("_fold_kernel", "tl.store(out_weight + offsets, folded.to(OUT), mask"): "the end of a tensor",
 }
 # Kernels with approximate functions, whose tests have tolerances: exponential, logarithm, cosine.
 # These round denormal numbers to 0, and are made of fused multiply-adds.
 APPROXIMATE = {"softmax_losses_kernel", "init_linf_kernel", "init_l2_kernel"}
 # Kernels whose wide accesses are counted in machine code as well; the others' are seen in PTX.
-COUNTED = ("_fold_kernel", "_mask_kernel", "loaded_offset_kernel")
+COUNTED = ("_mask_kernel", "loaded_offset_kernel")
 # Kernels that fuse on purpose, as torch's foreach optimizers do on a GPU.
 FUSED = {"_update_kernel"}
 
@@ -165,12 +161,6 @@ def test_every_excuse_is_needed(compiled: list[Compiled]) -> None:
         assert any(kernel == name and text in line for kernel, line in lines), (name, text)
     assert {kernel.kernel for kernel in flushing(compiled)} == APPROXIMATE
     assert {kernel.kernel for kernel in fusing(compiled)} == APPROXIMATE | FUSED
-
-
-@each_arch
-def test_folding_moves_whole_chunks_wide(compiled: list[Compiled], arch: int) -> None:
-    for kernel in of(compiled, "_fold_kernel", arch):
-        assert min(kernel.loads[0], kernel.stores[0]) >= 1, described([kernel])
 
 
 def test_wide_accesses_are_in_the_machine_code_too(compiled: list[Compiled]) -> None:

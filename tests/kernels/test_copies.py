@@ -84,14 +84,6 @@ def select():
     return lambda: rgp.select(*grads)
 
 
-def fold():
-    weight = weights()[:1]
-    lists = [TensorList(each) for each in (weight, *[[torch.rand(8)] for _ in range(5)])]
-    eps = torch.tensor([1e-5])
-    out = {"out_weights": TensorList(weights()[:1]), "out_biases": TensorList([torch.rand(8)])}
-    return lambda: kernels.fold_batchnorm(*lists, eps=eps, **out)
-
-
 def step(norm):
     def make():
         x_adv, x, grad = images()
@@ -135,7 +127,6 @@ CALLS = {
     "copy_where_": copy,
     "mask_below_": mask,
     "RGP.select": select,
-    "fold_batchnorm": fold,
     "softmax_losses": losses,
     "augment_crop_flip": augment,
     **{f"pgd_step_ {norm}": step(norm) for norm in ("linf", "l2")},

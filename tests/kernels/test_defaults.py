@@ -61,17 +61,6 @@ def copy():
     return targets
 
 
-def fold():
-    out = [[numbers(9, 4, 3), numbers(9, 2, 700)], [numbers(9, 4), numbers(9, 2)]]
-    weights, each = [numbers(0, 4, 3), numbers(1, 2, 700)], [numbers(2, 4), numbers(3, 2)]
-    squares = [tensor.square() for tensor in each]
-    kernels.fold_batchnorm(
-        *(weights, each, None, each, each, squares),
-        **{"eps": [0.1, 0.2], "out_weights": out[0], "out_biases": out[1]},
-    )
-    return out
-
-
 def step(norm):
     def call():
         x_adv, x = numbers(0, 2, 3, 4).sigmoid(), numbers(1, 2, 3, 4).sigmoid()
@@ -114,7 +103,6 @@ CALLS = {
     "ema_update_ by coin": average_by_coin,
     "flip_coin": lambda: kernels.flip_coin(0.5, seed=1, step=2),
     "copy_where_": copy,
-    "fold_batchnorm": fold,
     "softmax_losses": losses,
     "softmax_losses of one": losses_of_one,
     "augment_crop_flip": augment,

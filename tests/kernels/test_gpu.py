@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cure_fast import kernels
-from cure_fast.kernels import augment, batchnorm, ema, pgd, rgp, softmax, update
+from cure_fast.kernels import augment, ema, pgd, rgp, softmax, update
 from cure_fast.models import build_model
 from gpu_cases import (
     GPU,
@@ -23,7 +23,6 @@ from gpu_cases import (
     flat,
     gradients,
     hard_gradients,
-    norms_and_weights,
     on_gpu,
     pictures,
     resident_batch,
@@ -268,15 +267,3 @@ def test_losses_and_gradients_are_the_references(dtype, classes):
         torch.testing.assert_close(
             mine.cpu(), theirs, rtol=rounding, atol=1e-5 if i < 6 else rounding / 20
         )
-
-
-def test_folding_is_the_references():
-    layers = norms_and_weights()
-    mine = on_gpu(layers)
-    batchnorm.fold_batchnorm(biases=None, eps=1e-5, **mine)
-    batchnorm.fold_batchnorm_ref(biases=None, eps=1e-5, **layers)
-    for name in ("out_weights", "out_biases"):
-        for found, wanted in zip(mine[name], layers[name], strict=True):
-            # One unit in the last place of bfloat16.
-            torch.testing.assert_close(found.cpu(), wanted, rtol=2**-7, atol=1e-6)
-            assert found.abs().max() > 0

@@ -12,7 +12,6 @@ from bench.kernel_inputs import LAYOUTS, model_tensors
 from bench.kernel_providers import captured, prepared
 from cure_fast import kernels
 from cure_fast.kernels.augment import augment_crop_flip
-from cure_fast.kernels.batchnorm import fold_batchnorm
 from cure_fast.kernels.ema import flip_coin_ref
 from cure_fast.kernels.pgd import pgd_init
 from cure_fast.kernels.rgp import rgp_mask_ref, rgp_select_ref
@@ -25,7 +24,6 @@ from gpu_cases import (
     flat,
     launched,
     no_waiting,
-    norms_and_weights,
     on_gpu,
     pictures,
     resident_batch,
@@ -94,13 +92,11 @@ def test_a_whole_model_takes_few_launches_on_plain_lists_too(whole: Whole):
 def test_one_launch_each(whole: Whole):
     images = on_gpu(pictures())
     data, placed = on_gpu(resident_batch())
-    layers = {name: kernels.TensorList(t) for name, t in on_gpu(norms_and_weights()).items()}
     logits = torch.randn(128, 10, device=GPU)
     labels = torch.zeros(128, dtype=torch.int64, device=GPU)
     for name, step in {
         "pgd_step_": lambda: kernels.pgd_step_(*images, step_size=0.01, eps=0.03),
         "augment_crop_flip": lambda: augment_crop_flip(*data, **placed, padding=4),
-        "fold_batchnorm": lambda: fold_batchnorm(biases=None, eps=1e-5, **layers),
         "softmax_losses": lambda: softmax_losses(logits, logits.clone(), labels),
         "ema_update_": lambda: kernels.ema_update_(whole.averages, whole.params, decay=0.9),
     }.items():
@@ -113,7 +109,6 @@ def test_one_launch_each(whole: Whole):
 def test_nothing_waits_for_the_device(whole: Whole):
     images = on_gpu(pictures())
     data, placed = on_gpu(resident_batch())
-    layers = on_gpu(norms_and_weights())
     logits = torch.randn(128, 10, device=GPU)
     labels = torch.zeros(128, dtype=torch.int64, device=GPU)
     lists = [list(t) for t in (whole.grads, whole.nat, whole.adv)]
@@ -132,7 +127,6 @@ def test_nothing_waits_for_the_device(whole: Whole):
         "pgd_init": lambda: pgd_init(images[1], eps=0.03, seed=0),
         "augment_crop_flip": lambda: augment_crop_flip(*data, **placed, padding=4),
         "softmax_losses": lambda: softmax_losses(logits, logits, labels),
-        "fold_batchnorm": lambda: fold_batchnorm(biases=None, eps=1e-5, **layers),
     }
     waited = {}
     for name, step in steps.items():
@@ -245,7 +239,6 @@ def test_replays_draw_fresh_coins(whole: Whole):
 def test_other_operations_replay_as_they_run(whole: Whole):
     images = on_gpu(pictures())
     data, placed = on_gpu(resident_batch())
-    layers = {name: kernels.TensorList(t) for name, t in on_gpu(norms_and_weights()).items()}
     logits = [torch.randn(128, 10, device=GPU) for _ in range(2)]
     labels = torch.zeros(128, dtype=torch.int64, device=GPU)
     start = images[0].clone()
@@ -254,10 +247,9 @@ def test_other_operations_replay_as_they_run(whole: Whole):
         moved = pgd_init(images[1], eps=0.03, seed=1)
         images[0].copy_(start)
         kernels.pgd_step_(*images, step_size=0.01, eps=0.03)
-        fold_batchnorm(biases=None, eps=1e-5, **layers)
         losses = softmax_losses(*logits, labels)
         pixels = augment_crop_flip(*data, **placed, padding=4)
-        return [moved, images[0], *layers["out_weights"], *flat(losses), pixels]
+        return [moved, images[0], *flat(losses), pixels]
 
     wanted = [t.clone() for t in step()]
     replay = captured(step)

@@ -18,21 +18,6 @@ def update(arguments):
     kernels.masked_sgd_(**arguments, lr=0.1, momentum=0.9)
 
 
-def fold(arguments):
-    numbers = [torch.ones(4)]
-    kernels.fold_batchnorm(
-        arguments["weights"],
-        None,
-        None,
-        None,
-        numbers,
-        numbers,
-        eps=0.1,
-        out_weights=arguments["out_weights"],
-        out_biases=arguments["out_biases"],
-    )
-
-
 def step(norm):
     def call(arguments):
         images = {name: tensors[0] for name, tensors in arguments.items()}
@@ -68,11 +53,6 @@ OPERATIONS = {
         {"sources": pair},
         lambda a: kernels.copy_where_(**a, condition=torch.tensor(True)),
     ),
-    "fold_batchnorm": (
-        {"out_weights": lambda: [torch.ones(4, 3)], "out_biases": lambda: [torch.ones(4)]},
-        {"weights": lambda: [torch.ones(4, 3)]},
-        fold,
-    ),
     "mask_below_": (
         {"tensors": pair},
         {"scores": pair},
@@ -101,7 +81,7 @@ def made(makers):
 
 def test_every_operation_is_here():
     in_place = {name for name in kernels.__all__ if name.endswith("_")}
-    assert {name.split()[0] for name in OPERATIONS} - {"fold_batchnorm", "RGP.mask_"} == in_place
+    assert {name.split()[0] for name in OPERATIONS} - {"RGP.mask_"} == in_place
 
 
 @BOTH
@@ -201,8 +181,6 @@ def test_what_is_read_may_lie_in_any_way(name, argument, turned, triton_kernels)
     """The same values come out as of tensors that lie alike."""
     changes, reads, call = OPERATIONS[name]
     arguments = made(changes) | made(reads)
-    if name == "fold_batchnorm":
-        arguments["weights"][0] = torch.randn(4, 3)
     alike = {key: [t.clone() for t in tensors] for key, tensors in arguments.items()}
     tensor = arguments[argument][0]
     other = tensor.T.contiguous().T if turned else torch.stack([tensor] * 2, dim=-1)[..., 0]

@@ -13,6 +13,13 @@ from cure_fast.loaders.augment import CropFlip, apply_crop_flip, crop_flip, draw
 from cure_fast.loaders.seeds import derive_seed, epoch_order
 
 
+def mirrored(place: int, size: int) -> int:
+    """Return the pixel of a row that one beyond its ends shows: 2 1 | 0 1 2 | 1 0 for three."""
+    if place < 0:
+        return -place
+    return place if place < size else 2 * (size - 1) - place
+
+
 def reference(images: np.ndarray, draw: CropFlip) -> np.ndarray:
     """Return float32 [N, 3, H, W], one image and one row at a time."""
     out = []
@@ -24,6 +31,8 @@ def reference(images: np.ndarray, draw: CropFlip) -> np.ndarray:
             row = []
             for j in range(width):
                 y, x = i + int(top) - p, j + int(left) - p
+                if draw.reflect:
+                    y, x = mirrored(y, height), mirrored(x, width)
                 inside = 0 <= y < height and 0 <= x < width
                 row.append(image[y, x] if inside else np.zeros(3, np.uint8))
             rows.append(row[::-1] if mirror else row)
@@ -45,12 +54,18 @@ def scaled_through_torch(images: torch.Tensor) -> torch.Tensor:
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     padding=st.integers(0, 9),
     flip=st.booleans(),
+    reflect=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_equals_the_plain_version(count, size, padding, flip, seed) -> None:
+def test_equals_the_plain_version(count, size, padding, flip, reflect, seed) -> None:
+    padding = min(padding, *(side - 1 for side in size)) if reflect else padding
     images = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
     before = images.copy()
-    draw = draw_crop_flip(count, seed=seed, epoch=2, batch=3, crop_padding=padding, flip=flip)
+    where = {"seed": seed, "epoch": 2, "batch": 3}
+    how = {"crop_padding": padding, "flip": flip}
+    draw = draw_crop_flip(count, **where, **how, reflect=reflect)
+    zero = draw_crop_flip(count, **where, **how)
+    assert all(torch.equal(getattr(draw, k), getattr(zero, k)) for k in ("top", "left", "mirror"))
     expected = reference(images, draw)
     for function in (apply_crop_flip, through_torch):
         got = function(torch.from_numpy(images), draw)

@@ -101,12 +101,12 @@ def test_kept_batches_are_not_overwritten(make_images, cache) -> None:
     loader = make_ffcv(images, cache)
     with loader.epoch(0) as batches:
         kept, copies = [], []
-        for x, y in batches:
-            kept.append((x, y))
-            copies.append((x.clone(), y.clone()))
+        for batch in batches:
+            kept.append(batch)
+            copies.append((batch.x.clone(), batch.y.clone()))
     assert len(kept) == 17
-    for (x, y), (x_copy, y_copy) in zip(kept, copies, strict=True):
-        assert torch.equal(x, x_copy) and torch.equal(y, y_copy)
+    for batch, (x_copy, y_copy) in zip(kept, copies, strict=True):
+        assert torch.equal(batch.x, x_copy) and torch.equal(batch.y, y_copy)
 
 
 def test_slots_hold_until_the_next_batch(reader, written, in_order) -> None:
@@ -161,7 +161,7 @@ def test_an_epoch_holds_every_image(make_images, cache, workers) -> None:
     """Sixteen batches of four and one of three; nothing is dropped, nothing comes twice."""
     images = make_images(67)
     with make_ffcv(images, cache, workers=workers).epoch(1) as batches:
-        labels = torch.cat([y for _, y in batches])
+        labels = torch.cat([batch.y for batch in batches])
     assert sorted(labels.tolist()) == sorted(images.labels.tolist())
 
 
@@ -209,5 +209,5 @@ def test_augmentation_is_seeded(make_images, cache) -> None:
         np.random.seed(state)
         torch.manual_seed(state)
         with make_ffcv(images, cache).epoch(4) as batches:
-            runs.append([x.clone() for x, _ in batches])
+            runs.append([batch.x.clone() for batch in batches])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

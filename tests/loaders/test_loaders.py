@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import threading
 import time
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from cure_fast.batch import Batch
 from cure_fast.errors import InputError
-from cure_fast.loaders import choose, eval_batches, make_loader
+from cure_fast.loaders import choose, make_loader
 from cure_fast.loaders.seeds import epoch_order
 
 CPU = torch.device("cpu")
@@ -34,13 +36,16 @@ def make(request, tmp_path):
 
 def read(loader, epoch=0, **options):
     with loader.epoch(epoch, **options) as batches:
-        return [(x, y) for x, y in batches]
+        return list(batches)
 
 
 def same(a, b) -> bool:
     return len(a) == len(b) and all(
-        x.numpy().tobytes() == v.numpy().tobytes() and x.shape == v.shape and torch.equal(y, w)
-        for (x, y), (v, w) in zip(a, b, strict=True)
+        one.x.numpy().tobytes() == other.x.numpy().tobytes()
+        and one.x.shape == other.x.shape
+        and torch.equal(one.y, other.y)
+        and torch.equal(one.index, other.index)
+        for one, other in zip(a, b, strict=True)
     )
 
 
@@ -58,10 +63,26 @@ def test_every_loader_gives_the_batches_of_the_plain_one(
     assert (loader.num_images, loader.batches_per_epoch) == (sum(sizes), len(sizes))
     for epoch in (0, 7):
         batches = read(loader, epoch)
-        assert [len(y) for _, y in batches] == sizes
+        assert [len(batch) for batch in batches] == sizes
         assert same(batches, read(plain, epoch))
         for start in {1, len(sizes) - 1, len(sizes)}:
             assert same(read(loader, epoch, start_batch=start), batches[start:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_loader_mirrors_the_border_alike(make, make_images, kind) -> None:
+    images = make_images(20)
+    batches = read(make(kind, images, reflect=True))
+    assert same(batches, read(make("torch", images, workers=0, reflect=True)))
+    assert not same(batches, read(make(kind, images)))
+
+
+def test_a_border_wider_than_the_image_cannot_be_mirrored(make, make_images) -> None:
+    images = make_images(20)
+    side = images.images.shape[1]
+    assert make("resident", images, reflect=True, crop_padding=side - 1).num_images == 20
+    with pytest.raises(InputError, match=r"--crop-padding.*--crop-mode reflect"):
+        make("resident", images, reflect=True, crop_padding=side)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,13 +92,15 @@ def test_batches_hold_the_images_of_the_order(make, make_images, kind) -> None:
     loader = make(kind, images, crop_padding=0, flip=False, batch_size=4)
     order = epoch_order(67, seed=3, epoch=5).numpy()
     batches = read(loader, 5)
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    x, y, index = (torch.cat([getattr(b, name) for b in batches]) for name in ("x", "y", "index"))
     expected = images.images[order].astype(np.float32) / np.float32(255)
     assert (x.permute(0, 2, 3, 1).numpy() == expected).all()
     assert (y.numpy() == images.labels[order]).all()
-    for x, y in batches:
-        assert x.dtype == torch.float32 and y.dtype == torch.int64
-        assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (index.numpy() == order).all() and loader.set_size == 67
+    for batch in batches:
+        assert batch.x.dtype == torch.float32 and batch.y.dtype == batch.index.dtype == torch.int64
+        assert batch.x.is_contiguous(memory_format=torch.channels_last)
+        assert batch.x_adv is batch.x and not batch.notes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,10 +119,10 @@ def test_batches_may_be_changed(make, make_images, kind) -> None:
     before = images.checksum()
     loader = make(kind, images)
     first = read(loader)
-    copies = [(x.clone(), y.clone()) for x, y in first]
-    for x, y in first:
-        x.zero_()
-        y.zero_()
+    copies = copy.deepcopy(first)
+    for batch in first:
+        for tensor in (batch.x, batch.y, batch.index):
+            tensor.zero_()
     assert same(read(loader), copies)
     assert images.checksum() == before
 
@@ -135,13 +158,16 @@ def test_leaving_early_leaves_nothing_behind(make, make_images, kind) -> None:
 def test_one_image_left_over_is_said(make, make_images, kind) -> None:
     assert "65 images in batches of 16 leave one over" in make(kind, make_images(65)).reason
     assert "leave one over" not in make(kind, make_images(67)).reason
-    assert [len(y) for _, y in read(make(kind, make_images(65)))] == [16] * 4
+    loader = make(kind, make_images(65))
+    assert [len(batch) for batch in read(loader)] == [16] * 4
+    # The one left over has a place all the same: it is another one in each epoch.
+    assert (loader.set_size, loader.num_images) == (65, 64)
 
 
 def test_every_image_comes_once(make, make_images) -> None:
     loader = make("resident", make_images(65))
     order = epoch_order(65, seed=3, epoch=2)
-    labels = torch.cat([y for _, y in read(loader, 2)])
+    labels = torch.cat([batch.y for batch in read(loader, 2)])
     assert labels.tolist() == make_images(65).labels[order[:64]].tolist()
     assert epoch_order(65, seed=3, epoch=2)[64] != epoch_order(65, seed=3, epoch=3)[64]
 
@@ -171,6 +197,20 @@ def test_read_only_images(make, make_images) -> None:
     frozen.images.flags.writeable = False
     frozen.labels.flags.writeable = False
     assert same(read(make("resident", frozen)), read(make("resident", images)))
+
+
+@pytest.mark.parametrize("count", [1, -1])
+def test_images_without_a_place_are_an_error(make, make_images, monkeypatch, count) -> None:
+    """A feed that gives other batches than those asked for would give images wrong places."""
+    loader = make("resident", make_images(67))
+    real = loader._read
+
+    def other(batches):
+        return real(batches * 2 if count > 0 else batches[:count])
+
+    monkeypatch.setattr(loader, "_read", other)
+    with pytest.raises(ValueError, match=r"is (longer|shorter) than"):
+        read(loader)
 
 
 def test_a_worker_that_fails_is_an_error(make, make_images) -> None:
@@ -218,27 +258,6 @@ def test_a_quarter_of_the_free_memory(make_images, monkeypatch, free, fits) -> N
     assert choose.fits_device(make_images(67), CPU)
 
 
-@pytest.mark.parametrize("limit", [None, 1, 30, 1000])
-def test_eval_batches_are_all_images_in_order(make_images, limit) -> None:
-    images = make_images(67)
-    batches = list(eval_batches(images, batch_size=16, device=CPU, limit=limit))
-    count = min(limit or 67, 67)
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    expected = images.images[:count].astype(np.float32) / np.float32(255)
-    assert (x.permute(0, 2, 3, 1).numpy() == expected).all()
-    assert (y.numpy() == images.labels[:count]).all()
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in batches)
-    y.zero_()
-    assert images.labels.any()
-
-
-def test_eval_batches_refuse_nothing(make_images) -> None:
-    with pytest.raises(InputError, match="--limit: expected at least 1, got 0"):
-        next(eval_batches(make_images(), batch_size=4, device=CPU, limit=0))
-    with pytest.raises(InputError, match="--eval-batch-size: expected at least 1, got 0"):
-        next(eval_batches(make_images(), batch_size=0, device=CPU))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_batches_are_those_of_the_cpu(make, make_images, kind) -> None:
@@ -247,11 +266,12 @@ def test_gpu_batches_are_those_of_the_cpu(make, make_images, kind) -> None:
     loader = make(kind, images, device=torch.device("cuda"), batch_size=4)
     batches = []
     with loader.epoch(1) as on_gpu:
-        for x, y in on_gpu:
+        for batch in on_gpu:
             torch.cuda._sleep(10_000_000)  # the GPU falls behind, and slots are written meanwhile
-            batches.append((x, y))
-    assert all(x.device.type == y.device.type == "cuda" for x, y in batches)
-    assert same([(x.cpu(), y.cpu()) for x, y in batches], read(plain, 1))
+            batches.append(batch)
+    assert {t.device.type for b in batches for t in (b.x, b.y, b.index)} == {"cuda"}
+    copies = [Batch(b.x.cpu(), b.y.cpu(), b.index.cpu()) for b in batches]
+    assert same(copies, read(plain, 1))
 
 
 @pytest.mark.real_data

@@ -58,7 +58,7 @@ def test_images_end_inside_whatever_their_start(steps):
 
 def test_the_presets_of_public_codes_start_unclamped():
     unclamped = {m for m in METHODS if not select_method(Config(), m).attack.clamp_start}
-    assert unclamped == {"trades", "cure_official", "cure_eff_official"}
+    assert unclamped == {"trades", "mart", "cure_official", "cure_eff_official"}
 
 
 @pytest.mark.parametrize("clamp_start", [False, True])
@@ -67,7 +67,7 @@ def test_a_run_starts_its_attack_as_configured(clamp_start):
     run = tiny.tiny_run("pgd_at", batches=[(x, y)], attack={"clamp_start": clamp_start})
     seen = []
     run.model.register_forward_pre_hook(lambda _model, inputs: seen.append(inputs[0].min().item()))
-    run.method.attack(run, x, y)
+    run.method.attack(run, run.loader.batch(0))
     assert (seen[0] < 0) == (not clamp_start) and min(seen[1:]) >= 0
 
 
@@ -91,7 +91,7 @@ def authors_and_own(clamp_start):
     torch.manual_seed(5)
     theirs.step(x, y)
     own.generators["attack"].manual_seed(5)
-    train_step(own, x, y)
+    train_step(own, own.loader.batch(0))
     return before, *(
         [net.get_parameter(n).detach() for n in names] for net in (theirs.model, model)
     )

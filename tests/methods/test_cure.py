@@ -11,12 +11,14 @@ import torch
 
 import numpy_cure as oracle
 import tiny_step as tiny
+from cure_fast.classifier import attack_mode
 from cure_fast.kernels.philox import COIN, philox_uniform
 from cure_fast.methods import select_method
-from cure_fast.models.modes import attack_mode
-from cure_fast.policies.average import Revision, revision_rate
+from cure_fast.policies.average import Average
+from cure_fast.policies.conserve import Conserve
 from cure_fast.recipes import find_recipe
-from cure_fast.step.train_step import train_step
+from cure_fast.step.train_step import add_gradients, train_step
+from cure_fast.training.trainer import next_step
 
 PRESETS = ("cure", "cure_paper", "cure_official", "cure_eff", "cure_eff_official")
 SETTINGS = (
@@ -59,10 +61,9 @@ def weights(model):
     }
 
 
-def masked_gradients(run, x, x_adv, y):
+def masked_gradients(run, batch):
     """The step's terms and gradients, before the optimiser moves anything."""
-    terms = run.method.loss(run, x, x_adv, y)
-    run.method.backward(run, terms)
+    terms = add_gradients(run, batch, 1)
     for policy in run.policies:
         policy.on_grads(run)
     run.gradients.clear()
@@ -70,7 +71,7 @@ def masked_gradients(run, x, x_adv, y):
         n: p.grad.numpy().reshape(p.shape[:2]) if p.ndim > 1 else p.grad.numpy()
         for n, p in run.model.named_parameters()
     }
-    return {n: float(t.detach()) for n, t in terms.items()}, grads
+    return {n: float(t) for n, t in terms.items()}, grads
 
 
 def assert_follows_transcription(run, steps):
@@ -81,17 +82,16 @@ def assert_follows_transcription(run, steps):
     momenta = {n: np.zeros_like(v) for n, v in w.items()}
     optim = run.config.optim
     for t in range(1, steps + 1):
-        x, y = run.loader.batches[(t - 1) % len(run.loader.batches)]
+        batch = run.loader.batch((t - 1) % len(run.loader.batches))
         coin = philox_uniform(run.config.run.seed, torch.tensor(0), run.step, stream=COIN).item()
         lands = coin < settings["revision_rate"] and settings["revision"]
         rates = {"decay": settings["revision_decay"], "warmup": settings["revision_warmup"]}
-        x_adv = checked_attack(run, w, x, y, settings)
+        attacked = batch.attacked(checked_attack(run, w, batch, settings))
         if lands and settings["revision_order"] == "before":
             rev = oracle.revise(rev, w, t, **rates)
-        masks, masked = checked_gradients(run, w, rev, x, x_adv, y, settings)
+        masks, masked = checked_gradients(run, w, rev, attacked, settings)
 
-        train_step(run, x, y)
-        run.step, run.batch = run.step + 1, run.batch + 1
+        next_step(run, batch)
         w = oracle.sgd(
             w,
             momenta,
@@ -114,9 +114,10 @@ def assert_weights(model, expected):
         np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def checked_attack(run, w, x, y, settings):
+def checked_attack(run, w, batch, settings):
     """The adversarial images of the step to come, compared with the transcription's."""
     state = run.generators["attack"].get_state()
+    x, y = batch.x, batch.y
     noise = torch.empty_like(x).normal_(0, 0.001, generator=clone(run.generators["attack"]))
     expected = oracle.attack(
         w,
@@ -130,18 +131,17 @@ def checked_attack(run, w, x, y, settings):
         inner_weight=settings["inner_kl_weight"],
     )
     with attack_mode(run.model, "eval"):
-        x_adv = run.method.attack(run, x, y)
+        x_adv = run.method.attack(run, batch)
     run.generators["attack"].set_state(state)
     np.testing.assert_allclose(x_adv.flatten(1).numpy(), expected, atol=1e-12)
     return x_adv
 
 
-def checked_gradients(run, w, rev, x, x_adv, y, settings):
+def checked_gradients(run, w, rev, batch, settings):
     """Masks and masked gradients of the step to come, compared with the transcription's."""
-    terms, _, masks, masked = oracle.step(
-        w, rev, x.flatten(1).numpy(), x_adv.flatten(1).numpy(), y.numpy(), settings
-    )
-    found_terms, found = rehearse(run, x, x_adv, y, rev)
+    x, x_adv = (images.flatten(1).numpy() for images in (batch.x, batch.x_adv))
+    terms, _, masks, masked = oracle.step(w, rev, x, x_adv, batch.y.numpy(), settings)
+    found_terms, found = rehearse(run, batch, rev)
     for name, value in terms.items():
         assert found_terms[name] == pytest.approx(value, rel=1e-9, abs=1e-14), name
     for name, grad in masked.items():
@@ -151,7 +151,7 @@ def checked_gradients(run, w, rev, x, x_adv, y, settings):
     return masks, masked
 
 
-def rehearse(run, x, x_adv, y, rev):
+def rehearse(run, batch, rev):
     """Terms and masked gradients of the step to come, on a copy with revision model ``rev``."""
     twin = copy.deepcopy(run)
     for name, policy in zip(("model", "networks"), (twin.model, twin.networks), strict=True):
@@ -160,7 +160,7 @@ def rehearse(run, x, x_adv, y, rev):
         with torch.no_grad():
             for name, p in twin.networks["revision"].named_parameters():
                 p.copy_(torch.from_numpy(rev[name]).view_as(p))
-    return masked_gradients(twin, x, x_adv, y)
+    return masked_gradients(twin, batch)
 
 
 def clone(generator):
@@ -203,9 +203,9 @@ def test_percentile_zero_and_gamma_zero_is_trades():
     attack = {"clamp_start": False}
     cure = tiny.tiny_run("cure", batches=batches, attack=attack, percentile=0, gamma=0, beta=6)
     trades = tiny.tiny_run("trades", batches=batches, beta=6)
-    for x, y in batches:
-        train_step(cure, x, y)
-        train_step(trades, x, y)
+    for batch in cure.loader:
+        train_step(cure, batch)
+        train_step(trades, batch)
     for a, b in zip(cure.model.parameters(), trades.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -214,9 +214,8 @@ def test_revision_never_shares_storage_with_the_trained_network():
     run = tiny.tiny_run("cure_eff", natural_share=0.5, revision_rate=1.0)
     for epoch in range(2):
         run.epoch, run.batch = epoch, 0
-        for x, y in run.loader.batches:
-            train_step(run, x, y)
-            run.step, run.batch = run.step + 1, run.batch + 1
+        for batch in run.loader:
+            next_step(run, batch)
     revision = run.networks["revision"]
     for a, b in zip(run.model.parameters(), revision.parameters(), strict=True):
         assert a.data_ptr() != b.data_ptr()
@@ -227,14 +226,14 @@ def test_natural_warm_up_is_natural_training_then_the_revision_starts_equal():
     batches = tiny.tiny_batches(2)
     run = tiny.tiny_run("cure_eff", batches=batches, natural_share=0.5)
     plain = tiny.tiny_run("natural", batches=batches)
-    for x, y in batches:
-        terms = train_step(run, x, y)
-        train_step(plain, x, y)
+    for batch in run.loader:
+        terms = train_step(run, batch)
+        train_step(plain, batch)
         assert set(terms) == {"total", "natural_ce"}
     for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(a, b)
     run.epoch, run.batch, run.step = 1, 0, 2
-    terms = train_step(run, *batches[0])
+    _, terms = next_step(run, run.loader.batch(0))
     # Equal networks give equal predictions, so the first consistency loss is zero.
     assert float(terms["consistency"]) == pytest.approx(0, abs=1e-12)
 
@@ -242,34 +241,17 @@ def test_natural_warm_up_is_natural_training_then_the_revision_starts_equal():
 def test_a_rate_of_zero_leaves_the_revision_model_alone():
     run = tiny.tiny_run("cure", revision_rate=0.0)
     before = weights(run.networks["revision"])
-    for x, y in run.loader.batches:
-        train_step(run, x, y)
+    for batch in run.loader:
+        train_step(run, batch)
     assert all(np.array_equal(before[n], v) for n, v in weights(run.networks["revision"]).items())
-    assert run.policy(Revision).metrics(run)["moves"] == 0
+    assert run.policy(Average).epoch_metrics(run)["revision"]["moves"] == 0
 
 
 def test_fraction_updated_is_reported_per_tensor():
     run = tiny.tiny_run("cure", percentile=30)
-    for x, y in run.loader.batches:
-        train_step(run, x, y)
-    updated = next(p for p in run.policies if hasattr(p, "take_updated")).take_updated()
+    for batch in run.loader:
+        train_step(run, batch)
+    updated = run.policy(Conserve).epoch_metrics(run)["updated"]
     assert set(updated) == {n for n in oracle.NAMES if not n.startswith("linear")}
     # 7x7 = 49 weights, rank 0.3 * 48 = 14.4: 15 lie below.
     assert updated["layer1.0.conv1.weight"] == pytest.approx(34 / 49, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("decay", "values"),
-    [
-        ("none", [0.2, 0.2, 0.2]),
-        ("freeze", [0.2, 0.0, 0.0]),
-        ("halve", [0.2, 0.1, 0.05]),
-        ("cosine", [0.2, 0.1, 0.1 * (1 + np.cos(0.75 * np.pi))]),
-    ],
-)
-def test_revision_rate_decays(decay, values):
-    rates = [
-        revision_rate(0.2, decay, 0.5, progress=progress, steps_past_start=past)
-        for progress, past in ((0.0, -4), (0.5, 1), (0.75, 2))
-    ]
-    assert rates == pytest.approx(values)

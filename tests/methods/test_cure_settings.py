@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import tiny_step as tiny
+from cure_fast.classifier import attack_mode
 from cure_fast.methods import METHODS
 from cure_fast.methods.cure import rate_at
 from cure_fast.models import build_model
-from cure_fast.models.modes import attack_mode
-from cure_fast.policies.average import Revision
+from cure_fast.policies.average import Average
 from cure_fast.step.train_step import train_step
+from cure_fast.training.trainer import next_step
 
 DECAY = 0.9
 
@@ -38,7 +39,7 @@ def norm_run(method="cure", **settings):
 def fix_attack(run, x):
     """Let the run's attack return the images given back here, so that a test knows them."""
     x_adv = (x + 0.1 * torch.sign(torch.randn_like(x))).clamp(0, 1)
-    run.method = replace(run.method, attack=lambda run, x, y: x_adv)
+    run.method = replace(run.method, attack=lambda run, batch: x_adv)
     return x_adv
 
 
@@ -60,7 +61,8 @@ def test_batch_statistics_of_the_revision_model(how, mode, order):
     )
     revision = run.networks["revision"]
     set_apart(revision)
-    for x, y in run.loader.batches:
+    for batch in run.loader:
+        x = batch.x
         x_adv = fix_attack(run, x)
         twin = copy.deepcopy(revision)
         if order == "before":
@@ -69,8 +71,7 @@ def test_batch_statistics_of_the_revision_model(how, mode, order):
             twin.train()
             with torch.no_grad():
                 twin(x), twin(x_adv)
-        train_step(run, x, y)
-        run.step, run.batch = run.step + 1, run.batch + 1
+        next_step(run, batch)
         if order == "after":
             revise(twin, run.model, how)
         expected, trained = buffers(twin), buffers(run.model)
@@ -104,8 +105,8 @@ def revise(network, model, how):
 def test_averaged_statistics_wait_for_the_coin():
     run = norm_run(revision_buffers="average", revision_mode="eval", revision_rate=0.0)
     before = buffers(run.networks["revision"])
-    for x, y in run.loader.batches:
-        train_step(run, x, y)
+    for batch in run.loader:
+        train_step(run, batch)
     assert all(torch.equal(before[n], v) for n, v in buffers(run.networks["revision"]).items())
 
 
@@ -119,10 +120,10 @@ def mean_kl(p_logits, q_logits):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_consistency_takes_batch_or_running_statistics(mode):
     run = norm_run(revision_mode=mode, revision_rate=0.5, revision_decay=DECAY)
-    for x, y in run.loader.batches[:2]:
-        train_step(run, x, y)
-        run.step, run.batch = run.step + 1, run.batch + 1
-    x, y = run.loader.batches[2]
+    for batch in [*run.loader][:2]:
+        next_step(run, batch)
+    batch = run.loader.batch(2)
+    x = batch.x
     x_adv = (x + 0.05).clamp(0, 1)
     values = {}
     for name in ("train", "eval"):
@@ -131,7 +132,7 @@ def test_consistency_takes_batch_or_running_statistics(mode):
         revision.train(name == "train")
         with torch.no_grad():
             values[name] = sum(mean_kl(revision(images), model(images)) for images in (x, x_adv))
-    terms = run.method.loss(run, x, x_adv, y)
+    terms = run.method.loss(run, batch.attacked(x_adv))
     assert float(terms["consistency"].detach()) == pytest.approx(values[mode], rel=1e-9)
     assert values["train"] != pytest.approx(values["eval"], rel=1e-2)
 
@@ -152,7 +153,9 @@ def test_the_rate_of_each_step(decay, rates):
         run.epoch, run.batch = divmod(step, run.loader.batches_per_epoch)
         run.step = step
         assert rate_at(run) == pytest.approx(rate, abs=1e-12)
-        assert run.policy(Revision).metrics(run)["rate"] == pytest.approx(rate, abs=1e-12)
+        assert run.policy(Average).epoch_metrics(run)["revision"]["rate"] == pytest.approx(
+            rate, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(("start", "moves"), [(0.25, 2), (0.5, 4), (1.0, 8)])
@@ -160,11 +163,11 @@ def test_a_frozen_rate_stops_the_moves_at_the_start_of_the_decay(start, moves):
     run = tiny.tiny_run(
         "cure", revision_rate=1.0, revision_rate_decay="freeze", revision_decay_start=start
     )
-    for x, y in run.loader.batches * 2:
-        train_step(run, x, y)
+    for batch in [*run.loader] * 2:
+        train_step(run, batch)
         run.step += 1
         run.epoch, run.batch = divmod(run.step, run.loader.batches_per_epoch)
-    assert run.policy(Revision).metrics(run)["moves"] == moves
+    assert run.policy(Average).epoch_metrics(run)["revision"]["moves"] == moves
 
 
 OBJECTIVES = [
@@ -181,22 +184,23 @@ def test_attack_objectives_are_sums_over_the_batch(method, settings):
     run = tiny.tiny_run(method, **settings)
     x, y = run.loader.batches[0]
     logits = torch.randn(len(y), tiny.CLASSES, dtype=torch.float64)
-    once = objective_of(run, x, y)(logits)
-    twice = objective_of(run, torch.cat([x, x]), torch.cat([y, y]))(torch.cat([logits, logits]))
+    once = objective_of(run, tiny.batch_of(x, y))(logits)
+    both = tiny.batch_of(torch.cat([x, x]), torch.cat([y, y]))
+    twice = objective_of(run, both)(torch.cat([logits, logits]))
     assert once.ndim == 0 and float(once) > 0.1
     assert float(twice) == pytest.approx(2 * float(once), rel=1e-12)
 
 
-def objective_of(run, x, y):
+def objective_of(run, batch):
     """The objective that the run's method hands to PGD."""
     received = []
 
-    def spy(images, objective):
+    def spy(images, objective, **other):
         received.append(objective)
         return images
 
     run.pgd = spy
     with attack_mode(run.model, run.config.attack.attack_mode):
-        run.method.attack(run, x, y)
+        run.method.attack(run, batch)
     (objective,) = received
     return objective

@@ -13,6 +13,7 @@ from cure_fast.errors import InputError
 from cure_fast.methods.cure import CureSettings
 from cure_fast.models import build_model
 from cure_fast.policies.conserve import Conserve
+from cure_fast.step import run as run_module
 from cure_fast.training import trainer
 from cure_fast.training.trainer import next_step
 
@@ -47,11 +48,11 @@ def run_of(engine="eager", epochs=2, attack=None, **settings):
     return run
 
 
-def moves(run, x, y):
+def moves(run, batch):
     """Which maskable weights a step moves."""
     parameters = run.policy(Conserve).parameters
     before = [p.detach().clone() for p in parameters]
-    next_step(run, x, y)
+    next_step(run, batch)
     return [p != old for p, old in zip(parameters, before, strict=True)]
 
 
@@ -63,10 +64,10 @@ def masks(run):
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_a_mask_is_kept_until_the_next_selection(engine):
     run = run_of(engine, mask_every=3)
-    batches = run.loader.batches
-    moved = [moves(run, *batches[0])]
+    batches = [*run.loader]
+    moved = [moves(run, batches[0])]
     first = masks(run)
-    moved += [moves(run, *batch) for batch in batches[1:3]]
+    moved += [moves(run, batch) for batch in batches[1:3]]
     assert all(map(torch.equal, masks(run), first))
     for step in moved:
         # A weight that may move can stay, where its gradient is below its last bit.
@@ -74,7 +75,7 @@ def test_a_mask_is_kept_until_the_next_selection(engine):
         assert all(
             which[~mask].float().mean() > 0.5 for which, mask in zip(step, first, strict=False)
         )
-    moves(run, *batches[3])
+    moves(run, batches[3])
     assert not all(map(torch.equal, masks(run), first))
     assert run.policy(Conserve).kept_steps == 4
 
@@ -82,15 +83,16 @@ def test_a_mask_is_kept_until_the_next_selection(engine):
 @pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_steps_between_compute_no_gradients_of_the_score(engine, monkeypatch):
     run, asked = run_of(engine, mask_every=2), []
-    real = run.engine.backward
+    conserve = run.policy(Conserve)
+    real = conserve.on_grads
 
-    def watched(total, further, parameters):
-        asked.append(sorted(further))
-        real(total, further, parameters)
+    def watched(run):
+        asked.append(sorted(run.gradients))
+        real(run)
 
-    monkeypatch.setattr(run.engine, "backward", watched)
-    for batch in run.loader.batches[:4]:
-        next_step(run, *batch)
+    monkeypatch.setattr(conserve, "on_grads", watched)
+    for batch in run.loader:
+        next_step(run, batch)
     assert asked == [["adversarial_ce", "natural_ce"], [], ["adversarial_ce", "natural_ce"], []]
 
 
@@ -98,9 +100,9 @@ def test_each_epoch_begins_with_a_selection():
     run = run_of(mask_every=3)
     phases = []
     for _ in range(2):
-        for batch in run.loader.batches:
-            phases.append(run.method.phase(run)[2])
-            next_step(run, *batch)
+        for batch in run.loader:
+            phases.append(run.policy(Conserve).phase(run))
+            next_step(run, batch)
         run.epoch, run.batch = run.epoch + 1, 0
     assert phases == ["select", "keep", "keep", "select"] * 2
 
@@ -109,27 +111,28 @@ def test_each_epoch_begins_with_a_selection():
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_run_stopped_between_selections_goes_on_alike(engine, after):
     whole, stopped = run_of(engine, mask_every=3), run_of(engine, mask_every=3)
-    batches = whole.loader.batches
+    batches = [*whole.loader]
     for batch in batches[:after]:
-        next_step(whole, *batch)
-        next_step(stopped, *batch)
+        next_step(whole, batch)
+        next_step(stopped, batch)
     resumed = run_of(engine, mask_every=3)
     resumed.load_state_dict(stopped.state_dict())
     for batch in batches[after:]:
-        next_step(whole, *batch)
-        next_step(resumed, *batch)
+        next_step(whole, batch)
+        next_step(resumed, batch)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert whole.policy(Conserve).take_updated() == resumed.policy(Conserve).take_updated()
+    kept, again = (r.policy(Conserve).epoch_metrics(r) for r in (whole, resumed))
+    assert kept == again and kept["updated"]
 
 
 def test_both_engines_keep_the_same_mask():
     # Without attack steps, whose signs turn where a gradient is within rounding of zero.
     none = {"attack_steps": 0}
     eager, fast = (run_of(e, attack=none, mask_every=3) for e in ("eager", "fast"))
-    for batch in eager.loader.batches:
-        next_step(eager, *batch)
-        next_step(fast, *batch)
+    for batch in eager.loader:
+        next_step(eager, batch)
+        next_step(fast, batch)
     for a, b in zip(eager.model.parameters(), fast.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -158,11 +161,11 @@ def test_an_attack_grows_over_its_share_of_the_run(engine, monkeypatch):
         steps.append(kwargs["steps"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "pgd", counted)
+    monkeypatch.setattr(run_module, "pgd", counted)
     run = run_of(engine, attack={"attack_steps": 4, "attack_ramp": 0.5})
     for _ in range(2):
-        for batch in run.loader.batches:
-            next_step(run, *batch)
+        for batch in run.loader:
+            next_step(run, batch)
         run.epoch, run.batch = run.epoch + 1, 0
     # Eight steps in all; the attack has grown after half of them.
     assert steps == [1, 2, 3, 4, 4, 4, 4, 4]

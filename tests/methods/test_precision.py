@@ -11,7 +11,7 @@ import tiny_step as tiny
 from cure_fast.methods import METHODS
 from cure_fast.models import build_model
 from cure_fast.runs.environment import choose_dtype
-from cure_fast.step.method import Policy
+from cure_fast.step.policy import Policy
 from cure_fast.step.train_step import train_step
 
 CPU = torch.device("cpu")
@@ -45,9 +45,9 @@ def test_scaled_cure_steps_equal_unscaled_ones(settings):
     scaled.scaler = scaler()
     assert not plain.scaler.is_enabled()
     first = states(plain)
-    for x, y in plain.loader.batches[:3]:
-        terms = train_step(plain, x, y)
-        assert train_step(scaled, x, y).keys() == terms.keys()
+    for batch in [*plain.loader][:3]:
+        terms = train_step(plain, batch)
+        assert train_step(scaled, batch).keys() == terms.keys()
         expected, found = states(plain), states(scaled)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12, msg=name)
@@ -68,7 +68,7 @@ def test_policies_are_shown_unscaled_gradients():
         run = tiny.tiny_run("cure")
         run.scaler, recorder = loss_scaler, Recorder()
         run.policies = (*run.policies, recorder)
-        train_step(run, *run.loader.batches[0])
+        train_step(run, run.loader.batch(0))
         shown.append(recorder.grads)
     for scaled, plain in zip(*shown, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-12)
@@ -78,9 +78,9 @@ def test_policies_are_shown_unscaled_gradients():
 def test_scaled_steps_of_other_methods_equal_unscaled_ones(method):
     plain, scaled = (tiny.tiny_run(method) for _ in range(2))
     scaled.scaler = scaler()
-    for x, y in plain.loader.batches[:2]:
-        train_step(plain, x, y)
-        train_step(scaled, x, y)
+    for batch in [*plain.loader][:2]:
+        train_step(plain, batch)
+        train_step(scaled, batch)
     for name, value in states(plain).items():
         torch.testing.assert_close(states(scaled)[name], value, rtol=0, atol=1e-12, msg=name)
 
@@ -95,15 +95,15 @@ def test_a_step_whose_gradient_overflows_is_skipped(settings):
         run.method, loss=lambda *given: {n: 1e6 * t for n, t in loss(*given).items()}
     )
     before = states(run)
-    x, y = run.loader.batches[0]
-    terms = train_step(run, x, y)
+    batch = run.loader.batch(0)
+    terms = train_step(run, batch)
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(torch.equal(before[name], value) for name, value in states(run).items())
     assert not run.optimizer.state and run.scaler.get_scale() == 2.0**119
     # A step that the scale can hold moves the weights again.
     run.scaler = scaler()
     run.method = METHODS["cure"]
-    train_step(run, x, y)
+    train_step(run, batch)
     after = states(run)
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in after.values())
@@ -130,7 +130,7 @@ def test_bf16_computes_in_half_and_keeps_float32(method):
     run.model.register_forward_hook(lambda *a: seen["logits"].add(a[2].dtype))
     before = states(run)
     for _ in range(2):
-        terms = train_step(run, *run.loader.batches[0])
+        terms = train_step(run, run.loader.batch(0))
         assert all(t.dtype is torch.float32 and torch.isfinite(t) for t in terms.values())
     assert seen == {"conv": {torch.bfloat16}, "logits": {torch.float32}}
     after = states(run)

@@ -45,11 +45,11 @@ SUDO = """#!/usr/bin/env bash
 [ "$2" = true ] || { echo "sudo $1" >>"$LOG"; shift; exec "$@"; }
 """
 DOCTOR = """
-import os, types
+import os
 def missing_packages():
     return os.environ.get("MISSING", "").split()
 def check_ffcv():
-    return types.SimpleNamespace(works=not os.environ.get("FFCV_FAILS"), detail="(stand-in)")
+    return not os.environ.get("FFCV_FAILS"), "(stand-in)"
 def mend_ffcv(missing):
     return " ".join(["MEND", *missing])
 """

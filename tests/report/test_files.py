@@ -85,7 +85,8 @@ def test_an_epoch_written_twice_counts_once(page_of: Read, complete_run: Path) -
 def test_other_events_are_ignored(complete_run: Path) -> None:
     before = write_report(complete_run).read_bytes()
     path = complete_run / "metrics.jsonl"
-    path.write_text('{"event": "note", "text": "x"}\n' + path.read_text())
+    note = {"event": "note", "stage": "train", "epoch": 1, "step": 1}
+    path.write_text(json.dumps(note) + "\n" + path.read_text())
     size = re.compile(rb"[\d.]+ kB")
     assert size.sub(b"", write_report(complete_run).read_bytes()) == size.sub(b"", before)
 

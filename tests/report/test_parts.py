@@ -18,10 +18,9 @@ from cure_fast.report.svg import (
     heat_colours,
     line_chart,
     linear_axis,
-    log_axis,
     nice_step,
 )
-from cure_fast.report.text import attack_name, data_name, duration, points, setting, wilson
+from cure_fast.report.text import attack_name, data_name, points, setting, wilson
 
 numbers = st.floats(1e-9, 1e12, allow_nan=False)
 
@@ -69,13 +68,6 @@ def test_linear_axis_holds_its_range(low: float, high: float) -> None:
     assert axis.low <= low + slack and axis.high >= high - slack
     assert 2 <= len(axis.ticks) <= 8
     assert axis.ticks[0][0] == axis.low and axis.ticks[-1][0] == axis.high
-
-
-@given(numbers, st.floats(1, 1e6))
-def test_log_axis_holds_its_range(low: float, ratio: float) -> None:
-    axis = log_axis(low, low * ratio, "y")
-    assert 0 < axis.low <= low * (1 + 1e-6) and axis.high >= low * ratio * (1 - 1e-6)
-    assert -1e-6 <= axis.share(low) <= axis.share(low * ratio) <= 1 + 1e-6
 
 
 def test_lines_break_between_stretches_and_points_stand_where_they_belong() -> None:
@@ -126,14 +118,6 @@ def test_attack_names(given_: str, shown: str) -> None:
 def test_a_folder_is_named_by_its_last_part() -> None:
     assert data_name("folder:/data/my images/") == "my images"
     assert data_name("svhn") == "SVHN"
-
-
-@pytest.mark.parametrize(
-    "seconds, shown",
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3725, "1 h 2 min")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
 
 
 def test_differences_have_signs_and_zero_has_none() -> None:

@@ -24,8 +24,8 @@ from cure_fast.runs.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from cure_fast.runs.random_state import random_state, restore_random_state, seed_all
-from tiny_step import tiny_batches, tiny_run
+from cure_fast.step.random_state import random_state, restore_random_state, seed_all
+from tiny_step import tiny_run
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
@@ -73,8 +73,8 @@ def test_a_whole_run_comes_back_to_the_bit(tmp_path, method):
     from cure_fast.step.train_step import train_step
 
     run = tiny_run(method)
-    for x, y in tiny_batches(2):
-        train_step(run, x, y)
+    for number in range(2):
+        train_step(run, run.loader.batch(number))
     stored = run.state_dict()
     path = save_checkpoint(tmp_path, 2, stored, {"optim": {"lr": 0.5}})
     assert same(stored, load_checkpoint(tmp_path)[0])

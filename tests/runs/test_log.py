@@ -132,14 +132,18 @@ def test_steps_left_out_are_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.4, "4 s"), (89, "89 s"), (700, "12 min"), (12_600, "3.5 h")]
+    ("seconds", "text"),
+    [
+        *((0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s")),
+        *((700, "11 min 40 s"), (3725, "1 h 2 min")),
+    ],
 )
 def test_times_read_well(seconds, text):
     assert duration(seconds) == text
 
 
 def test_the_line_says_how_long_the_stage_still_takes():
-    assert epoch_line("train", 3, row(1, 5)).endswith("2 s left")
+    assert epoch_line("train", 3, row(1, 5)).endswith("2.0 s left")
     assert "left" not in epoch_line("train", 3, row(3, 15))
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cure_fast.kernels import rgp
 from cure_fast.kernels.augment import augment_crop_flip
-from cure_fast.kernels.batchnorm import fold_batchnorm
 from cure_fast.kernels.ema import copy_where_, ema_update_, flip_coin
 from cure_fast.kernels.pgd import Norm, pgd_init, pgd_step_
 from cure_fast.kernels.rgp import Score
@@ -96,27 +95,17 @@ def losses(
     softmax_losses(natural, adversarial, torch.zeros(count).long(), **(given | options))
 
 
-def augment(dtype: torch.dtype = torch.float32, channels: int = 3, drawn: bool = True) -> None:
+def augment(
+    dtype: torch.dtype = torch.float32,
+    channels: int = 3,
+    drawn: bool = True,
+    reflect: bool = False,
+) -> None:
     stored = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
     indices = torch.zeros(128).long()
     crops = (indices, indices, indices.bool()) if drawn else (None, None, None)
     where = dict(zip(("top", "left", "mirror"), crops, strict=True))
-    augment_crop_flip(stored, indices, **where, out_dtype=dtype, channels=channels)
-
-
-def fold(
-    dtype: torch.dtype = torch.float32, biases: bool = False, eps: float | Tensor = 1e-5
-) -> None:
-    """Launch the folding of a first, a usual and a shortcut convolution."""
-    shapes = ((64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1))
-    each = [torch.zeros(shape[0]) for shape in shapes]
-    fold_batchnorm(
-        *([torch.zeros(shape) for shape in shapes], each if biases else None),
-        *(each, each, each, each),
-        eps=eps,
-        out_weights=[torch.zeros(shape, dtype=dtype) for shape in shapes],
-        out_biases=[torch.zeros(shape[0], dtype=dtype) for shape in shapes],
-    )
+    augment_crop_flip(stored, indices, **where, reflect=reflect, out_dtype=dtype, channels=channels)
 
 
 attack = {"teacher_logits": None, "teacher_adv_logits": None}
@@ -133,7 +122,6 @@ CASES: dict[str, Callable[[], object]] = {
     "step l2": partial(step, "l2"),
     "losses": losses,
     "augment": augment,
-    "fold": fold,
     **{
         f"start {norm} {start}": partial(
             pgd_init, images(), eps=8 / 255, norm=norm, start=start, seed=0
@@ -174,7 +162,6 @@ VARIANTS: dict[str, Callable[[], object]] = {
             ("update numbers", lambda n: update(lr=n, momentum=n, weight_decay=n, decay=n)),
             ("average decay", lambda n: average(decay=n)),
             ("average decay fp64", lambda n: average(double, decay=n)),
-            ("fold eps", lambda n: fold(eps=n)),
             ("coin", lambda n: flip_coin(n, seed=1, step=0)),
             ("step numbers", lambda n: step(step_size=n, eps=n)),
             ("start numbers", lambda n: pgd_init(images(), eps=n, seed=1)),
@@ -203,15 +190,13 @@ VARIANTS: dict[str, Callable[[], object]] = {
             ("start l2", partial(pgd_init, images(), eps=0.1, norm="l2")),
         )
     },
-    "fold each eps": partial(fold, eps=torch.full((3,), 1e-5)),
     "step linf each": partial(step, step_size=each, eps=each),
     "step linf bf16": partial(step, dtype=torch.bfloat16),
     "step l2 each": partial(step, "l2", step_size=each, eps=each),
     "augment bf16, 4 channels": partial(augment, torch.bfloat16, 4),
     "augment bf16, 8 channels": partial(augment, torch.bfloat16, 8),
+    "augment mirrored border": partial(augment, reflect=True),
     "augment nothing": partial(augment, drawn=False),
-    "fold bf16": partial(fold, torch.bfloat16),
-    "fold biases": partial(fold, biases=True),
     "losses bf16": partial(losses, dtype=torch.bfloat16),
     "losses of 100": partial(losses, classes=100),
     "losses of 1000": partial(losses, classes=1000),

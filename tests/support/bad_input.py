@@ -126,6 +126,8 @@ def prepare(folder: Path) -> None:
         "run-newer": {"colour": 1},
         "run-text": {"optim": {**values["optim"], "epochs": "many"}},
         "run-method": {"method": "cuer"},
+        "run-policy": {"policies": {"pait": {}}},
+        "run-policies": {"policies": ["piat"]},
     }
     for name, change in changes.items():
         (folder / name).mkdir()

@@ -9,6 +9,7 @@ does not is counted rather than compared.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure_fast.config import AttackConfig, Config, OptimConfig, RunConfig
+from cure_fast.batch import Batch
+from cure_fast.config import AttackConfig, Config, ModelConfig, OptimConfig, RunConfig
 from cure_fast.methods import select_method
-from cure_fast.models import build_model
-from cure_fast.training.trainer import Run, build_run, next_step
+from cure_fast.models import ImageClassifier, build_model
+from cure_fast.step.state import TrainState as Run
+from cure_fast.training.trainer import build_run, next_step
 from tiny_step import FixedLoader
 
 CPU = torch.device("cpu")
@@ -37,6 +40,11 @@ FLIPS = 3
 # Share of pixels whose gradient has no certain sign. One that flips moves the image, and with it
 # the gradient of the next step: 1 % in one of a hundred steps was the most.
 SIGNS = 0.03
+
+# Eight bits: a rounding is of 2^-9. Two dozen layers of them, partly correlated, in other places
+# for copies, folding and autocast, make some hundredths of a gradient.
+HALF = torch.bfloat16
+HALF_BOUND = 2**-4
 
 
 def batches(
@@ -66,6 +74,8 @@ def make_run(
     attack: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    policies: dict[str, Any] | None = None,
+    teachers: dict[str, ImageClassifier] | None = None,
     **settings: Any,
 ) -> Run:
     """Return a run of a method on a tiny network; equal calls give equal runs.
@@ -83,9 +93,13 @@ def make_run(
             the default start is flat, rounding decides the sign of most gradients.
         optim: changes to the optimiser.
         run: changes to the run's section.
+        policies: further ones by name, with their settings.
+        teachers: networks by name, which the run gets copies of.
         settings: changes to the method's settings.
     """
     config = Config(
+        # What methods make further networks of.
+        model=ModelConfig(model="resnet-small", width=4),
         attack=AttackConfig(
             **{"eps": 0.1, "step_size": 0.03, "attack_steps": 3, "start": "uniform"}
             | (attack or {})
@@ -95,10 +109,8 @@ def make_run(
             **{"engine": engine, "engine_without": tuple(without), "log_every": 1} | (run or {})
         ),
     )
-    given = config.attack.clamp_start
     config = select_method(config, method)
-    # Presets leave the normal start unclamped, whose noise is a hundred times smaller.
-    config = replace(config, attack=replace(config.attack, clamp_start=given))
+    config = replace(config, policies={**config.policies, **(policies or {})})
     if settings:
         config = replace(config, settings=replace(config.settings, **settings))
     if isinstance(model, str):
@@ -108,7 +120,7 @@ def make_run(
     model.compute_dtype = dtype
     data = batches() if data is None else data
     loader = FixedLoader([(x.to(device), y.to(device)) for x, y in data])
-    return build_run(config, model, loader, device)
+    return build_run(config, model, loader, device, copy.deepcopy(teachers))
 
 
 @dataclass
@@ -121,8 +133,8 @@ class Images:
         """Keep a copy of what the run's attack makes from here on."""
         attack = run.method.attack
 
-        def keeping(run: Run, x: Tensor, y: Tensor) -> Tensor:
-            made = attack(run, x, y)
+        def keeping(run: Run, batch: Batch) -> Tensor:
+            made = attack(run, batch)
             if made.shape not in self.kept:
                 self.kept[made.shape] = torch.empty_like(made)
             self.kept[made.shape].copy_(made.detach())
@@ -134,8 +146,8 @@ class Images:
         """Give these to a run instead of its own; note the share of pixels that differ."""
         attack = run.method.attack
 
-        def given(run: Run, x: Tensor, y: Tensor) -> Tensor:
-            own = attack(run, x, y)
+        def given(run: Run, batch: Batch) -> Tensor:
+            own = attack(run, batch)
             made = self.kept[own.shape]
             other_pixels.append(((own - made).abs() > 1e-5).float().mean().item())
             return made.clone(memory_format=torch.preserve_format)
@@ -162,9 +174,9 @@ class Pair:
         """Give the eager run the fast one's state."""
         align(self.fast, self.eager)
 
-    def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+    def step(self, x: Tensor, y: Tensor) -> tuple[Any, Any]:
         """Take a step of each; return their terms."""
-        return next_step(self.fast, *batch)[1], next_step(self.eager, *batch)[1]
+        return step(self.fast, x, y), step(self.eager, x, y)
 
 
 def pair(method: str = "cure", *, without: Sequence[str] = (), **options: Any) -> Pair:
@@ -319,6 +331,11 @@ def assert_equal_counters(runs: Pair, bound: float = ROUNDING) -> None:
             torch.testing.assert_close(value, second[key], rtol=bound, atol=bound, msg=key)
 
 
+def step(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor] | None:
+    """Take a step on images; return its terms."""
+    return next_step(run, Batch(x, y, torch.arange(len(y), device=y.device)))[1]
+
+
 def reach(run: Run, place: int) -> None:
     """Go to a step of the run; a new epoch counts anew, as in training."""
     epoch, batch = divmod(place, run.loader.batches_per_epoch)
@@ -333,7 +350,7 @@ def train(run: Run, number: int, start: int = 0) -> list[dict[str, Tensor] | Non
     found = []
     for place in range(start, start + number):
         reach(run, place)
-        terms = next_step(run, *run.loader.batches[run.batch])[1]  # pyright: ignore[reportAttributeAccessIssue]
+        terms = step(run, *run.loader.batches[run.batch])  # pyright: ignore[reportAttributeAccessIssue]
         found.append(None if terms is None else {k: v.clone() for k, v in terms.items()})
     return found
 
@@ -346,4 +363,36 @@ def totals(terms: Iterable[dict[str, Tensor] | None]) -> list[float]:
 def patched_attack(run: Run, change: Callable[[Tensor], Tensor]) -> None:
     """Let ``change`` follow the run's attack."""
     attack = run.method.attack
-    run.method = replace(run.method, attack=lambda run, x, y: change(attack(run, x, y)))
+    run.method = replace(run.method, attack=lambda run, batch: change(attack(run, batch)))
+
+
+def assert_steps_equal(
+    both: Pair, count: int, *, bound: float = ROUNDING, signs: float = SIGNS, **bounds: Any
+) -> None:
+    """Take steps from equal states, each of them equal."""
+    for place in range(count):
+        for run in (both.fast, both.eager):
+            reach(run, place)
+        both.align()
+        before = snapshot(both.fast)
+        ours, theirs = both.step(*both.fast.loader.batches[both.fast.batch])
+        assert_equal_terms(ours, theirs, bound)
+        assert_equal_step(both, before, bound=bound, **bounds)
+        assert differing(before, snapshot(both.fast))  # It has moved.
+    assert_equal_counters(both, bound)
+    if both.fast.method.uses_attack:
+        assert max(both.other_pixels) <= signs
+
+
+def half_distance(first: Run, second: Run, before: dict[str, Tensor]) -> float:
+    """Return the distance of two steps from ``before``, relative to the longer of the steps."""
+    steps = []
+    for run in (first, second):
+        now = tensors(run)
+        flat = [
+            (now[name] - before[name]).flatten()
+            for name, value in before.items()
+            if name.startswith("model.") and value.is_floating_point()
+        ]
+        steps.append(torch.cat(flat))
+    return float((steps[0] - steps[1]).norm() / max(step.norm() for step in steps))

@@ -190,23 +190,3 @@ def resident_batch() -> tuple[list[Tensor], dict[str, Tensor]]:
 
     placed = {"top": draw(9, 33), "left": draw(9, 33), "mirror": draw(2, 33).bool()}
     return [draw(256, 50, 32, 32, 3).to(torch.uint8), draw(50, 33)], placed
-
-
-def norms_and_weights() -> dict[str, list[Tensor]]:
-    """Return the lists that folding takes, on the CPU."""
-    generator = torch.Generator().manual_seed(9)
-    shapes = [(64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1), (33, 7, 5, 5)]
-    weights = [
-        torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
-        for shape in shapes
-    ]
-    statistics = ("bn_weights", "bn_biases", "running_means", "running_vars")
-    rows = {
-        name: [torch.rand(len(w), generator=generator) + 0.5 for w in weights]
-        for name in statistics
-    }
-    outputs = {
-        "out_weights": [torch.zeros_like(w, dtype=torch.bfloat16) for w in weights],
-        "out_biases": [torch.zeros(len(w), dtype=torch.bfloat16) for w in weights],
-    }
-    return {"weights": weights, **rows, **outputs}

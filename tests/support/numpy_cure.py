@@ -136,6 +136,8 @@ def step(w, rev, x, x_adv, y, s):
         adv = grads(zero, dza_adv) if s["score_loss"] == "ce" else grads(dz_kl, dza_kl)
         if s["update"] == "prominence":
             extra = grads(*cr)
+            scored = l_adv if s["score_loss"] == "ce" else l_kl
+            terms["total"] = s["alpha"] * l_nat + (1 - s["alpha"]) * scored + consistency
             total = {n: s["alpha"] * nat[n] + (1 - s["alpha"]) * adv[n] + extra[n] for n in NAMES}
             # The public code's mode 'all' masks this very sum by its own percentile.
             nat = adv = total

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from cure_fast.config import AttackConfig, Config, OptimConfig
+from cure_fast.batch import Batch
+from cure_fast.config import AttackConfig, Config, OptimConfig, RunConfig
 from cure_fast.methods import select_method
 from cure_fast.models import ImageClassifier
 from cure_fast.training.trainer import build_run
@@ -40,19 +41,51 @@ class Tiny(ImageClassifier):
 
 
 class FixedLoader:
-    """Gives the same batches each epoch."""
+    """Gives the same images and labels each epoch."""
 
     kind = reason = "fixed"
 
     def __init__(self, batches):
         self.batches = batches
         self.batch_size = len(batches[0][1])
-        self.num_images = sum(len(y) for _, y in batches)
+        self.num_images = self.set_size = sum(len(y) for _, y in batches)
         self.batches_per_epoch = len(batches)
+
+    def __iter__(self):
+        return map(self.batch, range(len(self.batches)))
+
+    def batch(self, number):
+        """One of them, whose images follow those of the batches before it in the set."""
+        first = sum(len(y) for _, y in self.batches[:number])
+        return batch_of(*self.batches[number], first=first)
 
     @contextmanager
     def epoch(self, epoch, *, start_batch=0):
-        yield iter(self.batches[start_batch:])
+        yield map(self.batch, range(start_batch, len(self.batches)))
+
+
+class Normalised(Tiny):
+    """The tiny network with BatchNorm, whose statistics every forward pass moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(HIDDEN)
+
+    def logits(self, x):
+        h = self.norm(torch.tanh(self.conv1(x)))
+        return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
+
+
+def poisoned(batch):
+    """The batch with a pixel that is not a number."""
+    x = batch.x.clone()
+    x[1, 0] = float("nan")
+    return replace(batch, x=x)
+
+
+def batch_of(x, y, *, first=0):
+    """A batch of these images, which lie one after another in the set."""
+    return Batch(x, y, torch.arange(first, first + len(y), device=y.device))
 
 
 def tiny_batches(count, *, size=12, dtype=torch.float64, seed=0):
@@ -66,18 +99,39 @@ def tiny_batches(count, *, size=12, dtype=torch.float64, seed=0):
     ]
 
 
-def tiny_run(method, *, batches=None, model=None, dtype=torch.float64, attack=None, **settings):
-    """A run of ``method`` on the tiny network in double precision."""
+def tiny_run(
+    method,
+    *,
+    batches=None,
+    model=None,
+    dtype=torch.float64,
+    attack=None,
+    policies=None,
+    engine="auto",
+    **settings,
+):
+    """A run of ``method`` on the tiny network in double precision, with policies by name."""
     config = Config(
         attack=AttackConfig(eps=0.1, step_size=0.03, attack_steps=5, **(attack or {})),
         optim=OptimConfig(epochs=2, lr=0.5, schedule="constant", batch_size=12),
+        run=RunConfig(engine=engine, log_every=1),
     )
     config = select_method(config, method)
     if settings:
         config = replace(config, settings=replace(config.settings, **settings))
+    if policies is not None:
+        config = replace(config, policies=policies)
     if model is None:
         torch.manual_seed(3)
         model = Tiny()
     model = model.to(dtype)
     loader = FixedLoader(batches or tiny_batches(4, dtype=dtype))
     return build_run(config, model, loader, torch.device("cpu"))
+
+
+def terms_of(method, *logits, y, **settings):
+    """The terms of a method's loss, whose passes return these logits [N, K] in turn."""
+    run = tiny_run(method, **settings)
+    given = iter(logits)
+    run.model = lambda x: next(given)
+    return run.method.loss(run, batch_of(torch.zeros(len(y), 1, 1, 1), y))

@@ -18,11 +18,12 @@ from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.files import locked
 from cure_fast.methods import METHODS
 from cure_fast.models.weights import read_weights
+from cure_fast.policies import POLICIES, select_policies
 from cure_fast.runs.checkpoint import save_checkpoint
 from cure_fast.runs.folder import load_config
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
-from cure_fast.step.method import Policy
+from cure_fast.step.policy import Policy
 from cure_fast.training import stages
 from cure_fast.training.job import train
 from killing import same_end
@@ -33,7 +34,7 @@ from tiny_job import same_weights, stable_rows, tiny
 
 
 def test_a_run_leaves_the_whole_record(tmp_path, capsys):
-    config = tiny(tmp_path, settings={"evaluate_revision": True})
+    config = tiny(tmp_path, eval={"networks": ("revision",)})
     folder = train(config)
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -94,9 +95,9 @@ class StopAfter(StopSignals):
         self.came = False
         real = eager.train_step
 
-        def watched(run, x, y):
+        def watched(run, batch):
             self.came = run.step + 1 == number
-            return real(run, x, y)
+            return real(run, batch)
 
         monkeypatch.setattr(eager, "train_step", watched)
 
@@ -113,17 +114,32 @@ def train_in_two_parts(config, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method, monkeypatch):
-    whole = train(tiny(tmp_path, method, out="whole"))
-    resumed = train_in_two_parts(tiny(tmp_path, method, out="broken"), monkeypatch)
+def assert_resumes(tmp_path, method, policies, monkeypatch):
+    whole, broken = (
+        select_policies(tiny(tmp_path, method, out=out), policies) for out in ("whole", "broken")
+    )
+    whole, resumed = train(whole), train_in_two_parts(broken, monkeypatch)
     assert same_weights(whole, resumed) and same_end(whole, resumed)
     # The broken run took its natural start from the cache, as the whole one had made it.
     assert stable_rows(whole) == stable_rows(resumed)
 
 
-def test_every_policy_belongs_to_a_method_and_so_is_resumed_above():
-    used = {type(policy) for method in METHODS for policy in tiny_step.tiny_run(method).policies}
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_resumes_to_the_same_weights(tmp_path, method, monkeypatch):
+    assert_resumes(tmp_path, method, tiny(tmp_path, method).policies, monkeypatch)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_trains_and_resumes_to_the_same_weights(tmp_path, policy, monkeypatch):
+    assert_resumes(tmp_path, "trades", [policy], monkeypatch)
+
+
+def test_every_policy_is_resumed_above():
+    runs = [
+        *(tiny_step.tiny_run(method) for method in METHODS),
+        *(tiny_step.tiny_run("natural", policies={n: i.settings}) for n, i in POLICIES.items()),
+    ]
+    used = {type(policy) for run in runs for policy in run.policies}
     shipped = {kind for kind in Policy.__subclasses__() if kind.__module__.startswith("cure_fast")}
     assert used == shipped
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cure_fast.errors import StoppedError
+from cure_fast.config import MethodSettings
+from cure_fast.errors import InputError, StoppedError
+from cure_fast.files import file_hash
 from cure_fast.loaders import read_dataset, split_train
 from cure_fast.methods import METHODS
 from cure_fast.models.weights import read_weights
+from cure_fast.policies import POLICIES
+from cure_fast.policies.average import EMA, frozen_copy
+from cure_fast.runs.checkpoint import load_checkpoint
 from cure_fast.runs.log import read_rows
+from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.training import stages
 from cure_fast.training.data import read_data
 from cure_fast.training.job import train
 from cure_fast.training.trainer import note_best
-from tiny_job import tiny
+from tiny_job import stable_rows, tiny
 
 
 def test_validation_sees_the_held_out_images_and_no_others(tmp_path, monkeypatch):
@@ -60,10 +68,10 @@ def test_training_never_sees_a_held_out_or_test_image(tmp_path):
     ],
 )
 def test_the_best_epoch_of_scores(method, scores, best):
-    run = SimpleNamespace(method=METHODS[method], best=None, epoch=0)
+    run = SimpleNamespace(method=METHODS[method], best=None, epoch=0, result="model")
     improved = []
     for run.epoch, (natural, robust) in enumerate(scores, 1):
-        if note_best(run, {"natural": natural, "robust": robust}):
+        if note_best(run, {"natural": natural, "robust": robust, "networks": {}}):
             improved.append(run.epoch)
     natural, robust = scores[best - 1]
     assert run.best == (natural if robust is None else robust, natural, best)
@@ -71,16 +79,18 @@ def test_the_best_epoch_of_scores(method, scores, best):
 
 
 def scripted(monkeypatch, scores):
-    """Let validation return the scores by epoch; return the weights it was shown, by epoch."""
+    """Let validation return the scores by epoch; return the weights it was shown, by epoch.
+
+    Of networks beside the trained one the robust accuracies are mirrored around 50 percent.
+    """
     shown = {}
 
-    def validate(run, val, stop):
-        networks = {"model": run.model, **run.networks}
+    def validate(run, network, val, stop):
         shown[run.epoch] = {
             name: {k: v.detach().clone() for k, v in net.state_dict().items()}
-            for name, net in networks.items()
+            for name, net in run.all_networks.items()
         }
-        natural, robust = scores[run.epoch]
+        natural, robust = scores[network, run.epoch] if run.result != "model" else scores[run.epoch]
         return {"natural": natural, "robust": robust, "attack": "pgd1", "count": len(val)}
 
     monkeypatch.setattr(stages, "validate", validate)
@@ -138,3 +148,106 @@ def test_the_best_survives_a_resumption(tmp_path, monkeypatch):
             train(config)
     folder = train(config, resume=True)
     assert same(folder / "model.safetensors", shown[1]["model"])
+
+
+def averaged(config, **evaluation):
+    """The configuration with an average as its result."""
+    return replace(config, policies={"ema": EMA.settings}, eval=replace(config.eval, **evaluation))
+
+
+def test_an_average_that_is_the_result_decides_and_is_what_is_evaluated(
+    tmp_path, monkeypatch, capsys
+):
+    robust = {"model": (40.0, 30.0, 20.0), "ema": (10.0, 25.0, 20.0)}
+    scores = {(n, e): (50.0 + e, r) for n, rs in robust.items() for e, r in enumerate(rs, 1)}
+    shown = scripted(monkeypatch, scores)
+    config = tiny(tmp_path, "trades", epochs=3, pretrain={"pretrain_epochs": 0})
+    folder = train(averaged(config, networks=("raw",)))
+    assert same(folder / "model.safetensors", shown[2]["ema"])
+    assert same(folder / "raw.safetensors", shown[2]["model"])
+    assert not same(folder / "model.safetensors", shown[2]["model"])
+    assert not (folder / "ema.safetensors").exists()
+    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["event"] == "epoch"]
+    found = [(r["validation"]["network"], r["validation"]["robust"]) for r in rows]
+    assert found == [("ema", 10.0), ("ema", 25.0), ("ema", 20.0)]
+    assert [r["validation"]["raw"]["robust"] for r in rows] == [40.0, 30.0, 20.0]
+    results = json.loads((folder / "results.json").read_text())
+    titles = {name: entry["title"] for name, entry in results["models"].items()}
+    assert titles == {
+        "trained": "TRADES + EMA, ema network, best epoch 2 of 3",
+        "raw": "raw network, best epoch 2 of 3",
+    }
+    weights = {entry["weights"] for entry in results["models"].values()}
+    assert weights == {file_hash(folder / f"{name}.safetensors") for name in ("model", "raw")}
+    output = capsys.readouterr().out
+    assert "ema natural 52.0 %  ema pgd1 25.0 %  raw natural 52.0 %  raw pgd1 30.0 %" in output
+    assert "ema pgd2:" in output and "raw pgd2:" in output and "trained pgd2:" not in output
+
+
+class Acting(Policy):
+    """Moves its average whenever the trained network was validated."""
+
+    def __init__(self, run, settings):
+        super().__init__()
+        self.network = frozen_copy(run.model)
+        self.networks = {"acting": self.network}
+        self.state = {"acted": torch.zeros((), dtype=torch.int64)}
+
+    def on_validation(self, run, found):
+        # Of the ten classes, those that are among the twenty images.
+        assert 5 < len(found["robust_by_class"]) <= 10
+        self.state["acted"] += 1
+        for own, trained in zip(self.network.parameters(), run.model.parameters(), strict=True):
+            own.data.lerp_(trained.data, 0.5)
+
+
+def test_a_stop_between_two_validations_lets_no_policy_act_twice(tmp_path, monkeypatch):
+    info = PolicyInfo(
+        name="acting",
+        label="Acting",
+        title="",
+        paper="",
+        settings=MethodSettings(),
+        build=Acting,
+        result="acting",
+    )
+    monkeypatch.setitem(POLICIES, "acting", info)
+
+    def config(out):
+        chosen = tiny(tmp_path, "trades", out=out, pretrain={"pretrain_epochs": 0})
+        return replace(chosen, policies={"acting": info.settings})
+
+    whole = train(config("whole"))
+    real = stages.validate
+
+    def stopped(run, network, val, stop):
+        if (network, run.epoch) == ("acting", 1):
+            raise StoppedError("between the two")
+        return real(run, network, val, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "validate", stopped)
+        with pytest.raises(StoppedError):
+            train(config("broken"))
+    broken = train(config("broken"), resume=True)
+    assert same(broken / "model.safetensors", read_weights(whole / "model.safetensors"))
+    assert stable_rows(broken) == stable_rows(whole)
+    state, _ = load_checkpoint(broken / "checkpoints")
+    assert state["policies"][0]["acted"] == 2
+
+
+@pytest.mark.parametrize(
+    ("policies", "networks", "told"),
+    [
+        ((), ("raw",), "--networks: this run has no network 'raw'; it has no further one."),
+        (("ema",), ("raw", "ema"), "this run has no network 'ema'; it has raw."),
+    ],
+)
+def test_networks_that_the_run_will_not_have_are_refused_before_anything_is_written(
+    tmp_path, policies, networks, told
+):
+    config = tiny(tmp_path, "trades", eval={"networks": networks})
+    config = replace(config, policies={name: POLICIES[name].settings for name in policies})
+    with pytest.raises(InputError, match=re.escape(told)):
+        train(config)
+    assert not (tmp_path / "run").exists()

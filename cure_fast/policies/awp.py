@@ -1,0 +1,73 @@
+"""AWP: adversarial weight perturbation around any loss (Wu et al., NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cure_fast.batch import Batch
+from cure_fast.config import MethodSettings
+from cure_fast.config.checks import check_fields
+from cure_fast.step.policy import Policy, PolicyInfo
+from cure_fast.step.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwpSettings(MethodSettings):
+    """AWP."""
+
+    awp_gamma: float = 0.005
+    """Length of the perturbation relative to each tensor's norm (AT: 0.01, TRADES: 0.005)."""
+    awp_warmup: int = 0
+    """Epochs before the weights are perturbed, 0 or more (TRADES: 10)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, awp_gamma=(0,), awp_warmup=(0,))
+
+
+class Perturb(Policy):
+    """Computes each update at weights that one step up the loss perturbs, then takes them back."""
+
+    def __init__(self, run: Run, settings: AwpSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        named = run.model.named_parameters()
+        self.weights = [w for name, w in named if w.ndim > 1 and "weight" in name]
+
+    def phase(self, run: Run) -> bool:
+        """Return whether weights are perturbed."""
+        return run.epoch >= self.settings.awp_warmup
+
+    @contextmanager
+    def around(self, run: Run, batch: Batch) -> Iterator[None]:
+        """Perturb the weights for the loss and its gradient."""
+        if not self.phase(run):
+            yield
+            return
+        grads = run.engine.gradients(batch, self.weights)
+        weights = [weight.detach() for weight in self.weights]
+        saved = [weight.clone() for weight in weights]
+        for weight, grad in zip(weights, grads, strict=True):
+            length = self.settings.awp_gamma * weight.norm() / (grad.norm() + 1e-20)
+            # A gradient that is not finite perturbs nothing; the loss will then not be finite.
+            weight += torch.where(grad.norm().isfinite(), grad * length, 0)
+        perturbed = [weight.clone() for weight in weights]
+        try:
+            yield
+        finally:
+            # In this order a step that moves nothing leaves every bit as it was.
+            for weight, before, at in zip(weights, saved, perturbed, strict=True):
+                weight.copy_(before + (weight - at))
+
+
+AWP = PolicyInfo(
+    name="awp",
+    label="AWP",
+    title="AWP: each update is computed at adversarially perturbed weights",
+    paper="Wu, Xia and Wang, Adversarial Weight Perturbation, NeurIPS 2020",
+    settings=AwpSettings(),
+    build=Perturb,
+)
