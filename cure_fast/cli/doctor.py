@@ -27,12 +27,10 @@ from cure_fast.runs.versions import package_version
 
 # Import names of what training and its report need, which bring NumPy; FFCV is an extra.
 NEEDED = ("torch", "torchvision", "safetensors", "sklearn", "tyro", "rich", "pyautoattack")
-# What is shown with its version, and what it means that it is absent.
-PACKAGES = {
-    **dict.fromkeys(("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack"), ""),
-    "tensorboard": "; --tensorboard only warns",
-    "wandb": "; --wandb only warns",
-}
+# What is shown with its version.
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack")
+# Receivers of a run's numbers, flags of the same names; training goes on without them.
+RECEIVERS = ("tensorboard", "wandb")
 
 FFCV_PROBE = """
 import tempfile
@@ -77,10 +75,8 @@ def doctor() -> int:
     rows = [
         ("cure_fast", cure_fast.__version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
-        *(
-            (name, package_version(name) or f"not installed{then}")
-            for name, then in PACKAGES.items()
-        ),
+        *((name, package_version(name) or "not installed") for name in PACKAGES),
+        *((name, check_receiver(name)) for name in RECEIVERS),
         ("CPU", cores),
         ("memory", f"{memory_limit() / 2**30:.1f} GiB"),
         *(("GPU", line) for line in gpus or (note,)),
@@ -112,6 +108,13 @@ def import_problems(names: tuple[str, ...]) -> list[str]:
         except Exception as error:  # a broken binary raises far more than ImportError
             problems.append(f"{name} cannot be imported ({type(error).__name__}: {error})")
     return problems
+
+
+def check_receiver(name: str) -> str:
+    """Return the version of a receiver of numbers, or why it gets none and what comes of that."""
+    version = package_version(name)
+    problems = import_problems((name,)) if version else ["not installed"]
+    return f"{problems[0]}; --{name} only warns" if problems else str(version)
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -65,6 +65,12 @@ def test_every_recipe_with_every_method_survives_json(recipe, method):
     assert again == config and type(again.settings) is type(config.settings)
 
 
+def test_a_configuration_without_settings_has_the_methods_own():
+    values = to_dict(with_words("quickstart", "--method trades"))
+    del values["settings"]
+    assert config_from_dict(values).settings == METHODS["trades"].settings
+
+
 def test_policies_survive_json_in_their_order_with_their_settings():
     config = select_policies(find_recipe("quickstart"), ["piat", "ema", "awp"])
     settings = dataclasses.replace(config.policies["awp"], awp_gamma=0.25)
