@@ -25,6 +25,12 @@ OWN: dict[str, Any] = {
     "policies": tuple[str, ...],
     "regime": Literal["recipe", "published"],
 }
+# Flags of earlier versions, and what to do without them.
+GONE = {
+    "joint_forward": "one pass for both images read more than it saved; leave it out",
+    "lr_decay": "write the factor of each milestone, such as --lr-factors 0.1,0.01",
+    "evaluate_revision": "write --networks revision",
+}
 
 
 def read_config(
@@ -103,8 +109,10 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
 
 
 def of_others(config: Config, name: str) -> str:
-    """Return what is wrong with a flag that another method or a policy has, else nothing."""
+    """Return what is wrong with a flag of another method, a policy or the past, else nothing."""
     flag = f"--{name.replace('_', '-')}"
+    if name in GONE:
+        return f"{flag} is no more: {GONE[name]}."
     policies = [policy for policy, info in POLICIES.items() if name in vars(info.settings)]
     if policies:
         names = ",".join((*config.policies, *policies))

@@ -40,6 +40,7 @@ class Policy:
             network, of which the fast engine then makes its copies anew.
         networks: its own networks by name, which checkpoints store and no optimiser moves.
         state: its own tensors by name, changed in place, which checkpoints store.
+        optimizers: what moves its own networks, by name, with states that checkpoints store.
     """
 
     moves_weights: bool = True
@@ -47,6 +48,7 @@ class Policy:
     def __init__(self) -> None:
         self.networks: dict[str, nn.Module] = {}
         self.state: dict[str, Tensor] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def before(self, run: Run, batch: Batch) -> None:
         """Act before the attack, once per step, on the host: no engine captures or repeats it."""
@@ -89,13 +91,16 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides its networks: tensors and plain values."""
-        return dict(self.state)
+        moments = {f"optimizer {name}": own.state_dict() for name, own in self.optimizers.items()}
+        return {**self.state, **moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for name, tensor in self.state.items():
             # Earlier versions stored counts as numbers.
             tensor.copy_(torch.as_tensor(state[name]))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[f"optimizer {name}"])
 
 
 @contextmanager

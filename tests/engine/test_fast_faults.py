@@ -378,7 +378,7 @@ def test_weights_that_take_no_part_in_the_loss_stay_as_they_are(records, monkeyp
     ("words", "reason"),
     [
         (["--engine-without", "fold"], "expected any of graph, stack, copies, fuse, compile, comp"),
-        (["--joint-forward"], "unknown flag '--joint-forward'"),
+        (["--joint-forward"], "--joint-forward is no more: one pass for both images"),
     ],
     ids=["part", "flag"],
 )

@@ -148,6 +148,41 @@ def test_a_policys_network_and_state_are_resumed(changed):
     assert equal(whole.state_dict(), resumed.state_dict())
 
 
+class Critic(Policy):
+    """Trains a network of its own before each step, by an optimiser of its own."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.networks = {"critic": copy.deepcopy(run.model)}
+        parameters = self.networks["critic"].parameters()
+        self.optimizers = {"critic": torch.optim.SGD(parameters, lr=0.1, momentum=0.9)}
+
+    def before(self, run, batch):
+        (optimizer,) = self.optimizers.values()
+        optimizer.zero_grad()
+        cross_entropy(self.networks["critic"](batch.x), batch.y).mean().backward()
+        optimizer.step()
+
+
+def test_a_policys_optimiser_is_resumed(changed, engine):
+    def new_run():
+        name = changed("pgd_at", policies=lambda run: (Critic(run),))
+        torch.manual_seed(3)
+        return tiny_step.tiny_run(name, engine=engine)
+
+    whole, stopped, resumed = new_run(), new_run(), new_run()
+    start = copy.deepcopy(whole.networks["critic"].state_dict())
+    for batch in [*whole.loader][:2]:
+        next_step(whole, batch)
+        next_step(stopped, batch)
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    for batch in [*whole.loader][2:]:
+        next_step(whole, batch)
+        next_step(resumed, batch)
+    assert equal(whole.state_dict(), resumed.state_dict())
+    assert not equal(start, whole.networks["critic"].state_dict())
+
+
 def test_a_policys_network_is_not_trained_by_the_optimiser(changed):
     run = memory_run(changed)
     weights = [p.detach().clone() for p in run.networks["memory"].conv1.parameters()]
