@@ -59,7 +59,11 @@ class ImageClassifier(nn.Module):
         self.stand_in: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits [N, K] of normalised images [N, C, H, W]."""
+        """Return logits [N, K] of normalised images [N, C, H, W].
+
+        Models average positions by ``mean``: the backward pass of adaptive pooling is not
+        deterministic on a GPU.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,14 +86,6 @@ def block_first_convs(model: ImageClassifier) -> list[str]:
     The public CURE code masks these: names that contain ``conv1``, but for the stem.
     """
     return [name for name, _ in model.named_parameters() if name.endswith(".conv1.weight")]
-
-
-def global_average(x: Tensor) -> Tensor:
-    """Return the mean [N, C] over all positions of features [N, C, H, W] of any size.
-
-    A mean rather than adaptive pooling, whose backward pass on a GPU is not deterministic.
-    """
-    return x.mean(dim=(2, 3))
 
 
 @contextmanager

@@ -53,10 +53,8 @@ def clear_unfinished(*folders: Path) -> None:
 def locked(path: Path, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file ``path`` for the block; the system lets go of it when the process ends.
 
-    Where another process holds it, ``wait`` is called once before waiting for it.
-
-    Raises:
-        BlockingIOError: if another process holds it and ``wait`` is None.
+    Where another process holds it, ``wait`` is called once before waiting for it; without ``wait``
+    ``BlockingIOError`` is raised.
     """
     with path.open("a") as file:
         try:

@@ -38,8 +38,3 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(dim=1) - own
-
-
-def true_probability(logits: Tensor, y: Tensor) -> Tensor:
-    """Return p_y [N]."""
-    return logits.softmax(dim=1).gather(1, y[:, None]).squeeze(1)

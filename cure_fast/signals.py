@@ -7,7 +7,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -58,26 +58,19 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def at_once(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
         """Let a signal end the block where it stands: there is nothing in it to save.
 
         The block raises :class:`Interrupted` when a signal comes, or has come before.
         """
-        return self._mode(raises=True)
-
-    def orderly(self) -> AbstractContextManager[None]:
-        """Let the block poll for signals, inside one of :meth:`at_once`."""
-        return self._mode(raises=False)
-
-    @contextmanager
-    def _mode(self, *, raises: bool) -> Iterator[None]:
-        former, self._raises = self._raises, raises
+        self._raises = True
         try:
-            if raises and self._came:
+            if self._came:
                 raise Interrupted(self._came)
             yield
         finally:
-            self._raises = former
+            self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:

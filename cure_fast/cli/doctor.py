@@ -7,7 +7,6 @@ of either can crash or hang the process that imports it.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -19,16 +18,15 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from ctypes.util import find_library
 from pathlib import Path
 
 import cure_fast
 from cure_fast.errors import InputError
-from cure_fast.runs.versions import package_version
+from cure_fast.runs.versions import PACKAGES, nvidia_driver, package_version
 
 # Import names of what training and its report need, which bring NumPy; FFCV is an extra.
 NEEDED = ("torch", "torchvision", "safetensors", "sklearn", "tyro", "rich", "pyautoattack")
-# What is shown with its version.
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack")
 # Receivers of a run's numbers, flags of the same names; training goes on without them.
 RECEIVERS = ("tensorboard", "wandb")
 
@@ -165,16 +163,6 @@ def find_gpus() -> tuple[list[str], str]:
     return lines, problem
 
 
-def nvidia_driver() -> str | None:
-    """Return the NVIDIA driver's version, or ``None`` where no driver or no GPU answers."""
-    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
-
-
 def check_triton(*, on_gpu: bool) -> str:
     """Return what Triton can do here; on a GPU one of our kernels is compiled and run."""
     if problem := import_problems(("triton",)):
@@ -238,18 +226,10 @@ def missing_packages() -> list[str]:
         "libturbojpeg0-dev": knows("libturbojpeg"),
         "libopencv-dev": knows("opencv4"),
         # FFCV requires the opencv-python wheel, which links these two system libraries.
-        "libgl1": _loads("libGL.so.1"),
-        "libglib2.0-0": _loads("libgthread-2.0.so.0"),
+        "libgl1": find_library("GL"),
+        "libglib2.0-0": find_library("gthread-2.0"),
     }
     return [package for package, found in here.items() if not found]
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def mend_ffcv(missing: list[str]) -> str:

@@ -21,7 +21,7 @@ from cure_fast.evaluation.results import (
     print_results,
 )
 from cure_fast.files import file_hash, user_path, write_json
-from cure_fast.loaders import ImageSet, read_dataset
+from cure_fast.loaders import read_dataset
 from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_metadata
 from cure_fast.runs.environment import choose_device
@@ -52,7 +52,8 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     seed = own.run.seed if args.seed is None else args.seed
     config = replace(own, eval=changed(own.eval, args), run=replace(own.run, seed=seed))
     check_networks(config.eval.networks, networks_in(folder))
-    test = test_images(own.data.data, own.data.data_root, args)
+    root = own.data.data_root if args.data_root is None else args.data_root
+    test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
@@ -74,25 +75,11 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             say(f"unchanged: {folder / 'results.json'}")
 
 
-def test_images(data: str, root: str, args: EvalArgs) -> ImageSet:
-    """Return the test images of a data set, which lies below ``root`` where no flag says where."""
-    root = root if args.data_root is None else args.data_root
-    return read_dataset(data, user_path(root, "--data-root"), "test")
-
-
 def changed(settings: EvalConfig, args: EvalArgs) -> EvalConfig:
     """Return the settings of an evaluation with what the arguments say."""
-    given: dict[str, Any] = {
-        "attacks": args.attacks,
-        "networks": args.networks,
-        "eval_eps": args.eps,
-        "eval_step_size": args.step_size,
-        "eval_batch_size": args.batch_size,
-        "limit": args.limit,
-        "aa_limit": args.aa_limit,
-    }
-    found = {name: value for name, value in given.items() if value is not None}
-    return replace(settings, **{k: None if v == "all" else v for k, v in found.items()})
+    given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(settings)}
+    told: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    return replace(settings, **{k: None if v == "all" else v for k, v in told.items()})
 
 
 def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
@@ -126,7 +113,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     data = args.data or metadata.get("data")
     if not data:
         raise InputError(f"{path}: the file does not say its data set; name it with --data.")
-    test = test_images(data, "data", args)
+    test = read_dataset(data, user_path(args.data_root or "data", "--data-root"), "test")
     # The network takes out the mean of the images it was trained on, whatever it is tested on.
     metadata["data"] = metadata.get("data") or data
     metadata.setdefault("num_classes", str(len(test.classes)))

@@ -258,14 +258,13 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
     for count in (2, 1):
         if " ".join(words[:count]) in COMMANDS:
             return " ".join(words[:count]), list(words[count:])
-    longer = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
-    if longer and HELP & set(words[1:]):
-        return longer[0], list(words[1:])
-    if longer:
+    if words[0] == "data":
+        if HELP & set(words):
+            return "data write", list(words[1:])
         came = shown(words[1]) if len(words) > 1 else "nothing"
         raise InputError(
-            f"{words[0]}: expected `cure-fast {longer[0]}`, got {came} after {words[0]}. "
-            f"`cure-fast {longer[0]} --help` explains it."
+            f"data: expected `cure-fast data write`, got {came} after data. "
+            "`cure-fast data write --help` explains it."
         )
     raise InputError(
         f"expected one of the commands {', '.join(COMMANDS)}, got {shown(words[0])}."

@@ -16,9 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 from cure_fast.config.checks import alternatives, field_types, nearest, parse_fraction, shown
 from cure_fast.errors import InputError
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
-# Enough for any setting, and few enough for Python to convert.
-MOST_DIGITS = 40
+# Digits enough for any setting, and few enough for Python to convert.
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
 
 
 @contextmanager
@@ -47,17 +46,10 @@ def read_words(
     """Return the words that belong to no flag, and the values of the flags by field.
 
     A flag is written ``--batch-size 8`` or ``--batch-size=8``, one that is on or off ``--flip`` or
-    ``--no-flip``. Of a flag given twice the last counts.
-
-    Args:
-        words: what follows the command.
-        flags: type by field name: bool, int, float, str, a Literal of strings, a tuple of one of
-            them of any length, or a union of these and None.
-        of_others: what is wrong with another flag, by its field; "" if it is unknown, None lets it
-            pass, whose value is then a word that belongs to no flag.
-
-    Raises:
-        InputError: for another flag, and a value that is missing or not of the type.
+    ``--no-flip``. Of a flag given twice the last counts. The types of ``flags`` are bool, int,
+    float, str, a Literal of strings, a tuple of one of them of any length, or a union of these and
+    None. ``of_others`` says what is wrong with another field; "" if it is unknown, and None lets
+    its flag pass, whose value is then a word that belongs to no flag.
     """
     free, values, left = [], {}, list(words)
     while left:
@@ -117,8 +109,6 @@ def read_value(kind: Any, word: str) -> Any:
     if get_origin(kind) is Literal and word in get_args(kind):
         return word
     if kind is int and WHOLE_NUMBER.fullmatch(word):
-        if len(word) > MOST_DIGITS:
-            raise ValueError("too large")
         return int(word)
     if kind is float:
         return parse_fraction(word)

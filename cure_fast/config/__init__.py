@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cure_fast.config.attack_names import parse_attack
-from cure_fast.config.checks import POSITIVE, check, check_fields
+from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """Images, the held-out validation split, and how batches are fed."""
 
     data: str = "cifar10"
@@ -26,13 +26,13 @@ class DataConfig:
     """Folder that holds the data sets, or receives them when they are downloaded."""
     download: bool = True
     """Download cifar10, cifar100 or svhn when it is not below the data root."""
-    train_images: int | None = None
+    train_images: Count | None = None
     """Number of training images to use, drawn evenly over the classes; None takes all."""
-    val_images: int = 1000
+    val_images: Count = 1000
     """Images held out of the training set to pick the best checkpoint, 1 or more per class."""
-    split_seed: int = 0
+    split_seed: Whole = 0
     """Seed of the draw of training and validation images, 0 or more."""
-    crop_padding: int = 4
+    crop_padding: Annotated[int, Bounds(0, 64)] = 4
     """Training augmentation: padding in pixels, 0 to 64, before a random crop; 0 for none."""
     crop_mode: Literal["zero", "reflect"] = "zero"
     """What that padding holds: zeros, or the image mirrored at its outermost pixels."""
@@ -40,22 +40,21 @@ class DataConfig:
     """Training augmentation: mirror each image left to right with probability 1/2."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
     """How batches are fed; auto takes FFCV where it is installed, else resident, else torch."""
-    workers: int | None = None
+    workers: Annotated[int, Bounds(0, 1024)] | None = None
     """Threads (FFCV) or processes (torch) that load batches; None takes 1 or, for torch, all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.data.strip()), "data", self.data, "the name of a data set")
-        check_fields(self, train_images=(1,), val_images=(1,), split_seed=(0,))
-        check_fields(self, crop_padding=(0, 64), workers=(0, 1024))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The network and where its first weights come from."""
 
     model: str = "resnet18"
     """Architecture; `cure-fast list` shows all."""
-    width: int | None = None
+    width: Annotated[int, Bounds(1, 4096)] | None = None
     """Channels of the first stage (widening factor for wide ResNets); None takes the published."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layer: 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet), which is what
@@ -65,37 +64,30 @@ class ModelConfig:
     init_from: str | None = None
     """File with the first weights (.safetensors, or a .pt of plain tensors); None trains them."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, width=(1, 4096))
-
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Checked):
     """Natural training before the method starts (skipped with --init-from)."""
 
-    pretrain_epochs: int = 0
+    pretrain_epochs: Annotated[int, Bounds(0, 100_000)] = 0
     """Epochs of natural pre-training, 0 or more; 0 skips the stage."""
-    pretrain_lr: float = 0.1
+    pretrain_lr: Annotated[float, Bounds(POSITIVE)] = 0.1
     """Peak learning rate of the stage, above 0."""
-    pretrain_weight_decay: float = 5e-4
+    pretrain_weight_decay: Share = 5e-4
     """Weight decay of the stage, 0 to 1."""
     pretrain_schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
     """Learning-rate schedule of the stage; multistep drops to a tenth at 1/2 and 3/4 of it."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, pretrain_epochs=(0, 100_000), pretrain_weight_decay=(0, 1))
-        check_fields(self, pretrain_lr=(POSITIVE,))
-
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig:
+class AttackConfig(Checked):
     """The L-inf attack inside each training step."""
 
-    eps: float = 8 / 255
+    eps: Share = 8 / 255
     """Radius of the L-inf ball in pixel units, 0 to 1; a decimal or a fraction such as 8/255."""
-    step_size: float = 2 / 255
+    step_size: Share = 2 / 255
     """Length of one attack step in pixel units, 0 to 1."""
-    attack_steps: int = 10
+    attack_steps: Annotated[int, Bounds(0, 1000)] = 10
     """Number of attack steps, 0 to 1000."""
     start: Literal["normal", "uniform", "zero"] = "normal"
     """First perturbation: 0.001 times a standard normal, uniform in the ball, or zero."""
@@ -104,35 +96,32 @@ class AttackConfig:
     and CURE take their first gradient where the noise leads, and clamp from the first step on."""
     attack_mode: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics (eval) or the batch's own (train)."""
-    attack_ramp: float = 0.0
+    attack_ramp: Share = 0.0
     """Share of the run, 0 to 1, over which the attack grows from one step to attack_steps; 0 takes
     all steps from the start. Above 0 early training is faster, against a weaker attack."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, eps=(0, 1), step_size=(0, 1), attack_steps=(0, 1000), attack_ramp=(0, 1))
-
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """Optimiser and schedule."""
 
-    epochs: int = 200
+    epochs: Annotated[int, Bounds(1, 100_000)] = 200
     """Passes over the training images, 1 or more."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Bounds(1, 1_000_000)] = 128
     """Images per step, 1 or more."""
     micro_batch_size: int | None = None
     """Images per pass, 2 or more, whose gradients add up to a step's; None takes --batch-size.
     It is halved where memory runs out. BatchNorm sees one pass at a time."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser: SGD with momentum, or Adam (which the public CURE code takes for DeiT)."""
-    lr: float = 0.1
+    lr: Annotated[float, Bounds(POSITIVE, 1000)] = 0.1
     """Peak learning rate, above 0."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Bounds(0, 0.999999)] = 0.9
     """Momentum of SGD, in [0, 1); with --schedule onecycle-cosine any but 0 goes from 0.95 to 0.85
     at the peak of the rate, and back."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: Share = 5e-4
     """L2 penalty, 0 to 1, whose gradient is added: weight decay times weight."""
     schedule: Literal[
         "multistep", "linear", "onecycle", "onecycle-cosine", "cosine", "constant"
@@ -146,13 +135,14 @@ class OptimConfig:
     lr_factors: tuple[float, ...] | None = None
     """Share of --lr, 0 to 1, for each milestone: from there on (multistep), or reached there in a
     straight line that begins with 1 (linear); None takes 0.1, 0.01 and so on."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, Bounds(POSITIVE)] | None = None
     """Largest norm of a step's whole gradient, above 0; longer ones are cut to it."""
 
     def __post_init__(self) -> None:
-        check_fields(self, epochs=(1, 100_000), batch_size=(1, 1_000_000), lr=(POSITIVE, 1000))
-        check_fields(self, micro_batch_size=(2, max(2, self.batch_size)), clip_grad=(POSITIVE,))
-        check_fields(self, momentum=(0, 0.999999), weight_decay=(0, 1))
+        super().__post_init__()
+        if self.micro_batch_size is not None:
+            most = max(2, self.batch_size)
+            Bounds(2, most).check("micro_batch_size", self.micro_batch_size)
         marks, factors = self.milestones, self.lr_factors
         rising = list(marks) == sorted(set(marks)) and all(0 <= mark <= 1 for mark in marks)
         expected = "increasing fractions of the run, each between 0 and 1"
@@ -167,33 +157,32 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """Validation after each epoch and the attacks on the finished model."""
 
     attacks: tuple[str, ...] = ("natural", "pgd20", "cw20")
     """Attacks on the test images: natural, pgdK, cwK (K steps), aa (AutoAttack standard)."""
-    eval_eps: float | None = None
+    eval_eps: Share | None = None
     """Radius of these attacks in pixel units, 0 to 1; None takes --eps."""
-    eval_step_size: float | None = None
+    eval_step_size: Share | None = None
     """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
     8/255 is within 5 % of the 0.003 that the compared codes use."""
-    limit: int | None = None
+    limit: Count | None = None
     """Test images to use, the first ones, 1 or more; None takes all."""
-    aa_limit: int | None = None
+    aa_limit: Count | None = None
     """Test images for AutoAttack alone, the first ones; None takes --limit."""
-    eval_batch_size: int = 256
+    eval_batch_size: Annotated[int, Bounds(1, 1e6)] = 256
     """Images per batch of an attack, 1 or more; changes the time, not the result, but for aa, which
     draws its random starts per batch."""
     networks: tuple[str, ...] = ()
     """Further networks of the run to attack beside its result, such as raw or revision."""
-    val_every: int = 1
+    val_every: Count = 1
     """Epochs between validations, 1 or more."""
-    val_attack_steps: int = 10
+    val_attack_steps: Annotated[int, Bounds(1, 1000)] = 10
     """PGD steps of the validation attack, 1 to 1000."""
 
     def __post_init__(self) -> None:
-        check_fields(self, eval_eps=(0, 1), eval_step_size=(0, 1), limit=(1,), aa_limit=(1,))
-        check_fields(self, eval_batch_size=(1, 1e6), val_every=(1,), val_attack_steps=(1, 1000))
+        super().__post_init__()
         for attack in self.attacks:
             parse_attack(attack)
         check(bool(self.attacks), "attacks", self.attacks, "at least one attack")
@@ -204,14 +193,14 @@ EngineFeature = Literal["graph", "stack", "copies", "fuse", "compile", "compile-
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Checked):
     """Where and how the run executes."""
 
     out: str | None = None
     """Run folder; None takes runs/<recipe>-<method>+<policies>-s<seed>."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of training: auto is bf16 on GPUs that have it, fp16 with loss scaling on others,
@@ -223,13 +212,13 @@ class RunConfig:
     in a CUDA graph of fused kernels; auto is fast on a GPU and eager on the CPU."""
     engine_without: tuple[EngineFeature, ...] = ()
     """Parts of the fast engine to leave out, to find what each one gains."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between rows of step metrics, 1 or more."""
-    checkpoint_every: int = 1
+    checkpoint_every: Count = 1
     """Epochs between checkpoints, 1 or more."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """When a checkpoint cannot be written (disk full): train on with the one before, or stop."""
-    max_skipped: int = 10
+    max_skipped: Annotated[int, Bounds(0, 1000)] = 10
     """Steps in a row that are left out because their loss or gradient is not finite, 0 to 1000; one
     more ends the run. The fast engine looks at it where a row is logged, and at an epoch's end."""
     tensorboard: bool = True
@@ -239,12 +228,9 @@ class RunConfig:
     cache: str = "~/.cache/cure-fast"
     """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, seed=(0,), log_every=(1,), checkpoint_every=(1,), max_skipped=(0, 1000))
-
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings:
+class MethodSettings(Checked):
     """Settings of the training method; each method has its own."""
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from cure_fast.config.checks import check_fields
+from cure_fast.config.checks import Bounds, Checked, Count, Share, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs:
+class EvalArgs(Checked):
     """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack.
 
     None takes the run's own, or what a file says of itself.
@@ -18,20 +18,20 @@ class EvalArgs:
     attacks: tuple[str, ...] | None = None
     """Attacks: natural, fgsm, pgdK, cwK (K steps), aa (AutoAttack standard); for a file
     natural,pgd20,cw20."""
-    limit: int | Literal["all"] | None = None
+    limit: Count | Literal["all"] | None = None
     """Test images to use, the first ones, 1 or more, or the word all; for a file all."""
-    aa_limit: int | Literal["all"] | None = None
+    aa_limit: Count | Literal["all"] | None = None
     """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
-    eps: float | None = None
+    eps: Share | None = None
     """Radius in pixel units of [0, 1], such as 8/255, which a file has that says none."""
-    step_size: float | None = None
+    step_size: Share | None = None
     """Step of pgdK and cwK in pixel units of [0, 1]; for a file a tenth of eps."""
-    batch_size: int | None = None
+    batch_size: Annotated[int, Bounds(1, 1_000_000)] | None = None
     """Images per batch; changes the time, not the result, but for aa, which draws its random starts
     per batch; for a file 256."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
-    seed: int | None = None
+    seed: Whole | None = None
     """Seed of the attacks' random starts, 0 or more; for a file 0."""
     data_root: str | None = None
     """Folder that holds the data sets; for a file data."""
@@ -41,7 +41,7 @@ class EvalArgs:
     """For a file alone: data set of the test images."""
     model: str | None = None
     """For a file alone: architecture."""
-    width: int | None = None
+    width: Annotated[int, Bounds(1, 4096)] | None = None
     """For a file alone: width of the architecture, 1 to 4096, where it is not the published."""
     stem: Literal["cifar", "imagenet"] | None = None
     """For a file alone: first layer, 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet),
@@ -51,32 +51,25 @@ class EvalArgs:
     out: str | None = None
     """For a file alone: folder for results.json and resumable states; None keeps nothing."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, eps=(0, 1), step_size=(0, 1), batch_size=(1, 1_000_000))
-        check_fields(self, seed=(0,), width=(1, 4096), limit=(1,), aa_limit=(1,))
-
 
 @dataclass(frozen=True, kw_only=True)
-class DataWriteArgs:
+class DataWriteArgs(Checked):
     """Arguments of ``cure-fast data write``, beside the data set."""
 
     data_root: str = "data"
     """Folder that holds the data sets, or receives them when they are downloaded."""
-    train_images: int | None = None
+    train_images: Count | None = None
     """Number of training images, 1 or more, as for training; None takes all but --val-images."""
-    val_images: int = 1000
+    val_images: Count = 1000
     """Images held out of the training set, 1 or more, as for training."""
-    split_seed: int = 0
+    split_seed: Whole = 0
     """Seed of the draw of training and validation images, 0 or more, as for training."""
     cache: str = "~/.cache/cure-fast"
     """Folder for the FFCV file and its manifest."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, train_images=(1,), val_images=(1,), split_seed=(0,))
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArgs:
+class ExportArgs(Checked):
     """Arguments of ``cure-fast export``, beside the run folder or file of weights to export."""
 
     format: Literal["safetensors", "onnx", "robustbench"] = "safetensors"
@@ -93,6 +86,3 @@ class ExportArgs:
     data_root: str | None = None
     """Folder that holds the data sets, whose test images the file is verified on; None takes the
     run's own, or data for a file. Nothing is downloaded: random images stand in for absent ones."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)

@@ -17,9 +17,6 @@ ATTACKS = {
     "cwK": "K steps (1 to 1000) on the margin loss (Carlini, Wagner), uniform start, last iterate",
     "aa": "AutoAttack, version standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square",
 }
-MAX_STEPS = 1000
-# A wrong name is compared with these.
-EXAMPLES = ("natural", "fgsm", "pgd20", "cw20", "aa")
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ def parse_attack(text: str) -> AttackSpec:
     """Return the attack that ``text`` names; raise ``InputError`` with the valid forms if none."""
     if text in ("natural", "fgsm", "aa"):
         return AttackSpec(text, text, 1 if text == "fgsm" else 0)
-    found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,3})", text)
-    if found and int(found[2]) <= MAX_STEPS:
+    if found := re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,2}|1000)", text):
         return AttackSpec(text, "pgd" if found[1] == "pgd" else "cw", int(found[2]))
+    examples = ("natural", "fgsm", "pgd20", "cw20", "aa")
     raise InputError(
-        f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to {MAX_STEPS} (such as pgd20), "
-        f"with commas between, got {shown(text)}.{nearest(text, EXAMPLES)}"
+        f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to 1000 (such as pgd20), "
+        f"with commas between, got {shown(text)}.{nearest(text, examples)}"
     )

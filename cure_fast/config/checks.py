@@ -6,9 +6,11 @@ import difflib
 import functools
 import math
 import re
+import sys
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cure_fast.errors import InputError
 
@@ -62,9 +64,9 @@ def check(condition: bool, flag: str, value: object, expected: str) -> None:
 
 
 @functools.cache
-def field_types(kind: type) -> Mapping[str, Any]:
-    """Return the type of each annotated field of a class, worked out once, as it takes long."""
-    return types.MappingProxyType(get_type_hints(kind))
+def field_types(kind: type, *, extras: bool = False) -> Mapping[str, Any]:
+    """Return the type of each field, worked out once as it takes long; ``extras`` keep bounds."""
+    return types.MappingProxyType(get_type_hints(kind, include_extras=extras))
 
 
 def alternatives(hint: Any) -> list[Any]:
@@ -74,37 +76,45 @@ def alternatives(hint: Any) -> list[Any]:
     return sorted(get_args(hint), key=lambda kind: (kind is not type(None), kind is str))
 
 
-def check_fields(owner: object, **bounds: tuple[float] | tuple[float, float]) -> None:
-    """Raise unless ``Literal`` fields hold one of their values, and numbers are in ``bounds``.
+@dataclass(frozen=True)
+class Bounds:
+    """Lowest and highest value of a number, both allowed; ``POSITIVE`` as the lowest excludes 0.
 
-    These are the lowest and, where there is one, the highest value by field, both allowed;
-    ``POSITIVE`` as the lowest means more than 0. What else a field's type has, as None, passes.
-    Without a highest value a whole number may be as large as 64 bits hold.
+    Without a highest value a whole number may be as large as 64 bits hold, others any but infinite.
     """
-    hints = field_types(type(owner))
-    for name, hint in hints.items():
-        if get_origin(hint) is Literal:
-            value, choices = getattr(owner, name), get_args(hint)
-            check(value in choices, name, value, f"one of {', '.join(choices)}")
-    for name, (low, *highest) in bounds.items():
-        value = getattr(owner, name)
-        words = [word for kind in alternatives(hints[name]) for word in get_args(kind)]
-        if value in words or (value is None and type(None) in alternatives(hints[name])):
-            continue
-        high = highest[0] if highest else math.inf
-        expected = "a number more than 0" if low == POSITIVE else f"a number at least {low:g}"
-        if highest:
-            expected += f" and at most {high:g}"
-        elif isinstance(value, int):
-            high = LARGEST
-            expected += " and at most 2**63 - 1"
-        inside = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and low <= value <= high
-            and value != math.inf
-        )
-        check(inside, name, value, expected)
+
+    low: float
+    high: float | None = None
+
+    def check(self, name: str, value: float) -> None:
+        """Raise unless the value of the field ``name`` lies inside."""
+        whole = isinstance(value, int)
+        high = self.high or (LARGEST if whole else sys.float_info.max)
+        expected = f"at least {self.low:g}" if self.low != POSITIVE else "more than 0"
+        if self.high or whole:
+            expected += f" and at most {f'{high:g}' if self.high else '2**63 - 1'}"
+        check(self.low <= value <= high, name, value, f"a number {expected}")
+
+
+Count = Annotated[int, Bounds(1)]
+Whole = Annotated[int, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+Weight = Annotated[float, Bounds(0)]
+
+
+class Checked:
+    """Base of dataclasses that check themselves: words by ``Literal``, numbers by ``Bounds``."""
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self), extras=True).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                check(value in get_args(hint), name, value, f"one of {', '.join(get_args(hint))}")
+            for kind in (hint, *get_args(hint)):
+                for bounds in getattr(kind, "__metadata__", ()):
+                    # None, and a word in a number's place, are what else the type has.
+                    if value is not None and not isinstance(value, str):
+                        bounds.check(name, value)
 
 
 def parse_fraction(text: str) -> float:
@@ -113,12 +123,10 @@ def parse_fraction(text: str) -> float:
     Raises ``ValueError`` for other text, and beyond the range of a float; says why if not plain.
     """
     numerator, slash, denominator = text.partition("/")
-    value = _parse_decimal(numerator)
-    if slash:
-        divisor = _parse_decimal(denominator)
-        if divisor == 0:
-            raise ValueError("the denominator is zero")
-        value /= divisor
+    divisor = _parse_decimal(denominator) if slash else 1.0
+    if divisor == 0:
+        raise ValueError("the denominator is zero")
+    value = _parse_decimal(numerator) / divisor
     if not math.isfinite(value):
         raise ValueError("too large for a number")
     # Without the sign of zero, which would make two records of one setting differ.

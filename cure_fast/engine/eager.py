@@ -16,9 +16,8 @@ from cure_fast.batch import Batch
 from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.changing import ChangingList
 from cure_fast.step.run import Terms
-from cure_fast.step.state import TrainState
+from cure_fast.step.state import TrainState, Undo
 from cure_fast.step.train_step import fitting, train_step
-from cure_fast.step.undo import Undo
 
 from .selector import Selectors
 

@@ -112,5 +112,5 @@ class Counters:
         if worst > run.config.run.max_skipped:
             raise DivergedError(
                 f"loss or gradient were not finite in epoch {run.epoch + 1}, up to step "
-                f"{run.step}, for {worst} steps in a row."
+                f"{run.step}, for {worst} step{'s' * (worst > 1)} in a row."
             )

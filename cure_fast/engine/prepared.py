@@ -13,8 +13,7 @@ from cure_fast.classifier import ImageClassifier, attack_mode
 from cure_fast.kernels import TensorList, copy_where_
 from cure_fast.step.policy import around
 from cure_fast.step.run import Terms
-from cure_fast.step.state import TrainState
-from cure_fast.step.undo import Statistics, Undo
+from cure_fast.step.state import Statistics, TrainState, Undo
 
 from .copies import Copies, standing_in
 from .loss import Loss

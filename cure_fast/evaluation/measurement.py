@@ -20,10 +20,9 @@ from cure_fast.attacks import pgd
 from cure_fast.config.attack_names import AttackSpec, parse_attack
 from cure_fast.console import warn
 from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
-from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.attack_result import AttackResult, read_state, write_state
 from cure_fast.evaluation.autoattack import Outcome, autoattack_settings, run_autoattack
 from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
-from cure_fast.evaluation.state import read_state, write_state
 from cure_fast.evaluation.trust import Guard, check_perturbation, find_instability, find_masking
 from cure_fast.losses import cross_entropy, margin
 from cure_fast.progress import track

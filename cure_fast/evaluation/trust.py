@@ -75,7 +75,13 @@ class Guard(nn.Module):
         seen = x.to(self.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
             seen = seen.view_as(seen)
-            seen.register_hook(partial(self._check_gradient, seen.detach()))
+            # pyautoattack steps along the sign, 0 for NaN in torch: the image would seem robust.
+            refusal = (
+                "the gradient in the image is not finite, so "
+                f"{self._attack or 'an attack'} cannot move it and its robustness cannot be "
+                "measured; look for a root or a logarithm of zero in the model."
+            )
+            seen.register_hook(partial(self._require_finite, seen.detach(), refusal))
         logits = self.model(seen)
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if len(came) != 2 or came[0] != len(x) or self.num_classes not in (None, came[1]):
@@ -83,39 +89,28 @@ class Guard(nn.Module):
                 f"model: expected logits of shape ({len(x)}, {self.num_classes or 'K'}), got "
                 f"{came}; evaluate a classifier trained on these classes."
             )
-        if not bool(torch.isfinite(logits).all()):
-            self._refuse(x.detach(), logits.detach())
+        under = self._attack and f" under {self._attack}"
+        refusal = (
+            f"the model's logits are not finite{under} ({{}} ...), so its accuracy means nothing; "
+            "check the weights for NaN and infinity."
+        )
+        self._require_finite(x.detach(), refusal, logits.detach())
         if torch.is_grad_enabled() and x.requires_grad and not logits.requires_grad:
             self.detached = True
             logits = logits + 0 * seen.flatten(1).sum(dim=1, keepdim=True)
         return logits.to(x.dtype)
 
-    def _check_gradient(self, seen: Tensor, grad: Tensor) -> None:
-        # pyautoattack steps along torch's sign, which is 0 for NaN: the image would seem robust.
-        if not bool(torch.isfinite(grad).all()):
-            row = int((~torch.isfinite(grad).flatten(1).all(dim=1)).nonzero()[0])
-            raise DivergedError(
-                f"{self._name(seen[row])}: the gradient in the image is not finite, so "
-                f"{self._attack or 'an attack'} cannot move it and its robustness cannot be "
-                "measured; look for a root or a logarithm of zero in the model."
-            )
-
-    def _refuse(self, x: Tensor, logits: Tensor) -> None:
-        row = int((~torch.isfinite(logits).all(dim=1)).nonzero()[0])
-        raise DivergedError(
-            f"{self._name(x[row])}: the model's logits are not finite"
-            f"{self._attack and ' under ' + self._attack} "
-            f"({logits[row].tolist()[:4]} ...), so its accuracy means nothing; check the weights "
-            "for NaN and infinity."
-        )
-
-    def _name(self, image: Tensor) -> str:
-        """Return which natural image an iterate [C, H, W] comes from: the nearest in L-inf."""
-        if self._natural is None:
-            return "an image"
-        natural, indices = self._natural
-        nearest = (natural - image).abs().flatten(1).amax(dim=1).argmin()
-        return f"image {int(indices[nearest.cpu()])}"
+    def _require_finite(self, x: Tensor, refusal: str, values: Tensor) -> None:
+        """Raise, naming the natural image that the first row with other values comes from."""
+        if bool(torch.isfinite(values).all()):
+            return
+        row = int((~torch.isfinite(values).flatten(1).all(dim=1)).nonzero()[0])
+        name = "an image"
+        if self._natural is not None:
+            natural, indices = self._natural
+            nearest = (natural - x[row]).abs().flatten(1).amax(dim=1).argmin()
+            name = f"image {int(indices[nearest.cpu()])}"
+        raise DivergedError(f"{name}: {refusal.format(values[row].flatten()[:4].tolist())}")
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:

@@ -36,24 +36,30 @@ def export_model(target: Path, args: ExportArgs) -> None:
     elif robustbench:
         to_robustbench.check_package()
     out = place(source, args)
-    trial = trial_images(source, args.data_root)
+    images, told = trial_images(source, args.data_root)
     notes: list[str] = []
     if source.config is not None and source.results is None:
         notes.append("the run has no results.json: this is the best epoch so far")
     if robustbench:
-        to_robustbench.check_fits(source, args.layout, tuple(trial.images.shape[2:]))
-    _make_folder(out.parent)
+        to_robustbench.check_fits(source, args.layout, tuple(images.shape[2:]))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out: cannot make the folder {out.parent} ({error.strerror}). Name a file in a "
+            "folder that you may write to."
+        ) from error
     if robustbench:
         write = to_robustbench.export_robustbench
-        difference, more = write(source, trial.images, out, layout=args.layout)
+        difference, more = write(source, images, out, layout=args.layout)
         notes += more
     else:
         write = export_onnx if args.format == "onnx" else export_safetensors
-        difference = write(source, trial.images, out)
+        difference = write(source, images, out)
     say(f"exported: {out}")
     if robustbench:
         say(f"model info: {to_robustbench.info_file(out)}")
-    say(f"verified: equal predictions on {trial.told}; logits differ by at most {difference:.2g}")
+    say(f"verified: equal predictions on {told}; logits differ by at most {difference:.2g}")
     for note in notes:
         say(f"note: {note}")
 
@@ -86,13 +92,3 @@ def place(source: Source, args: ExportArgs) -> Path:
                 f"--out {file}: exists. Add --force to replace it, or name another file."
             )
     return out
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out: cannot make the folder {folder} ({error.strerror}). Name a file in a folder "
-            "that you may write to."
-        ) from error

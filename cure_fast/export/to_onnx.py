@@ -8,7 +8,6 @@ import os
 import warnings
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from cure_fast.errors import InputError
 from cure_fast.export.source import Source, describe
 from cure_fast.export.verify import check_equal
 from cure_fast.files import replacing
-from cure_fast.models import restore_pointwise
+from cure_fast.models.pointwise import restore_pointwise
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -60,7 +59,12 @@ def export_onnx(source: Source, images: Tensor, out: Path) -> float:
         )
     assert program is not None
     described = program.model_proto
-    _drop_traces(described.graph)
+    graph = described.graph
+    parts = (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, [graph])
+    for part in chain(*parts):
+        # The exporter's notes, which hold the paths of this machine's sources.
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     onnx.helper.set_model_props(described, describe(source))
     with replacing(out) as temporary:
         onnx.save(described, str(temporary))
@@ -72,11 +76,3 @@ def export_onnx(source: Source, images: Tensor, out: Path) -> float:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
         return check_equal(source.model, run, images)
-
-
-def _drop_traces(graph: Any) -> None:
-    """Remove the exporter's notes from a graph: they hold the paths of this machine's sources."""
-    parts = (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, [graph])
-    for part in chain(*parts):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")

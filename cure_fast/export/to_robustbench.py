@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,53 +22,48 @@ from cure_fast.models import Normalize
 PACKAGE = "robustbench"
 TESTED = "1.1.1"
 BESIDE = f"{sys.prefix}/share/{PACKAGE}"
+INSTALL = f"Run: python -m pip install --no-deps --target {BESIDE} {PACKAGE}=={TESTED}"
 # Of CIFAR, to which the pooling of RobustBench's classes is fixed.
 IMAGE_SIZE = 32
+# The only one of its classes, wide ResNets apart.
+WIDTH = 64
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How RobustBench builds one of our architectures.
+class Architecture(NamedTuple):
+    """How RobustBench builds one of our architectures; ``title`` is its name on the leaderboard.
 
-    ``module`` is a file in its ``model_zoo/architectures``, ``title`` the name on its leaderboard.
-    ``build`` takes that module, the number of classes, the width and whether to have the unused
-    group. ``width`` is the only one that the class has; None for any.
+    A wide ResNet has a depth and no block.
     """
 
-    module: str
     title: str
-    build: Callable[[Any, int, int, bool], nn.Module]
-    width: int | None = 64
+    depths: tuple[int, ...]
+    block: str = ""
+
+    def build(self, classes: int, width: int, *, unused: bool = False) -> Any:
+        """Return RobustBench's network, with the group that no forward pass calls if ``unused``."""
+        options: dict[str, Any] = {"num_classes": classes}
+        if not self.block:
+            options |= {"widen_factor": width, "sub_block1": unused}
+            return _classes("wide_resnet").WideResNet(depth=self.depths[0], **options)
+        module, network = _classes("resnet"), "ResNet"
+        if self.block == "PreActBlock":
+            network, options = (
+                "PreActResNet",
+                options | {"bn_before_fc": True, "out_shortcut": True},
+            )
+        return getattr(module, network)(getattr(module, self.block), [*self.depths], **options)
 
 
-def _resnet(
-    block: str, depths: list[int], network: str = "ResNet", **options: bool
-) -> Callable[[Any, int, int, bool], nn.Module]:
-    return lambda module, classes, width, unused: getattr(module, network)(
-        getattr(module, block), depths, num_classes=classes, **options
-    )
-
-
-def _wide(depth: int) -> Callable[[Any, int, int, bool], nn.Module]:
-    return lambda module, classes, width, unused: module.WideResNet(
-        depth=depth, num_classes=classes, widen_factor=width, sub_block1=unused
-    )
-
-
-_WRN34 = Architecture("wide_resnet", "WideResNet-34-{width}", _wide(34), None)
+_WRN34 = Architecture("WideResNet-34-{width}", (34,))
 ARCHITECTURES = {
-    "resnet18": Architecture("resnet", "ResNet-18", _resnet("BasicBlock", [2, 2, 2, 2])),
-    "resnet34": Architecture("resnet", "ResNet-34", _resnet("BasicBlock", [3, 4, 6, 3])),
-    "resnet50": Architecture("resnet", "ResNet-50", _resnet("Bottleneck", [3, 4, 6, 3])),
-    "resnet101": Architecture("resnet", "ResNet-101", _resnet("Bottleneck", [3, 4, 23, 3])),
-    "preactresnet18": Architecture(
-        "resnet",
-        "PreActResNet-18",
-        _resnet("PreActBlock", [2, 2, 2, 2], "PreActResNet", bn_before_fc=True, out_shortcut=True),
-    ),
+    "resnet18": Architecture("ResNet-18", (2, 2, 2, 2), "BasicBlock"),
+    "resnet34": Architecture("ResNet-34", (3, 4, 6, 3), "BasicBlock"),
+    "resnet50": Architecture("ResNet-50", (3, 4, 6, 3), "Bottleneck"),
+    "resnet101": Architecture("ResNet-101", (3, 4, 23, 3), "Bottleneck"),
+    "preactresnet18": Architecture("PreActResNet-18", (2, 2, 2, 2), "PreActBlock"),
     "wrn34-10": _WRN34,
     "wrn32-10": _WRN34,
-    "wrn28-10": Architecture("wide_resnet", "WideResNet-28-{width}", _wide(28), None),
+    "wrn28-10": Architecture("WideResNet-28-{width}", (28,)),
 }
 
 
@@ -82,8 +75,8 @@ def check_fits(source: Source, layout: str, image_size: tuple[int, ...]) -> Arch
     if known is None:
         having = ", ".join(ARCHITECTURES)
         problem = f"expected a model that RobustBench has a class for ({having}), got {name}"
-    elif known.width not in (None, model.width):
-        problem = f"RobustBench's class of {name} has width {known.width}, this model {model.width}"
+    elif known.block and model.width != WIDTH:
+        problem = f"RobustBench's class of {name} has width {WIDTH}, this model {model.width}"
     elif stem != "cifar":
         problem = f"RobustBench's class of {name} has the cifar stem, this model the {stem} one"
     elif isinstance(model.normalize, Normalize):
@@ -101,7 +94,7 @@ def check_fits(source: Source, layout: str, image_size: tuple[int, ...]) -> Arch
         raise InputError(
             f"--format robustbench: {problem}. Take --format safetensors or onnx{instead}."
         )
-    if layout == "sub_block1" and known.module != "wide_resnet":
+    if layout == "sub_block1" and known.block:
         raise InputError(f"--layout: sub_block1 is for wide ResNets, {name} is none. Leave it out.")
     return known
 
@@ -212,15 +205,15 @@ def _load_strictly(known: Architecture, source: Source, file: Path, unused: bool
     try:
         # Without drawing first weights, which the file replaces.
         with torch.device("meta"):
-            model = known.build(_classes(known.module), classes, source.model.width, unused)
+            model = known.build(classes, source.model.width, unused=unused)
         weights = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(weights, strict=True, assign=True)
     # Another version of the package may have other classes.
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, RuntimeError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"--format robustbench: the installed RobustBench does not take the weights ({reason})."
-            f" Nothing was kept. {_install()}"
+            f" Nothing was kept. {INSTALL}"
         ) from error
     return model.eval()
 
@@ -239,12 +232,8 @@ def check_package() -> Path:
     """Return the package's folder, or raise :class:`InputError` with the command to run."""
     package = find_package()
     if package is None:
-        raise InputError(f"--format robustbench: needs RobustBench to load the file. {_install()}")
+        raise InputError(f"--format robustbench: needs RobustBench to load the file. {INSTALL}")
     return package
-
-
-def _install() -> str:
-    return f"Run: python -m pip install --no-deps --target {BESIDE} {PACKAGE}=={TESTED}"
 
 
 def _classes(name: str) -> ModuleType:
@@ -253,10 +242,6 @@ def _classes(name: str) -> ModuleType:
     Importing the package itself would need timm, gdown and a package ``autoattack``.
     """
     file = check_package() / "model_zoo" / "architectures" / f"{name}.py"
-    if not file.is_file():
-        raise InputError(
-            f"--format robustbench: the installed RobustBench has no {name}.py. {_install()}"
-        )
     module = ModuleType(f"{PACKAGE}_{name}")
     SourceFileLoader(module.__name__, str(file)).exec_module(module)
     return module

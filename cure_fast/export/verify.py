@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +22,12 @@ TOLERANCE = 1e-3
 USUAL_SIZE = 32
 
 
-class Trial(NamedTuple):
-    """Images to compare on, [N, 3, H, W] float32 in [0, 1], and what to call them."""
-
-    images: Tensor
-    told: str
-
-
-def trial_images(source: Source, data_root: str | None, *, count: int = IMAGES) -> Trial:
+def trial_images(
+    source: Source, data_root: str | None, *, count: int = IMAGES
+) -> tuple[Tensor, str]:
     """Return the first test images of the model's data set, filled up with random ones to count.
 
+    They are [N, 3, H, W], float32 in [0, 1]; what to call them comes with them.
     Nothing is downloaded: where the data set is not in ``data_root`` (None takes the run's own, or
     ``data``), all images are random.
     """
@@ -44,13 +39,13 @@ def trial_images(source: Source, data_root: str | None, *, count: int = IMAGES) 
     except InputError:
         size = DATASETS[data].image_size if data in DATASETS else USUAL_SIZE
         told = f"{count:,} random images of {size}x{size} pixels, as {data} is not in {root}"
-        return Trial(_random(count, (size, size)), told)
+        return _random(count, (size, size)), told
     taken = torch.from_numpy(test.images[:count]).permute(0, 3, 1, 2).float() / 255
     told = f"{len(taken):,} test images of {data}"
     if len(taken) < count:
         told += f" and {count - len(taken):,} random ones"
         taken = torch.cat([taken, _random(count - len(taken), tuple(taken.shape[2:]))])
-    return Trial(taken, told)
+    return taken, told
 
 
 def _random(count: int, size: tuple[int, ...]) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cure_fast.batch import Batch
 from cure_fast.config import Config
-from cure_fast.config.checks import check, check_fields
+from cure_fast.config.checks import Share, Weight, check
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.methods import natural, pgd_at
 from cure_fast.methods.trades import kl_attack, unclamped_start
@@ -42,9 +42,9 @@ from cure_fast.step.run import Run, Terms
 class CureSettings(ConserveSettings):
     """CURE. Where paper and public code differ, the help names both choices."""
 
-    beta: float = 5.0
+    beta: Weight = 5.0
     """Weight of KL(p(x) || p(x')) (paper: 1 by Eq. 5; code: 5)."""
-    gamma: float = 1.0
+    gamma: Weight = 1.0
     """Weight of the consistency loss (paper: 1, or 0.5 for WRN-34-10; code: 1)."""
     rgp: bool = True
     """Conserve weights by robust gradient prominence; off is the ablation without RGP."""
@@ -58,20 +58,20 @@ class CureSettings(ConserveSettings):
     gradient (the code's mode 'rgp', which its efficient variant runs)."""
     inner: Literal["kl", "ce_kl", "ce"] = "kl"
     """Objective of the attack: KL (Eq. 4 and code), CE + inner_kl_weight * KL (Algorithm 1), CE."""
-    inner_kl_weight: float = 1.0
+    inner_kl_weight: Weight = 1.0
     """Weight of KL in the attack's ce_kl objective (Algorithm 1 calls it alpha)."""
     natural_target: Literal["attached", "detached"] = "attached"
     """Let the KL's gradient flow through p(x) (paper and code), or stop it there."""
-    revision_rate: float = 0.2
+    revision_rate: Share = 0.2
     """Probability of a revision update in a step, 0 to 1 (paper and code: 0.2)."""
-    revision_decay: float = 0.999
+    revision_decay: Share = 0.999
     """Share of the revision model that stays in an update, 0 to 1 (paper and code: 0.999)."""
     revision_warmup: bool = True
     """Bound that share by 1 - 1/(t+1) in step t (code; the paper has no such bound)."""
     revision_rate_decay: Literal["none", "freeze", "halve", "cosine"] = "none"
     """Decay of the rate: none (code's default), 0 after revision_decay_start (freeze), halved in
     each step after it (code's ema_dynamic), or cosine over the run. The paper gives no rule."""
-    revision_decay_start: float = 0.5
+    revision_decay_start: Share = 0.5
     """Share of the run after which freeze and halve act (code: epoch 100 of 200)."""
     revision_order: Literal["after", "before"] = "after"
     """Revision update after the optimiser's step (code), or before the loss (Algorithm 1)."""
@@ -79,14 +79,11 @@ class CureSettings(ConserveSettings):
     """BatchNorm statistics of the revision model: from its own forwards (code), or averaged."""
     revision_mode: Literal["train", "eval"] = "train"
     """BatchNorm of the revision model: batch statistics (code), or running ones."""
-    natural_share: float = 0.0
+    natural_share: Share = 0.0
     """Share of the epochs, 0 to 1, that train naturally before CURE (CURE_Eff, code: 0.4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shares = ("revision_rate", "revision_decay", "revision_decay_start", "natural_share")
-        check_fields(self, **dict.fromkeys(shares, (0, 1)))
-        check_fields(self, beta=(0,), gamma=(0,), inner_kl_weight=(0,))
         check(
             self.objective == "cure" or self.update == "total",
             "update",
@@ -251,22 +248,11 @@ def policies(run: Run) -> tuple[Policy, ...]:
     return tuple(chosen)
 
 
-PAPER = "Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024"
-
-ROWS = paper_rows(
-    "CURE",
-    ("cifar10", "resnet18", " (Table 1)", 86.76, 54.92, 52.48, 49.69),
-    ("cifar100", "resnet18", " (Tables 2 and 4)", 60.72, 30.81, 27.95, 25.12),
-    ("svhn", "resnet18", " (Table 2)", 92.77, 61.56, 57.34, None),
-    ("cifar10", "wrn34-10", " (Table 1)", 87.05, 58.28, 55.25, 52.10),
-    ("cifar10", "preactresnet18", " (Table 3)", 86.54, None, None, 50.23),
-)
-
 CURE = Method(
     name="cure",
     label="CURE",
     title="CURE, the recommended choices where paper and code differ",
-    paper=PAPER,
+    paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
     settings=CureSettings(),
     attack=attack,
     loss=loss,
@@ -275,7 +261,14 @@ CURE = Method(
     check=check_config,
     phase=naturally,
     fixed=("natural_share", "revision", "rgp"),
-    rows=ROWS,
+    rows=paper_rows(
+        "CURE",
+        ("cifar10", "resnet18", " (Table 1)", 86.76, 54.92, 52.48, 49.69),
+        ("cifar100", "resnet18", " (Tables 2 and 4)", 60.72, 30.81, 27.95, 25.12),
+        ("svhn", "resnet18", " (Table 2)", 92.77, 61.56, 57.34, None),
+        ("cifar10", "wrn34-10", " (Table 1)", 87.05, 58.28, 55.25, 52.10),
+        ("cifar10", "preactresnet18", " (Table 3)", 86.54, None, None, 50.23),
+    ),
 )
 
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
 from cure_fast.losses import cross_entropy
 from cure_fast.step.method import Method
 from cure_fast.step.run import Run, Terms
-
-
-def attack(run: Run, batch: Batch) -> Tensor:
-    """Return the natural images."""
-    return batch.x
 
 
 def loss(run: Run, batch: Batch) -> Terms:
@@ -28,7 +21,7 @@ NATURAL = Method(
     title="Natural training: cross-entropy on natural images",
     paper="standard training",
     settings=MethodSettings(),
-    attack=attack,
+    attack=lambda run, batch: batch.x,
     loss=loss,
     uses_attack=False,
 )

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
-from cure_fast.config.checks import check_fields
-from cure_fast.losses import cross_entropy, true_probability
+from cure_fast.config.checks import Weight
+from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.policies.piat import PIAT
 from cure_fast.step.method import Method, paper_rows
@@ -28,12 +28,9 @@ from cure_fast.step.run import Run, Terms
 class NmseSettings(MethodSettings):
     """NMSE."""
 
-    mu: float = 4.0
+    mu: Weight = 4.0
     """Weight of the distance, 0 or more (4 in later code of the same group; the paper's own number
     is not legible, and its results hardly change around it)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, mu=(0,))
 
 
 def loss(run: Run, batch: Batch) -> Terms:
@@ -41,7 +38,8 @@ def loss(run: Run, batch: Batch) -> Terms:
     logits, logits_adv = run.model(batch.x), run.model(batch.x_adv)
     adversarial_ce = cross_entropy(logits_adv, batch.y).mean()
     apart = (F.normalize(logits_adv, dim=1) - F.normalize(logits, dim=1)).square().sum(dim=1)
-    nmse = ((1 - true_probability(logits, batch.y)) * apart).mean()
+    true = logits.softmax(dim=1).gather(1, batch.y[:, None]).squeeze(1)
+    nmse = ((1 - true) * apart).mean()
     total = adversarial_ce + run.settings.mu * nmse
     return {"total": total, "adversarial_ce": adversarial_ce, "nmse": nmse}
 
@@ -64,18 +62,11 @@ def published(config: Config) -> Config:
     return replace(config, optim=optim, pretrain=PretrainConfig(), attack=attack)
 
 
-def with_piat(config: Config) -> Config:
-    """Return the configuration with PIAT's interpolation."""
-    return replace(config, policies={"piat": PIAT.settings, **config.policies})
-
-
-PAPER = "Liu, He et al., Parameter Interpolation Adversarial Training, TIFS 2025"
-
 NMSE = Method(
     name="nmse",
     label="NMSE",
     title="NMSE: cross-entropy on PGD images plus distance of normalised logits",
-    paper=PAPER,
+    paper="Liu, He et al., Parameter Interpolation Adversarial Training, TIFS 2025",
     settings=NmseSettings(),
     attack=attack,
     loss=loss,
@@ -90,7 +81,7 @@ PIAT_NMSE = replace(
     NMSE,
     name="piat",
     title="NMSE with --policies piat, as the paper trains",
-    preset=with_piat,
+    preset=lambda config: replace(config, policies={"piat": PIAT.settings, **config.policies}),
     rows=paper_rows(
         "PIAT + NMSE",
         ("cifar10", "resnet18", ", best epoch (Table I)", 80.96, 53.74, 51.72, 48.80),

@@ -10,22 +10,12 @@ from functools import partial
 
 import torch
 
-from cure_fast.classifier import ImageClassifier, Normalize, block_first_convs
+from cure_fast.classifier import ImageClassifier, Normalize
 from cure_fast.errors import InputError
 
-from .pointwise import protect_pointwise, restore_pointwise
+from .pointwise import protect_pointwise
 from .preact_resnet import PreActResNet, WideResNet
 from .resnet import BasicBlock, Bottleneck, ResNet
-
-__all__ = [
-    "MODELS",
-    "ImageClassifier",
-    "Normalize",
-    "block_first_convs",
-    "build_model",
-    "protect_pointwise",
-    "restore_pointwise",
-]
 
 
 @dataclass(frozen=True)

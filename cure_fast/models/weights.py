@@ -52,9 +52,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             Git LFS pointer), or holds pickled objects, which are never executed.
     """
     file = _find(path)
-    content = found = (
-        _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    )
+    content = found = _read(file)
     if isinstance(content, Mapping) and not all(isinstance(v, Tensor) for v in content.values()):
         wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)]
         found = wrapped[0] if wrapped else content
@@ -116,16 +114,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def save_weights(
-    model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]
+    source: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write the parameters and persistent buffers of a model; see :func:`save_state`."""
-    save_state(model.state_dict(), path, metadata)
-
-
-def save_state(
-    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
-) -> None:
-    """Write a state dict as safetensors; the file is complete or not there at all.
+    """Write a model's state dict as safetensors; the file is complete or not there at all.
 
     Tensors, on any device, are stored as contiguous copies in their own dtype. Equal tensors and
     equal metadata make equal bytes: safetensors writes several metadata keys in an order that
@@ -136,6 +129,7 @@ def save_state(
     """
     from safetensors.torch import save
 
+    state = source.state_dict() if isinstance(source, nn.Module) else source
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -256,18 +250,20 @@ def _find(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if not start:
-        raise InputError(f"{file}: the file is empty. Copy or download it again.")
-    if text.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{file}: a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its "
-            "repository."
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise InputError(
-            f"{file}: a web page, not weights. The download reached a log-in, consent or error "
-            "page; download the file itself again."
-        )
+    for seen, what in (
+        (not start, "the file is empty. Copy or download it again."),
+        (
+            text.startswith(b"version https://git-lfs"),
+            "a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its repository.",
+        ),
+        (
+            text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")),
+            "a web page, not weights. The download reached a log-in, consent or error page; "
+            "download the file itself again.",
+        ),
+    ):
+        if seen:
+            raise InputError(f"{file}: {what}")
     return file
 
 
@@ -280,19 +276,15 @@ def _damaged(file: Path, kind: str, detail: str = "") -> str:
     )
 
 
-def _read_safetensors(file: Path) -> object:
+def _read(file: Path) -> object:
+    """Return what the file holds, if that is tensors and plain values alone."""
     from safetensors.torch import load
 
-    # From bytes, not from a mapping of the file, which a later truncation turns into a crash.
+    safetensors = file.suffix == ".safetensors"
     try:
-        return load(file.read_bytes())
-    except Exception as error:  # the parser of an untrusted file: whatever it throws, it refused
-        raise InputError(_damaged(file, "safetensors", str(error))) from error
-
-
-def _read_torch(file: Path) -> object:
-    """Return what a ``torch.save`` file holds, if that is tensors and plain values alone."""
-    try:
+        if safetensors:
+            # From bytes, not from a mapping of the file, which a later truncation makes a crash.
+            return load(file.read_bytes())
         with warnings.catch_warnings():
             # Of unusual pickles, which are refused below in words of ours.
             warnings.simplefilter("ignore", UserWarning)
@@ -310,5 +302,7 @@ def _read_torch(file: Path) -> object:
                 "wrote it and save model.state_dict() as safetensors or with torch.save."
             ) from error
         # Only these carry a sentence for people.
-        detail = str(error).split("\n")[0].rstrip(".") if isinstance(error, RuntimeError) else ""
-        raise InputError(_damaged(file, "torch.save", detail)) from error
+        told = safetensors or isinstance(error, RuntimeError)
+        detail = str(error).split("\n")[0].rstrip(".") if told else ""
+        kind = "safetensors" if safetensors else "torch.save"
+        raise InputError(_damaged(file, kind, detail)) from error

@@ -12,7 +12,7 @@ from torch import nn
 
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
-from cure_fast.config.checks import check_fields
+from cure_fast.config.checks import Share
 from cure_fast.kernels import TensorList, ema_update_
 from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
@@ -97,13 +97,10 @@ def frozen_copy(network: nn.Module) -> nn.Module:
 class EmaSettings(MethodSettings):
     """Exponential moving average of weights and buffers, which is what is evaluated."""
 
-    ema_decay: float = 0.999
+    ema_decay: Share = 0.999
     """Share of the average that stays in each step, 0 to 1 (SEAT: 0.999)."""
     ema_warmup: Literal["seat", "none"] = "seat"
     """Bound that share by (t+1)/(t+10) in step t (seat), or not."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, ema_decay=(0, 1))
 
 
 def build_ema(run: Run, settings: EmaSettings) -> Policy:

@@ -10,7 +10,7 @@ import torch
 
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
-from cure_fast.config.checks import check_fields
+from cure_fast.config.checks import Weight, Whole
 from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
 
@@ -19,13 +19,10 @@ from cure_fast.step.run import Run
 class AwpSettings(MethodSettings):
     """AWP."""
 
-    awp_gamma: float = 0.005
+    awp_gamma: Weight = 0.005
     """Length of the perturbation relative to each tensor's norm (AT: 0.01, TRADES: 0.005)."""
-    awp_warmup: int = 0
+    awp_warmup: Whole = 0
     """Epochs before the weights are perturbed, 0 or more (TRADES: 10)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, awp_gamma=(0,), awp_warmup=(0,))
 
 
 class Perturb(Policy):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cure_fast.batch import Batch
 from cure_fast.classifier import ImageClassifier, block_first_convs
 from cure_fast.config import MethodSettings
-from cure_fast.config.checks import check_fields
+from cure_fast.config.checks import Bounds, Share
 from cure_fast.errors import InputError
 from cure_fast.kernels import Selection, rgp_mask_
 from cure_fast.step.policy import Policy, Wanted
@@ -34,9 +34,9 @@ UPDATED = (
 class ConserveSettings(MethodSettings):
     """Which weights are conserved in a step."""
 
-    percentile: float = 30.0
+    percentile: Annotated[float, Bounds(0, 100)] = 30.0
     """Percent of each tensor's weights to conserve in a step, 0 to 100 (paper: 30, 50 or 20)."""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """Weight of the natural gradient in the score, 0 to 1; 1 - alpha weighs the adversarial one.
     The code's independent weights a and b equal alpha = a/(a+b), as only the order matters."""
     score: Literal["abs", "signed", "abs_of_sum"] = "abs"
@@ -50,15 +50,12 @@ class ConserveSettings(MethodSettings):
     """Mask the first convolution (and its BatchNorm) too (paper; the code leaves it out)."""
     mask_scope: Literal["tensor", "global"] = "tensor"
     """Percentile of each tensor (paper and code), or one over all masked tensors together."""
-    mask_every: int = 1
+    mask_every: Annotated[int, Bounds(1, 1_000_000)] = 1
     """Steps from one selection of the mask to the next, 1 or more. Above 1 the steps between keep
     the mask they find and save the score's gradients: faster, and no longer the published CURE."""
     freeze: Literal["grad", "hard"] = "grad"
     """Masked weights: gradient zeroed, so that momentum and weight decay still move them (paper and
     code), or held fast in this step (hard)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, percentile=(0, 100), alpha=(0, 1), mask_every=(1, 1_000_000))
 
 
 def maskable_parameters(
@@ -115,6 +112,7 @@ class Conserve(Policy):
         device = self.parameters[0].device
         self.kept_sum = torch.zeros(len(self.names), device=device)
         self.kept_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.state = {"kept_sum": self.kept_sum, "kept_steps": self.kept_steps}
         # Where freezing is hard: the weights before the step, and which of them are masked.
         self.kept_weights: list[Tensor] = []
         self.frozen: list[Tensor] = []
@@ -238,14 +236,10 @@ class Conserve(Policy):
         return {"updated": dict(zip(self.names, fractions, strict=True))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts of the epoch that is under way."""
-        state: dict[str, Any] = {
-            "kept_sum": self.kept_sum.cpu(),
-            "kept_steps": int(self.kept_steps),
-        }
-        if self.selection is None:
+        """Return the counts of the epoch that is under way, and the mask that steps keep."""
+        state, found = super().state_dict(), self.selection
+        if found is None:
             return state
-        found = self.selection
         masks = [
             torch.zeros(p.shape, dtype=torch.bool) if values is None else (values < limit).cpu()
             for p, values, limit in zip(
@@ -255,9 +249,8 @@ class Conserve(Policy):
         return {**state, "masks": masks, "kept": found.kept.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counts."""
-        self.kept_sum.copy_(state["kept_sum"])
-        self.kept_steps.fill_(state["kept_steps"])
+        """Restore counts and mask."""
+        super().load_state_dict(state)
         self.selection, self.stored = None, "masks" in state
         if self.stored:
             # Scores of 0 and 1 around a threshold of 1 mask the same weights.

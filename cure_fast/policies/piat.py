@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from cure_fast.config import MethodSettings
-from cure_fast.config.checks import check_fields
+from cure_fast.config.checks import Share
 from cure_fast.kernels import ema_update_
 from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
@@ -18,13 +18,10 @@ from cure_fast.step.run import Run
 class PiatSettings(MethodSettings):
     """PIAT. Weights after epoch n (from 0): share * weights before it + (1 - share) * weights."""
 
-    piat_share: float | None = None
+    piat_share: Share | None = None
     """Share of the weights that the epoch began with, 0 to 1; None takes (n+1)/(n+10)."""
     piat_buffers: Literal["interpolate", "keep"] = "interpolate"
     """BatchNorm statistics: interpolated too, or kept as the epoch left them."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, piat_share=(0, 1))
 
     def share(self, epoch: int) -> float:
         """Return the share of the former weights at the end of the 0-based ``epoch``."""

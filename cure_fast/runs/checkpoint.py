@@ -2,18 +2,20 @@
 
 ``checkpoint-<step>/`` holds ``weights.safetensors`` (the tensors of the model and of the further
 networks), ``state.pt`` (everything else: tensors and plain values, read with
-``weights_only=True``) and, written last, ``manifest.json`` with the size and SHA-256 of both. The
-folder is written under a temporary name, flushed to disk and renamed; ``latest`` links to it.
-Format 1, which had everything in ``state.pt``, is still read.
+``weights_only=True``) and, written last, ``manifest.json`` with the size and SHA-256 of both, and a
+digest of its own. The folder is written under a temporary name, flushed to disk and renamed;
+``latest`` links to it. Format 1, which had everything in ``state.pt``, is still read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
+import stat
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cure_fast
+from cure_fast.config.checks import shown
 from cure_fast.config.values import digest
 from cure_fast.errors import InputError
-from cure_fast.files import flush
-from cure_fast.runs.manifest import (
-    NAME,
-    PREFIX,
-    STATE,
-    WEIGHTS,
-    check_checkpoint,
-    read_manifest,
-    write_manifest,
-)
+from cure_fast.files import file_hash, flush, write_json
 
+FORMAT = 2
+PREFIX = "checkpoint-"
+# A folder under its name, and with ~ while another save of the same step takes its place.
+NAME = re.compile(rf"{PREFIX}([0-9]{{9,18}})(~?)")
+WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 TEMPORARY = ".tmp-"
 LATEST = "latest"
 # The newest and the one before it, in case the newest turns out damaged.
@@ -79,25 +79,21 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         _write_state(temporary, state)
-        write_manifest(temporary, step, config, best=best or _is_best(final, config))
-        replaced = final.with_name(f"{final.name}~")
+        _write_manifest(temporary, step, config, best=best or _was_best(final, config))
         # An older one of the step stays until this one has its name.
         if os.path.lexists(final):
-            final.rename(replaced)
+            final.rename(final.with_name(f"{final.name}~"))
         temporary.rename(final)
         flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if os.path.lexists(replaced):
-        _delete(replaced)
-    _link_latest(final)
-    _prune(folder, step)
+    tidy_checkpoints(folder, step)
     return final
 
 
 def tidy_checkpoints(folder: Path, step: int) -> None:
-    """Finish what a save that was killed left undone, where a run goes on from ``step``.
+    """Finish a save, also one that was killed, where a run goes on from ``step``.
 
     Raises:
         OSError: if the folder cannot be read or written to.
@@ -155,6 +151,31 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     )
 
 
+def check_checkpoint(path: Path, *, hashes: bool = True) -> str:
+    """Return what is wrong with the checkpoint ``path`` in one line, "" if nothing; never raises.
+
+    With ``hashes`` the content of the files is compared too, not their sizes alone.
+    """
+    try:
+        for name, written in _files_of(path).items():
+            file = path / name
+            status = file.stat()
+            same = (
+                isinstance(written, dict)
+                and stat.S_ISREG(status.st_mode)
+                and status.st_size == written.get("bytes")
+                and (not hashes or file_hash(file) == written.get("sha256"))
+            )
+            if not same:
+                return f"{name} is not what was written"
+    except OSError as error:
+        what = f"{Path(str(error.filename)).name}: " if error.filename else ""
+        return f"{what}{error.strerror or type(error).__name__}"
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return step and folder of the finished checkpoints, valid or not, newest first."""
     if not folder.exists():
@@ -170,7 +191,7 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
     weights: dict[str, Tensor] = {}
     rest = {
-        name: _without_tensors(value, name, weights) if name in NETWORKS else _plain(value, name)
+        name: _stored(value, name, weights if name in NETWORKS else None)
         for name, value in state.items()
     }
     # From memory, because the writers of both libraries report a full disk by other errors than
@@ -189,7 +210,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} holds a {type(state).__name__}, expected a table")
-    if read_manifest(path)["format"] == 1:
+    if _read_manifest(path)["format"] == 1:
         # Every step of the epoch under way was counted then.
         return LACKING | {"counted": state.get("batch", 0)} | state
     # From bytes, not from a mapping of the file, which a later truncation turns into a crash.
@@ -203,44 +224,35 @@ def _read_state(path: Path) -> dict[str, Any]:
     return whole
 
 
-def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` with None for each tensor, which is put into ``tensors`` by its path.
-
-    Tensors are copied to the CPU: safetensors takes contiguous ones that share no memory.
-    """
-    if isinstance(value, dict):
-        return {k: _without_tensors(v, f"{path}/{k}", tensors) for k, v in value.items()}
-    if not isinstance(value, Tensor):
-        return _plain(value, path)
-    if path in tensors:
-        raise TypeError(f"state of a checkpoint: two tensors have the path {path}")
-    tensors[path] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return None
-
-
 def _with_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` with the tensors where :func:`_without_tensors` took them from."""
+    """Return ``value`` with the tensors where :func:`_stored` took them from."""
     if isinstance(value, dict):
         return {k: _with_tensors(v, f"{path}/{k}", tensors) for k, v in value.items()}
     return tensors.pop(path) if value is None and path in tensors else value
 
 
-def _plain(value: Any, path: str) -> Any:
+def _stored(value: Any, path: str, tensors: dict[str, Tensor] | None = None) -> Any:
     """Return ``value`` if reading it with ``weights_only=True`` will give it back.
 
-    Found out here, at the first save, and not when the run is resumed.
+    That is found out here, at the first save, and not when the run is resumed. The tensors in its
+    tables are put into ``tensors``, where that is given, by their paths, and are None in the value:
+    copied to the CPU, as safetensors takes contiguous ones that share no memory.
 
     Raises:
         TypeError: naming the part that would be refused.
     """
     if type(value) in (dict, OrderedDict):
-        for name, entry in value.items():
-            _plain(name, f"a key in {path}")
-            _plain(entry, f"{path}/{name}")
-    elif type(value) in (list, tuple):
-        for position, entry in enumerate(value):
-            _plain(entry, f"{path}/{position}")
-    elif not isinstance(value, Tensor) and type(value) not in PLAIN:
+        for name in value:
+            _stored(name, f"a key in {path}")
+        return {name: _stored(entry, f"{path}/{name}", tensors) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_stored(entry, f"{path}/{at}") for at, entry in enumerate(value))
+    if isinstance(value, Tensor) and tensors is not None:
+        if path in tensors:
+            raise TypeError(f"state of a checkpoint: two tensors have the path {path}")
+        tensors[path] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return None
+    if not isinstance(value, Tensor) and type(value) not in PLAIN:
         raise TypeError(
             f"state of a checkpoint: {path} is a {type(value).__name__}, "
             "expected tensors and plain values"
@@ -248,12 +260,84 @@ def _plain(value: Any, path: str) -> Any:
     return value
 
 
-def _is_best(path: Path, config: dict[str, Any]) -> bool:
+def _write_manifest(folder: Path, step: int, config: dict[str, Any], *, best: bool) -> None:
+    """Flush the files of a checkpoint to disk and write the manifest that names them."""
+    files = {}
+    for name in (WEIGHTS, STATE):
+        path = folder / name
+        flush(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "best": best,
+        "torch": torch.__version__,
+        "cure_fast": cure_fast.__version__,
+        "config": config,
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest | {"digest": digest(manifest)})
+
+
+def _was_best(path: Path, config: dict[str, Any]) -> bool:
     """Return whether the same step of the same configuration was saved as the best already."""
     if check_checkpoint(path, hashes=False):
         return False
-    manifest = read_manifest(path)
-    return bool(manifest.get("best")) and manifest.get("config_digest") == digest(config)
+    manifest = _read_manifest(path)
+    return bool(manifest.get("best")) and manifest.get("config") == config
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the checkpoint ``path``; format and content are not checked.
+
+    Raises:
+        ValueError: if it is none, saying in one line what is wrong.
+        RecursionError: if it is nested too deeply.
+        OSError: if it cannot be read.
+    """
+    file = path / MANIFEST
+    # A pipe would block, a device never end.
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{MANIFEST} is not a regular file")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}, expected a table")
+    return manifest
+
+
+def _files_of(path: Path) -> dict[str, Any]:
+    """Return size and hash by file name, as a manifest of any known format states them.
+
+    Raises:
+        ValueError: if the manifest is not as it was written, or of a format unknown here.
+        OSError: if it cannot be read.
+    """
+    manifest = _read_manifest(path)
+    number, step = manifest.get("format"), manifest.get("step")
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{MANIFEST} names no format of a checkpoint")
+    if number > FORMAT:
+        raise ValueError(
+            f"format {shown(number)}, written by a newer cure-fast; "
+            f"this one reads 1 to {FORMAT}: update it"
+        )
+    match = NAME.fullmatch(path.name)
+    if match and (type(step) is not int or step != int(match[1])):
+        raise ValueError(f"{MANIFEST} is of another step than the folder's name")
+    if number == 1:
+        return {STATE: manifest}
+    # Of all JSON that reads the same, the one text that is written.
+    text, written = (path / MANIFEST).read_text(encoding="utf-8"), json.dumps(manifest, indent=2)
+    if text != f"{written}\n" or manifest.pop("digest", None) != digest(manifest):
+        raise ValueError(f"{MANIFEST} is not what was written")
+    files = manifest.get("files")
+    # No other names: a path in a forged manifest would lead out of the folder.
+    if not isinstance(files, dict) or set(files) != {WEIGHTS, STATE}:
+        raise ValueError(f"{MANIFEST} names other files than {WEIGHTS} and {STATE}")
+    return files
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -284,7 +368,7 @@ def _prune(folder: Path, step: int) -> None:
     """Delete the checkpoints up to ``step`` that are neither new nor best, or not whole."""
     past = [path for number, path in _checkpoints(folder) if number <= step]
     whole = [path for path in past if not check_checkpoint(path, hashes=False)]
-    best = [path for path in whole if read_manifest(path).get("best")]
+    best = [path for path in whole if _read_manifest(path).get("best")]
     kept = {*whole[:KEPT], *best[:1]}
     for path in past:
         if path not in kept:

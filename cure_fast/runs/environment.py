@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 
 import cure_fast
 from cure_fast.errors import InputError
-from cure_fast.runs.versions import package_version
-
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack")
+from cure_fast.runs.versions import PACKAGES, command_output, nvidia_driver, package_version
 
 
 def environment() -> dict[str, Any]:
@@ -29,11 +26,7 @@ def environment() -> dict[str, Any]:
         "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "driver": command_output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-        )
-        if gpu
-        else None,
+        "driver": nvidia_driver() if gpu else None,
         **commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": ["cure-fast", *sys.argv[1:]],
@@ -56,15 +49,6 @@ def commit() -> dict[str, Any]:
     head = command_output("git", "-C", root, "rev-parse", "HEAD")
     changes = command_output("git", "-C", root, "status", "--porcelain")
     return {"commit": head, "dirty": None if head is None else bool(changes)}
-
-
-def command_output(*command: str) -> str | None:
-    """Return what a command prints, or ``None`` where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def choose_device(name: str) -> torch.device:

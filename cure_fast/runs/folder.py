@@ -276,11 +276,7 @@ def check_device(folder: Path, device: torch.device) -> None:
 
 
 def check_position(changed: Iterable[str], *, batch: int) -> None:
-    """Refuse to go on at the 0-based ``batch`` of an epoch with other batches than it began with.
-
-    Raises:
-        InputError: if the changed fields, named as by :func:`bound_fields`, decide the batches.
-    """
+    """Refuse to go on at the 0-based ``batch`` of an epoch where its batches have changed."""
     found = [name for name in changed if name in EPOCH_FIELDS]
     if batch and found:
         raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,11 @@ class RunLog:
         self.stage = stage
         self.epochs = epochs
         path = folder / "metrics.jsonl"
-        drop_rows_from(path, stage, upto_step, upto_epoch)
+        kept = drop_rows_from(path, stage, upto_step, upto_epoch)
+        # A finished epoch has the number of the step that comes next, and is not written again.
+        ended = [
+            r for r in kept if (r["event"], r["stage"], r["step"]) == ("epoch", stage, upto_step)
+        ]
         self.rows = RowWriter(path)
         self.sinks = open_sinks(
             folder,
@@ -51,8 +54,7 @@ class RunLog:
             tensorboard=tensorboard,
             wandb=wandb,
             start=upto_step,
-            # A finished epoch has the number of the step that comes next, and is not written again.
-            known=lambda: epoch_at(path, stage, upto_step),
+            known=epoch_scalars(ended[-1]) if ended else {},
         )
 
     def step(
@@ -66,13 +68,11 @@ class RunLog:
         row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": lr, "terms": values}
         if skipped is not None:
             row["skipped"] = skipped
-        self._write("step", row)
-        self._scalars(step, {f"step/{name}": value for name, value in values.items()})
+        self._tell("step", row, {f"step/{name}": value for name, value in values.items()})
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the row of a finished epoch and print its line."""
-        self._write("epoch", row)
-        self._scalars(row["step"], epoch_scalars(row))
+        self._tell("epoch", row, epoch_scalars(row))
         say(epoch_line(self.stage, self.epochs, row))
 
     def close(self) -> None:
@@ -81,12 +81,10 @@ class RunLog:
         for sink in self.sinks:
             sink.close()
 
-    def _write(self, event: str, row: dict[str, Any]) -> None:
+    def _tell(self, event: str, row: dict[str, Any], scalars: dict[str, float]) -> None:
         self.rows.add({"event": event, "stage": self.stage, **row}, durable=event == "epoch")
-
-    def _scalars(self, step: int, scalars: dict[str, float]) -> None:
         for sink in self.sinks:
-            sink.scalars(step, scalars)
+            sink.scalars(row["step"], scalars)
 
 
 class RowWriter:
@@ -100,9 +98,8 @@ class RowWriter:
         self.path = path
         self.waiting: list[bytes] = []
         self.warned = False
-        self.handle: int | None = None
-        # Bytes of whole rows in the file, known once it is open.
-        self.size = 0
+        # Bytes of whole rows in the file, known once it was open.
+        self.size: int | None = None
 
     def add(self, row: dict[str, Any], *, durable: bool) -> None:
         """Write the row behind those that wait; with ``durable`` it survives a power cut."""
@@ -116,44 +113,33 @@ class RowWriter:
         if self.waiting:
             warn(f"{self.path}: {len(self.waiting)} rows could not be written and are lost")
             self.waiting = []
-        if self.handle is not None:
-            try:
-                os.close(self.handle)
-            except OSError as error:
-                self._warn(error)
-            self.handle = None
 
     def _write_waiting(self, durable: bool) -> None:
         data = b"".join(self.waiting)
         try:
-            if self.handle is None:
-                self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                self.size = os.fstat(self.handle).st_size
-            self._cut_off()
-            write_all(self.handle, data)
-            if durable:
-                os.fsync(self.handle)
+            with self.path.open("ab", buffering=0) as file:
+                found = file.tell()
+                whole = self.size = found if self.size is None else min(self.size, found)
+                if found > whole:
+                    # What an attempt before this one could not cut off.
+                    os.ftruncate(file.fileno(), whole)
+                try:
+                    write_all(file.fileno(), data)
+                    if durable:
+                        os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), whole)
+                    raise
         except OSError as error:
-            self._warn(error)
-            # Where that fails too, the next attempt begins with it.
-            with suppress(OSError):
-                self._cut_off()
+            if not self.warned:
+                self.warned = True
+                warn(
+                    f"{self.path}: {error.strerror}; training goes on, and the rows are kept and "
+                    "written as soon as that is possible"
+                )
             return
-        self.size += len(data)
+        self.size = whole + len(data)
         self.waiting = []
-
-    def _cut_off(self) -> None:
-        """Take away what follows the whole rows: a part of what was to be written."""
-        if self.handle is not None and os.fstat(self.handle).st_size > self.size:
-            os.ftruncate(self.handle, self.size)
-
-    def _warn(self, error: OSError) -> None:
-        if not self.warned:
-            self.warned = True
-            warn(
-                f"{self.path}: {error.strerror}; training goes on, and the rows are kept and "
-                "written as soon as that is possible"
-            )
 
 
 def write_all(handle: int, data: bytes) -> None:
@@ -187,13 +173,6 @@ def validations(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not found:
         return {}
     return {found["network"]: found, "raw": found["raw"]} if "raw" in found else {"val": found}
-
-
-def epoch_at(path: Path, stage: str, step: int) -> dict[str, float]:
-    """Return the numbers of the stage's epoch that ended at ``step``; nothing if none did."""
-    wanted = ("epoch", stage, step)
-    rows = [r for r in read_rows(path) if (r["event"], r["stage"], r["step"]) == wanted]
-    return epoch_scalars(rows[-1]) if rows else {}
 
 
 def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
@@ -264,11 +243,12 @@ def rows_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def drop_rows_from(path: Path, stage: str, step: int, epoch: int) -> None:
+def drop_rows_from(path: Path, stage: str, step: int, epoch: int) -> list[dict[str, Any]]:
     """Rewrite the file without the rows of ``stage`` that a resumed run will write again.
 
-    These are of steps from the 0-based ``step`` on, and of epochs after the 1-based ``epoch``. A
-    last line that was cut off goes too. Nothing is written where there is nothing to drop.
+    Returns the rows that stay. The others are of steps from the 0-based ``step`` on, and of epochs
+    after the 1-based ``epoch``. A last line that was cut off goes too. Nothing is written where
+    there is nothing to drop.
 
     Raises:
         InputError: if the file is damaged.
@@ -281,7 +261,7 @@ def drop_rows_from(path: Path, stage: str, step: int, epoch: int) -> None:
         if row["stage"] != stage
         or (row["step"] < step if row["event"] == "step" else row["epoch"] <= epoch)
     ]
-    if not path.exists() or (len(kept) == len(rows) and path.read_bytes()[-1:] in (b"", b"\n")):
-        return
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    if path.exists() and (len(kept) < len(rows) or path.read_bytes()[-1:] not in (b"", b"\n")):
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept

@@ -184,7 +184,7 @@ def open_sinks(
     tensorboard: bool,
     wandb: str | None,
     start: int,
-    known: Callable[[], Mapping[str, float]],
+    known: Mapping[str, float],
 ) -> list[GuardedSink]:
     """Return the sinks that are wanted, each guarded.
 
@@ -194,7 +194,7 @@ def open_sinks(
     sinks = []
     if tensorboard:
         events = folder / "tensorboard" / stage
-        sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events, start, known())))
+        sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events, start, known)))
     if wandb is not None:
         sinks.append(GuardedSink("Weights & Biases", lambda: WandB(folder, wandb)))
     return sinks

@@ -1,7 +1,8 @@
-"""All that a training stage moves, which is what a checkpoint stores."""
+"""All that a training stage moves: what a checkpoint stores, and what a step can put back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,64 @@ from cure_fast.step.method import Method
 from cure_fast.step.policy import Policy
 from cure_fast.step.random_state import random_state, restore_random_state
 from cure_fast.step.run import Run
-from cure_fast.step.undo import Undo
 
 # What a checkpoint gives back as it was.
-PLAIN = ("epoch", "batch", "step", "counted", "skipped", "skipped_in_row", "pending")
+PLAIN = ("epoch", "batch", "step", "counted", "skipped", "skipped_in_row", "pending", "best")
+
+
+class Undo:
+    """What passes move besides gradients, kept so that it can be put back.
+
+    That is BatchNorm statistics, and the random sources that passes draw from: the run's own and
+    torch's. The copies are allocated once.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.statistics = Statistics([run.model, *run.networks.values()])
+        self.generators = [*run.generators.values(), torch.default_generator]
+        if run.device.type == "cuda":
+            index = run.device.index
+            index = torch.cuda.current_device() if index is None else index
+            self.generators.append(torch.cuda.default_generators[index])
+        self.states: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Keep what the passes to come can move."""
+        self.statistics.keep()
+        self.states = [generator.get_state() for generator in self.generators]
+
+    def restore(self) -> None:
+        """Go back to what was kept."""
+        self.statistics.restore()
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+
+class Statistics:
+    """The buffers of networks, such as BatchNorm's running statistics, and one copy of them.
+
+    The buffers must stay the tensors that they are now.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for network in networks:
+            for buffer in network.buffers():
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        # One launch per dtype on a GPU, where a network has a hundred small buffers.
+        self.groups = [
+            (group, [torch.empty_like(buffer) for buffer in group]) for group in by_dtype.values()
+        ]
+
+    def keep(self) -> None:
+        """Copy the buffers."""
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(copies, buffers)  # pyright: ignore[reportPrivateImportUsage]
+
+    def restore(self) -> None:
+        """Copy them back."""
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(buffers, copies)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(kw_only=True)
@@ -75,7 +130,6 @@ class TrainState(Run):
             "sums": self.sums,
             "micro_batch_size": self.micro_batch_size,
             "micro_batch_asked": self.config.optim.micro_batch_size,
-            "best": self.best,
             "random": random_state(),
             # Its name alone, to say so where another one goes on.
             "engine": self.engine.name,
@@ -103,5 +157,4 @@ class TrainState(Run):
             setattr(self, name, state[name])
         if state["micro_batch_asked"] == self.config.optim.micro_batch_size:
             self.micro_batch_size = state["micro_batch_size"]
-        self.best = None if state["best"] is None else tuple(state["best"])
         restore_random_state(state["random"])

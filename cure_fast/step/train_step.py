@@ -21,8 +21,7 @@ from cure_fast.console import warn
 from cure_fast.errors import DivergedError, MemoryExhaustedError, is_out_of_memory
 from cure_fast.step.policy import Wanted, around
 from cure_fast.step.run import Terms
-from cure_fast.step.state import TrainState
-from cure_fast.step.undo import Undo
+from cure_fast.step.state import TrainState, Undo
 
 T = TypeVar("T")
 
@@ -203,15 +202,9 @@ def count_skipped(state: TrainState, loss_is_finite: bool) -> None:
     if state.skipped_in_row > state.config.run.max_skipped:
         what = "gradient" if loss_is_finite else "loss"
         raise DivergedError(
-            f"the {what} is not finite in epoch {state.epoch + 1}, step {state.step}, for the "
-            f"{ordinal(state.skipped_in_row)} step in a row."
+            f"the {what} is not finite in epoch {state.epoch + 1}, step {state.step}, for "
+            f"{state.skipped_in_row} step{'s' * (state.skipped_in_row > 1)} in a row."
         )
-
-
-def ordinal(count: int) -> str:
-    """Return ``1st``, ``2nd``, ``3rd``, ``11th``, ``21st``."""
-    ending = "th" if count % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(count % 10)
-    return f"{count}{ending or 'th'}"
 
 
 def fitting(

@@ -77,7 +77,7 @@ def train(
         again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
-    with stop.orderly(), own_folder(config, resume=resume) as folder:
+    with own_folder(config, resume=resume) as folder:
         kept = {"device": device, "changes": list(changes.values())}
         record = partial(start_record, folder, config, loader.reason, **kept)
         # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a

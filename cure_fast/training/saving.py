@@ -14,7 +14,7 @@ from cure_fast.config.values import to_dict
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.models import ImageClassifier
-from cure_fast.models.weights import save_state
+from cure_fast.models.weights import save_weights
 from cure_fast.runs.checkpoint import newest_checkpoint, save_checkpoint
 from cure_fast.step.state import TrainState
 
@@ -98,7 +98,8 @@ class Saver:
             # Made anew it would lack the configuration, and nobody would look for it.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
         for name in list(self.owed):
-            save_state(self.owed[name][0], self.folder / f"{name}.safetensors", self.owed[name][1])
+            state, metadata = self.owed[name]
+            save_weights(state, self.folder / f"{name}.safetensors", metadata)
             del self.owed[name]
 
     def _failure(self, error: OSError) -> InputError:

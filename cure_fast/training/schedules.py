@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+
+import numpy as np
 
 from cure_fast.config import OptimConfig
 
@@ -21,7 +22,7 @@ def lr_at(optim: OptimConfig, progress: float, step: float = 0.0) -> float:
         if factors is None:
             factors = tuple(0.1 ** (place + 1) for place in range(len(optim.milestones)))
         if optim.schedule == "linear":
-            return optim.lr * interpolated(progress, (0.0, *optim.milestones), (1.0, *factors))
+            return optim.lr * float(np.interp(progress, (0.0, *optim.milestones), (1.0, *factors)))
         passed = sum(progress >= milestone for milestone in optim.milestones)
         return optim.lr * (1.0, *factors)[passed]
     if optim.schedule == "onecycle":
@@ -53,12 +54,3 @@ def one_cycle(progress: float, step: float, start: float, peak: float, end: floa
         return start + (peak - start) * (1 - math.cos(math.pi * progress / top)) / 2
     fallen = (progress - top) / (1 - RISE)
     return end + (peak - end) * (1 + math.cos(math.pi * fallen)) / 2
-
-
-def interpolated(at: float, places: Sequence[float], values: Sequence[float]) -> float:
-    """Return the value at a place on the straight lines between points; beyond the last, its."""
-    for i in range(1, len(places)):
-        if at < places[i]:
-            share = (at - places[i - 1]) / (places[i] - places[i - 1])
-            return values[i - 1] + share * (values[i] - values[i - 1])
-    return values[-1]

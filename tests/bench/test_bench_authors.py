@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny_step as tiny
 from bench import authors
 from bench.authors import METHODS, AuthorsSettings, authors_step, build_authors
+from cure_fast.classifier import block_first_convs
 from cure_fast.config import AttackConfig, Config, OptimConfig
 from cure_fast.errors import InputError
 from cure_fast.methods import select_method
 from cure_fast.methods.cure import CURE_OFFICIAL
-from cure_fast.models import block_first_convs, build_model
+from cure_fast.models import build_model
 from cure_fast.step.train_step import train_step
 from cure_fast.training.trainer import build_run
 

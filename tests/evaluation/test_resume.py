@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import cure_fast
 from cure_fast.errors import InputError, StoppedError
+from cure_fast.evaluation.attack_result import read_state, write_state
 from cure_fast.evaluation.autoattack import autoattack_settings, run_autoattack
 from cure_fast.evaluation.evaluate import evaluate
 from cure_fast.evaluation.measurement import Measurement
 from cure_fast.evaluation.model_state import layers_hash
-from cure_fast.evaluation.state import read_state, write_state
 from cure_fast.evaluation.trust import Guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")

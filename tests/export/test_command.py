@@ -106,11 +106,13 @@ def test_what_computes_something_else_is_seen(exported: list[list[float]], messa
 
 
 def test_images_are_the_test_images_or_the_same_random_ones(make_source, tmp_path: Path) -> None:
-    digits = trial_images(make_source("resnet-small", told={"data": "digits"}), None, count=400)
-    assert digits.images.shape == (400, 3, 8, 8) and digits.images.dtype == torch.float32
-    assert digits.told == "360 test images of digits and 40 random ones"
-    assert 0 <= digits.images.min() and digits.images.max() == 1
+    images, told = trial_images(
+        make_source("resnet-small", told={"data": "digits"}), None, count=400
+    )
+    assert images.shape == (400, 3, 8, 8) and images.dtype == torch.float32
+    assert told == "360 test images of digits and 40 random ones"
+    assert 0 <= images.min() and images.max() == 1
     absent = make_source("resnet-small", told={"data": "cifar100"})
     first, second = (trial_images(absent, str(tmp_path), count=7) for _ in range(2))
-    assert torch.equal(first.images, second.images) and first.images.shape == (7, 3, 32, 32)
-    assert first.told.startswith("7 random images of 32x32 pixels, as cifar100 is not in")
+    assert torch.equal(first[0], second[0]) and first[0].shape == (7, 3, 32, 32)
+    assert first[1].startswith("7 random images of 32x32 pixels, as cifar100 is not in")

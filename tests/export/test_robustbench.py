@@ -39,11 +39,9 @@ def images(count: int = 3) -> torch.Tensor:
 @needs_robustbench
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_has_the_keys_and_shapes_of_its_class(name: str) -> None:
-    known = ARCHITECTURES[name]
     with torch.device("meta"):
         own = build_model(name, num_classes=100)
-        module = to_robustbench._classes(known.module)
-        theirs = known.build(module, 100, own.width, False)
+        theirs = ARCHITECTURES[name].build(100, own.width)
     shapes = {key: tensor.shape for key, tensor in own.state_dict().items()}
     assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
 
@@ -68,8 +66,7 @@ def test_every_class_computes_the_same(make_source, tmp_path: Path, name: str, k
     assert 0 <= difference < 1e-3
     state = torch.load(out, weights_only=True)
     assert list(state) == list(source.model.state_dict()) and len(state) == keys
-    known = ARCHITECTURES[name]
-    fresh = known.build(to_robustbench._classes(known.module), 10, source.model.width, False)
+    fresh = ARCHITECTURES[name].build(10, source.model.width)
     assert not any(fresh.load_state_dict(state, strict=True))
     assert all(type(tensor) is torch.Tensor and tensor.is_contiguous() for tensor in state.values())
 

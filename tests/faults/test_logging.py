@@ -116,9 +116,7 @@ def test_a_tensorboard_that_raises_costs_one_warning(base, plain, place, monkeyp
 
 
 def test_a_full_disk_ends_the_events_alone(tmp_path, capsys):
-    (sink,) = open_sinks(
-        tmp_path, "train", tensorboard=True, wandb=None, start=0, known=dict[str, float]
-    )
+    (sink,) = open_sinks(tmp_path, "train", tensorboard=True, wandb=None, start=0, known={})
     sink.scalars(0, {"a": 1.0})
     with file_size_limit(200):
         for step in range(1, 20):
@@ -132,7 +130,7 @@ def test_what_asks_the_program_to_stop_goes_through(tmp_path, monkeypatch):
     for error in (KeyboardInterrupt(), InputError("no")):
         monkeypatch.setitem(sys.modules, "wandb", FakeWandB("log", error))
         (sink,) = open_sinks(
-            tmp_path, "train", tensorboard=False, wandb="project", start=0, known=dict[str, float]
+            tmp_path, "train", tensorboard=False, wandb="project", start=0, known={}
         )
         with pytest.raises(type(error)):
             sink.scalars(1, {"a": 1.0})

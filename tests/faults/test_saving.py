@@ -62,7 +62,7 @@ def test_training_stops_where_that_is_asked_for_and_can_be_resumed(tmp_path, who
 
 @pytest.mark.parametrize("calls", [{1}, {1, 2, 3}])
 def test_best_weights_that_were_not_written_are_written_later(tmp_path, whole, monkeypatch, calls):
-    failing(monkeypatch, "save_state", calls)
+    failing(monkeypatch, "save_weights", calls)
     folder = train(plain(tmp_path, "run"))
     assert same_weights(whole, folder)
     assert (folder / "revision.safetensors").read_bytes() == (
@@ -71,7 +71,7 @@ def test_best_weights_that_were_not_written_are_written_later(tmp_path, whole, m
 
 
 def test_a_run_whose_best_weights_cannot_be_written_does_not_pass_for_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "save_state", full_disk)
+    monkeypatch.setattr(saving, "save_weights", full_disk)
     with pytest.raises(InputError, match="cannot save"):
         train(plain(tmp_path, "run"))
     assert not (tmp_path / "run/results.json").exists()

@@ -11,9 +11,9 @@ import torch
 import tiny_step as tiny
 from bench.authors import build_authors
 from cure_fast.attacks import pgd, start_point
+from cure_fast.classifier import block_first_convs
 from cure_fast.config import Config, OptimConfig
 from cure_fast.methods import METHODS, select_method
-from cure_fast.models import block_first_convs
 from cure_fast.step.train_step import train_step
 from cure_fast.training.trainer import build_run
 

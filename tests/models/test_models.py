@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cure_fast.classifier import block_first_convs
 from cure_fast.errors import InputError
-from cure_fast.models import MODELS, block_first_convs, build_model
+from cure_fast.models import MODELS, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,7 +20,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import narrow_gradients
-from cure_fast.models import ImageClassifier, build_model, protect_pointwise, restore_pointwise
+from cure_fast.models import ImageClassifier, build_model, protect_pointwise
+from cure_fast.models.pointwise import restore_pointwise
 from narrow_gradients import FAMILIES, gradients
 from tiny_step import tiny_run
 
