@@ -79,7 +79,9 @@ class Engine:
             sums: list[Tensor] = []
             for part in batch.split(pieces):
                 total = len(part) / len(batch) * run.method.loss(run, part)["total"]
-                grads = torch.autograd.grad(run.scaler.scale(total), parameters)
+                grads = torch.autograd.grad(
+                    run.scaler.scale(total), parameters, allow_unused=True, materialize_grads=True
+                )
                 sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
             return sums
 

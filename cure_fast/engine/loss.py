@@ -81,7 +81,8 @@ class Loss:
             return {("term", "total"): total.detach(), **named}
 
         if kind is None:
-            found = compute(batch)
+            # A part, whose notes are its own: those of the step are the step's.
+            found = compute(*batch.split(1))
         else:
             key = (kind, *map(id, parameters))
             found = self._graph(key, compute, batch)(self._given(batch))
@@ -89,7 +90,11 @@ class Loss:
 
     def within(self, term: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of a term in the middle of a loss; its passes can be used again."""
-        return list(torch.autograd.grad(term, self._leaves_of(parameters), retain_graph=True))
+        leaves = self._leaves_of(parameters)
+        found = torch.autograd.grad(
+            term, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return list(found)
 
     def _graph(self, key: Hashable, compute: Callable[[Batch], Named], batch: Batch) -> Recorded:
         modes = [(m.training, getattr(m, "momentum", None)) for m in self.networks.modules()]

@@ -125,8 +125,6 @@ class Prepared:
     def attack(self, batch: Batch) -> Tensor:
         """Return the method's adversarial images, made with the network in its attack mode."""
         run = self.run
-        if not run.method.uses_attack:
-            return run.method.attack(run, batch)
         # For an epoch's last, smaller batch, compilation takes too long.
         regular = len(batch) == run.loader.batch_size
 

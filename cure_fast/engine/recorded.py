@@ -118,7 +118,7 @@ class Recorded:
         self.sources: list[tuple[Any, ...] | Tensor] = [*given, *_as_inputs(recorded)]
         _drop_views_of_all(graph)
         self.counted = self._taken_counters(graph)
-        _narrow_outputs(graph)
+        _narrow_outputs(graph, self.first)
         graph.eliminate_dead_code(is_impure_node=changes)
         if stacked:
             graph = join(graph)
@@ -173,7 +173,7 @@ class Recorded:
             # A network's next pass counts on from what this one left.
             if (
                 isinstance(name, tuple)
-                and number == 1
+                and (number, node.kwargs) == (1, {})
                 and all(user in added for user in node.users)
             ):
                 counted[name] += 1
@@ -218,10 +218,12 @@ def _drop_views_of_all(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _narrow_outputs(graph: fx.Graph) -> None:
+def _narrow_outputs(graph: fx.Graph, first: int) -> None:
     """Return gradients as they are computed: whoever needs them wider widens them in one launch."""
     output = graph.output_node()
-    for node in output.all_input_nodes:
+    (outputs,) = arguments(output)
+    # What is computed on the way there, terms and notes, is as wide as the loss made it.
+    for node in set(outputs[first:]) - set(outputs[:first]):
         if node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
             (narrow,) = node.all_input_nodes
             if value_of(narrow).itemsize < value_of(node).itemsize:

@@ -42,13 +42,7 @@ def export_model(target: Path, args: ExportArgs) -> None:
         notes.append("the run has no results.json: this is the best epoch so far")
     if robustbench:
         to_robustbench.check_fits(source, args.layout, tuple(images.shape[2:]))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out: cannot make the folder {out.parent} ({error.strerror}). Name a file in a "
-            "folder that you may write to."
-        ) from error
+    _make_folder(out.parent)
     if robustbench:
         write = to_robustbench.export_robustbench
         difference, more = write(source, images, out, layout=args.layout)
@@ -62,6 +56,16 @@ def export_model(target: Path, args: ExportArgs) -> None:
     say(f"verified: equal predictions on {told}; logits differ by at most {difference:.2g}")
     for note in notes:
         say(f"note: {note}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out: cannot make the folder {folder} ({error.strerror}). Name a file in a folder "
+            "that you may write to."
+        ) from error
 
 
 def export_safetensors(source: Source, images: Tensor, out: Path) -> float:

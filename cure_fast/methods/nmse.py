@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
-from cure_fast.config.checks import Weight
+from cure_fast.config.checks import Weight, check
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.policies.piat import PIAT
@@ -62,6 +62,13 @@ def published(config: Config) -> Config:
     return replace(config, optim=optim, pretrain=PretrainConfig(), attack=attack)
 
 
+def check_piat(config: Config) -> None:
+    """Raise ``InputError`` unless PIAT's interpolation is among the policies."""
+    names = ",".join(config.policies) or "none"
+    wanted = f"piat among --policies with --method {config.method} (--method nmse goes without)"
+    check("piat" in config.policies, "policies", names, wanted)
+
+
 NMSE = Method(
     name="nmse",
     label="NMSE",
@@ -82,6 +89,7 @@ PIAT_NMSE = replace(
     name="piat",
     title="NMSE with --policies piat, as the paper trains",
     preset=lambda config: replace(config, policies={"piat": PIAT.settings, **config.policies}),
+    check=check_piat,
     rows=paper_rows(
         "PIAT + NMSE",
         ("cifar10", "resnet18", ", best epoch (Table I)", 80.96, 53.74, 51.72, 48.80),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
@@ -47,17 +48,23 @@ class Perturb(Policy):
         grads = run.engine.gradients(batch, self.weights)
         weights = [weight.detach() for weight in self.weights]
         saved = [weight.clone() for weight in weights]
-        for weight, grad in zip(weights, grads, strict=True):
-            length = self.settings.awp_gamma * weight.norm() / (grad.norm() + 1e-20)
+        perturbed = [
             # A gradient that is not finite perturbs nothing; the loss will then not be finite.
-            weight += torch.where(grad.norm().isfinite(), grad * length, 0)
-        perturbed = [weight.clone() for weight in weights]
+            weight + torch.where(grad.norm().isfinite(), grad * self._length(weight, grad), 0)
+            for weight, grad in zip(weights, grads, strict=True)
+        ]
+        # From here on nothing needs memory, which could run out while weights are elsewhere.
+        for weight, at in zip(weights, perturbed, strict=True):
+            weight.copy_(at)
         try:
             yield
         finally:
             # In this order a step that moves nothing leaves every bit as it was.
             for weight, before, at in zip(weights, saved, perturbed, strict=True):
-                weight.copy_(before + (weight - at))
+                weight.sub_(at).add_(before)
+
+    def _length(self, weight: Tensor, grad: Tensor) -> Tensor:
+        return self.settings.awp_gamma * weight.norm() / (grad.norm() + 1e-20)
 
 
 AWP = PolicyInfo(

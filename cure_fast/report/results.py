@@ -35,6 +35,7 @@ DECISIVE = {
     "data": {
         "train_images": "training images",
         "crop_padding": "padding of the random crop",
+        "crop_mode": "border of the random crop",
         "flip": "mirrored training images",
     },
     "model": {
@@ -56,6 +57,7 @@ DECISIVE = {
         "start": "training attack's start",
         "clamp_start": "clamping of the training attack's start",
         "attack_mode": "BatchNorm in the training attack",
+        "attack_ramp": "ramp of the training attack",
     },
     "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from cure_fast.batch import Batch
 from cure_fast.config import Config, OptimConfig
 from cure_fast.engine import open_engine
-from cure_fast.errors import DivergedError, StoppedError
+from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.loaders import Loader
 from cure_fast.methods import find_method, result_of
 from cure_fast.models import ImageClassifier, protect_pointwise
@@ -63,6 +63,13 @@ def build_run(
     chosen = (find_policy(name).build(run, s) for name, s in config.policies.items())
     run.policies = (*run.method.policies(run), *chosen)
     for policy in run.policies:
+        # A method may hand its own network to a policy.
+        own = policy.networks.items()
+        if twice := [name for name, net in own if run.networks.get(name, net) is not net]:
+            raise InputError(
+                f"--policies: expected networks of other names than the method's, got a second "
+                f"{', '.join(twice)}. Leave out the policy that has it."
+            )
         run.networks |= {name: net.to(device) for name, net in policy.networks.items()}
     assert run.result in run.all_networks, f"the run has no network {run.result}"
     taken = {"model", "raw", "start"} & run.networks.keys()

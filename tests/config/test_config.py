@@ -257,7 +257,7 @@ def test_the_label_is_the_method_with_its_policies():
         "--method trades": "TRADES",
         "--method trades --policies piat,awp": "TRADES + PIAT + AWP",
         "--method piat": "NMSE + PIAT",
-        "--method piat --policies none": "NMSE",
+        "--method piat --policies piat,awp": "NMSE + PIAT + AWP",
         "--policies ema": "CURE + EMA",
     }
     configs = {words: with_words("quickstart", words) for words in told}
@@ -275,7 +275,7 @@ def test_a_paper_row_is_of_the_same_method_with_the_same_policies():
     assert row("--method trades").startswith("TRADES, ") and "CURE's" in row("--method trades")
     assert row("--method cure_eff").startswith("CURE_Eff, ")
     assert row("--method piat").startswith("PIAT + NMSE, ")
-    assert row("--method piat --policies none") is None
+    assert row("--method piat --policies piat,awp") is None
     assert (
         row("--method nmse").startswith("NMSE, ") and row("--method nmse --policies piat") is None
     )
@@ -321,9 +321,9 @@ def test_presets_may_set_policies_and_the_command_line_replaces_them():
         return list(with_words("quickstart", words).policies)
 
     assert policies("") == [] and policies("--method piat") == ["piat"]
-    assert policies("--method piat --policies awp") == ["awp"]
+    assert policies("--method piat --policies awp,piat") == ["awp", "piat"]
     assert policies("--policies awp,piat --awp-gamma 0.5") == ["awp", "piat"]
-    assert policies("--method piat --policies none") == []
+    assert policies("--method nmse --policies none") == []
     config = with_words("quickstart", "--policies awp,piat --awp-gamma=1/2 --piat-share 0.25")
     assert config.policies["awp"].awp_gamma == 0.5 and config.policies["piat"].piat_share == 0.25
 

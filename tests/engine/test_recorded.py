@@ -14,6 +14,7 @@ from cure_fast.engine import fast
 from cure_fast.engine.loss import Loss
 from cure_fast.methods import METHODS
 from cure_fast.policies.awp import AWP
+from cure_fast.step.policy import Policy
 from networks import Dense, Odd, Plain, Transformer, network
 
 pytestmark = pytest.mark.usefixtures("one_thread", "sample_methods")
@@ -299,3 +300,29 @@ def test_a_cpu_records_nothing_that_is_not_asked_for(monkeypatch):
     run = runs.make_run("cure", model=network(Plain), data=runs.batches(1))
     runs.train(run, 1)
     assert not run.engine.prepared.loss.recorded
+
+
+def test_notes_of_a_recorded_loss_are_as_wide_as_the_loss_made_them():
+    found = []
+    for without in ((), ("stack", "compile-loss")):
+        run = runs.make_run(
+            "natural", model=network(Plain), data=runs.batches(1), dtype=runs.HALF, without=without
+        )
+        loss, seen = run.method.loss, {}
+
+        def noting(run, batch, loss=loss):
+            terms = loss(run, batch)
+            batch.notes["logits"] = run.model(batch.x)
+            return terms
+
+        class Seeing(Policy):
+            def on_step(self, run, batch, seen=seen):
+                seen.update(batch.notes)
+
+        run.method = replace(run.method, loss=noting)
+        run.policies = (Seeing(),)
+        runs.train(run, 1)
+        assert is_recorded(run) == (without == ())
+        found.append(seen["logits"])
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert not found[0].requires_grad and found[0].shape == found[1].shape

@@ -207,3 +207,19 @@ def test_hard_frozen_weights_are_those_that_do_not_move(changed):
     still = value == before["layer1.0.conv1.weight"]
     # Of 49, those below the one of rank 0.5 * 48.
     assert int(still.sum()) == 24
+
+
+def test_memory_that_runs_out_while_it_perturbs_leaves_the_weights(changed, monkeypatch):
+    run = awp_run(changed)
+    before, calls, real = state(run), [], torch.where
+
+    def limited(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(torch, "where", limited)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(run, run.loader.batch(0))
+    assert len(calls) == 2 and equal(before, state(run))

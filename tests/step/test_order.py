@@ -160,3 +160,16 @@ def test_a_validation_that_was_stopped_is_acted_upon_once(engine, changed, small
     both = notes + later
     # One per epoch: two epochs in all.
     assert both.count("on_validation") == 2 and both.count("before") == 4
+
+
+def test_an_attack_that_needs_no_gradient_is_in_attack_mode_too(changed, engine):
+    seen = []
+
+    def attack(run, batch):
+        seen.append(run.model.training)
+        return batch.x
+
+    name = changed("natural", attack=attack)
+    run = tiny_step.tiny_run(name, engine=engine, dtype=torch.float32)
+    next_step(run, run.loader.batch(0))
+    assert seen == [False] and run.engine.name == engine
