@@ -242,7 +242,7 @@ def test_digest_ignores_order_and_sees_every_value():
 
 
 def test_unknown_recipes_and_methods_list_the_valid_ones():
-    with pytest.raises(InputError, match=r"quickstart, cifar10-resnet18.*you meant quickstart"):
+    with pytest.raises(InputError, match=r"quickstart, cifar10-small.*you meant quickstart"):
         find_recipe("quikstart")
     with pytest.raises(InputError, match=r"cure_paper.*you meant trades"):
         select_method(find_recipe("quickstart"), "trade")
