@@ -21,7 +21,11 @@ from cure_fast.config import (
     RunConfig,
 )
 from cure_fast.config.checks import find
+from cure_fast.loaders import DATASETS
+from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
 from cure_fast.methods.cure import CURE, CureSettings
+from cure_fast.models import MODELS
+from cure_fast.step.method import PaperRow
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,19 @@ def _table9(name: str, percentile: float, alpha: float, gamma: float, note: str 
         pretrain=PretrainConfig(pretrain_epochs=200),
         eval=EvalConfig(attacks=("natural", "pgd20", "cw20", "aa"), eval_step_size=0.003),
     )
-    published = "The paper prints no result for these settings."
-    if row := CURE.rows.get((data, model)):
-        names = ("natural", "PGD-20", "C&W", "AutoAttack")
-        scores = zip(names, (row.natural, row.pgd20, row.cw20, row.aa), strict=True)
-        known = ", ".join(f"{k} {v:.2f}" for k, v in scores if v is not None)
-        published = f"Published for {row.row}: {known}."
+    published = figures(CURE.rows.get((data, model)))
     title = f"Table 9 of CURE: p {percentile:g}, alpha {alpha:g}, gamma {gamma:g}, 200 epochs."
     return Recipe(config, f"{title}\n\n{published} {note}".rstrip())
+
+
+def figures(row: PaperRow | None) -> str:
+    """Return a published result in a sentence."""
+    if row is None:
+        return "The paper prints no result for these settings."
+    names = ("natural", "PGD-20", "C&W", "AutoAttack")
+    scores = zip(names, (row.natural, row.pgd20, row.cw20, row.aa), strict=True)
+    known = ", ".join(f"{k} {v:.2f}" for k, v in scores if v is not None)
+    return f"Published for {row.row}: {known}."
 
 
 FAST = Recipe(
@@ -146,6 +155,50 @@ RECIPES = {
 }
 
 
+def published_recipe(name: str) -> Recipe | None:
+    """Return METHOD-DATA-MODEL, a method as its authors train; None where that is not known.
+
+    The method is written with hyphens, as in ``piat-nmse-cifar10-resnet18``.
+    """
+    for method in METHODS.values():
+        data, hyphen, model = name.removeprefix(f"{method.name.replace('_', '-')}-").partition("-")
+        if not hyphen or data not in DATASETS or model not in MODELS:
+            continue
+        config = Config(
+            name=name,
+            data=DataConfig(data=data),
+            model=ModelConfig(model=model),
+            eval=EvalConfig(attacks=("natural", "pgd20", "cw20", "aa"), eval_step_size=0.003),
+        )
+        config = select_method(config, method.name)
+        if found := set_up_of(config):
+            config = found(config)
+            title = f"{method.label} as in {found.source}: {config.optim.epochs} epochs."
+            return Recipe(config, f"{title}\n\n{figures(paper_row(config))}")
+    return None
+
+
+def published_recipes() -> list[str]:
+    """Return the names of those for CIFAR-10, with the networks that set-ups are known for."""
+    names = []
+    for method in METHODS.values():
+        for model in ("resnet18", "wrn34-10", "vit-base"):
+            known = f"*/{model[:3]}*" in method.published or model == "resnet18"
+            name = f"{method.name.replace('_', '-')}-cifar10-{model}"
+            if known and published_recipe(name):
+                names.append(name)
+    return names
+
+
+def recipe_called(name: str) -> Recipe | None:
+    """Return the recipe of that name, None for an unknown one."""
+    return RECIPES.get(name) or published_recipe(name)
+
+
 def find_recipe(name: str) -> Config:
     """Return the configuration of the recipe ``name``; raise ``InputError`` for an unknown one."""
-    return find("RECIPE", RECIPES, name, expected="a run folder or one of").config
+    recipe = recipe_called(name)
+    if recipe is not None:
+        return recipe.config
+    expected = "a run folder, METHOD-DATA-MODEL such as trades-cifar10-resnet18, or one of"
+    return find("RECIPE", RECIPES, name, expected=expected).config

@@ -39,7 +39,7 @@ NARROW = {
     "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
     "methods": {"batch", "config", "errors", "losses", "policies", "step"},
     "engine": {"batch", "classifier", "config", "console", "errors", "kernels", "step"},
-    "recipes": {"config", "errors", "methods"},
+    "recipes": {"config", "errors", "loaders", "methods", "models", "step"},
 }
 # Rooms -> what they may import besides torch, NumPy and the standard library; elsewhere anything.
 LIBRARIES = {

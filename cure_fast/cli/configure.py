@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,11 @@ from typing import Any, Literal
 from cure_fast.cli.words import flags_of, pointing_to, read_words
 from cure_fast.config import Config
 from cure_fast.config.checks import shown
+from cure_fast.config.values import sections, with_values
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, check_config, publish, select_method
 from cure_fast.policies import POLICIES, select_policies
-from cure_fast.recipes import RECIPES, find_recipe
+from cure_fast.recipes import find_recipe, recipe_called
 from cure_fast.runs.folder import load_config
 
 # Flags that stand for no field of a section, and their types.
@@ -50,22 +51,9 @@ def read_config(
             raise InputError(
                 f"expected flags after {recipe}, each with its value; got {shown(free[0])}."
             )
-        changes = {"name": values["name"]} if "name" in values else {}
-        policies = dict(config.policies)
-        for name, part in parts.items():
-            taken = {field: values[field] for field in vars(part) if field in values}
-            if taken:
-                where = policies if name in policies else changes
-                where[name] = replace(part, **taken)
-        config = replace(config, **changes, policies=policies)
+        config = replace(with_values(config, values), name=values.get("name", config.name))
         check_config(config)
     return config, {name: values[name] for name in switches if name in values}
-
-
-def sections(config: Config) -> dict[str, Any]:
-    """Return the parts of a configuration that hold its flags, by name."""
-    own = {name: part for name, part in vars(config).items() if is_dataclass(part)}
-    return own | dict(config.policies)
 
 
 def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
@@ -75,7 +63,7 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
     if folder and os.path.lexists(folder / "config.json"):
         config = load_config(folder)
         config = replace(config, run=replace(config.run, out=recipe))
-    elif folder and recipe not in RECIPES and os.path.isdir(folder):
+    elif folder and not recipe_called(recipe) and os.path.isdir(folder):
         if os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
             raise InputError(
                 f"{recipe}: expected a run folder, which holds config.json, got a folder without. "
@@ -85,7 +73,7 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
             f"{recipe}: expected a run folder, got one that may not be opened; change its "
             "permissions, or name another."
         )
-    elif recipe not in RECIPES and os.path.lexists(recipe):
+    elif not recipe_called(recipe) and os.path.lexists(recipe):
         raise InputError(
             f"{recipe}: expected a recipe or a run folder, got a file. Name the folder of a run, "
             "or start from weights with --init-from."

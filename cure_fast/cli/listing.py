@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, get_args, get_origin
 
-from cure_fast.cli.configure import sections
 from cure_fast.config import Config
 from cure_fast.config.attack_names import ATTACKS
 from cure_fast.config.checks import as_word, field_types
+from cure_fast.config.values import sections
 from cure_fast.loaders import DATASETS
 from cure_fast.methods import METHODS
 from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES
-from cure_fast.recipes import RECIPES
+from cure_fast.recipes import RECIPES, published_recipes
 
 
 def print_all() -> None:
@@ -21,6 +21,7 @@ def print_all() -> None:
         "Recipes (cure-fast train RECIPE)": {
             name: recipe.about.split("\n")[0] for name, recipe in RECIPES.items()
         },
+        "Recipes as the authors of each method train": {name: "" for name in published_recipes()},
         "Methods (--method)": {name: method.title for name, method in METHODS.items()},
         "Policies (--policies A,B,..., with any method)": {
             name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()

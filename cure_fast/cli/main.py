@@ -75,9 +75,10 @@ def show_flags(recipe: str, words: Sequence[str], prog: str) -> None:
     """Print the help of ``train`` or ``show``: every field of the configuration is a flag."""
     from cure_fast.cli.configure import base_config
     from cure_fast.policies import POLICIES
-    from cure_fast.recipes import RECIPES
+    from cure_fast.recipes import recipe_called
 
-    about = RECIPES[recipe].about if recipe in RECIPES else f"The run in {recipe}."
+    known = recipe_called(recipe)
+    about = known.about if known else f"The run in {recipe}."
     tyro.cli(
         OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
         default=base_config(recipe, words, prog),

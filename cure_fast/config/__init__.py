@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
@@ -63,6 +63,9 @@ class ModelConfig(Checked):
     """First layer of the model: none, or the data set's mean and deviation taken out."""
     init_from: str | None = None
     """File with the first weights (.safetensors, or a .pt of plain tensors); None trains them."""
+    teacher: tuple[str, ...] = ()
+    """Networks that the method learns from, NAME:RUN or NAME:FILE each, such as robust:runs/at, by
+    the names that `cure-fast list methods` shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +127,22 @@ class OptimConfig(Checked):
     weight_decay: Share = 5e-4
     """L2 penalty, 0 to 1, whose gradient is added: weight decay times weight."""
     schedule: Literal[
-        "multistep", "linear", "onecycle", "onecycle-cosine", "cosine", "constant"
+        "multistep",
+        "linear",
+        "onecycle",
+        "onecycle-cosine",
+        "cosine",
+        "constant",
+        "rice",
+        "trades76",
+        "mart",
+        "seat",
+        "piat",
     ] = "multistep"
     """Learning rate: multistep and linear follow --milestones; onecycle rises linearly for a
     quarter of the run, then falls linearly to zero; onecycle-cosine is torch's OneCycleLR, which
-    takes the same quarter and moves the momentum too; cosine falls to zero."""
+    takes the same quarter and moves the momentum too; cosine falls to zero. The others are those
+    of their papers: rice, trades76 and mart drop, seat and piat fall in straight lines."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Where the rate changes, as increasing fractions of the run, 0 to 1 (0.5,0.75: epochs 100 and
     150 of 200)."""
@@ -229,9 +243,16 @@ class RunConfig(Checked):
     """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(Checked):
-    """Settings of the training method; each method has its own."""
+    """Settings of a method or a policy; each has its own, whose fields are flags.
+
+    Classes derived from it are frozen dataclasses without a decorator of their own.
+    """
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def sections(config: Any) -> dict[str, Any]:
+    """Return the parts of a configuration that hold its flags, by name."""
+    own = {n: part for n, part in vars(config).items() if dataclasses.is_dataclass(part)}
+    return own | dict(config.policies)
+
+
+def with_values(config: T, values: Mapping[str, Any]) -> T:
+    """Return a configuration with other values of fields, which are unique among its sections.
+
+    Fields that it does not have are left alone.
+    """
+    changes: dict[str, Any] = {}
+    policies = dict(config.policies)  # pyright: ignore[reportAttributeAccessIssue]
+    for name, part in sections(config).items():
+        taken = {field: values[field] for field in vars(part) if field in values}
+        if taken:
+            (policies if name in policies else changes)[name] = dataclasses.replace(part, **taken)
+    return dataclasses.replace(config, **changes, policies=policies)  # pyright: ignore[reportArgumentType]
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that identify a JSON-like mapping, whatever its key order."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from fnmatch import fnmatch
 
 from cure_fast.config import Config
-from cure_fast.config.checks import find
+from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.mart import MART
@@ -15,7 +16,7 @@ from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
 from cure_fast.methods.trades import TRADES
 from cure_fast.policies import POLICIES, find_policy
-from cure_fast.step.method import Method, PaperRow
+from cure_fast.step.method import Method, PaperRow, SetUp
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -60,20 +61,28 @@ def publish(config: Config) -> Config:
     Raises:
         InputError: if that is not known of the method.
     """
-    method = find_method(config.method)
-    if method.published is None:
-        known = [name for name, other in METHODS.items() if other.published is not None]
+    found = set_up_of(config)
+    if found is None:
+        known = [name for name, other in METHODS.items() if other.published]
         raise InputError(
-            f"--regime: expected recipe for --method {method.name}, got 'published', which is for "
-            f"{', '.join(known)}. Leave it out."
+            f"--regime: expected recipe for --method {config.method}, got 'published', which is "
+            f"for {', '.join(known)}. Leave it out."
         )
-    return method.published(config)
+    return found(config)
+
+
+def set_up_of(config: Config) -> SetUp | None:
+    """Return the official set-up of the method for the data and model, None where none is known."""
+    place = f"{config.data.data}/{config.model.model}"
+    published = find_method(config.method).published
+    return next((found for pattern, found in published.items() if fnmatch(place, pattern)), None)
 
 
 def check_config(config: Config) -> None:
     """Raise ``InputError`` for a configuration whose method and policies contradict."""
     method = find_method(config.method)
     method.check(config)
+    given_teachers(config)
     averages = [name for name in config.policies if find_policy(name).result is not None]
     if len(averages) > 1:
         raise InputError(
@@ -85,6 +94,23 @@ def check_config(config: Config) -> None:
             f"--policies: expected policies that --method {method.name} has not itself, got "
             f"{averages[0]}. Leave it out."
         )
+
+
+def given_teachers(config: Config) -> dict[str, str]:
+    """Return the run folder or file of each teacher that ``--teacher`` names.
+
+    Raises:
+        InputError: for another word than NAME:RUN, or a name that the method does not learn from.
+    """
+    method, given = find_method(config.method), {}
+    learns = "" if method.teachers else f" (--method {method.name} has none)"
+    for word in config.model.teacher:
+        name, _, path = word.partition(":")
+        known = bool(path) and name in method.teachers and name not in given
+        names = ", ".join(method.teachers) or "the method's teachers"
+        check(known, "teacher", word, f"NAME:RUN or NAME:FILE, one for each of {names}{learns}")
+        given[name] = path
+    return given
 
 
 def labels(method: str, policies: Iterable[str] = ()) -> str:

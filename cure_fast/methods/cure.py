@@ -19,7 +19,7 @@ the paper's: the most negative sums rather than the smallest magnitudes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,7 +38,6 @@ from cure_fast.step.policy import Policy
 from cure_fast.step.run import Run, Terms
 
 
-@dataclass(frozen=True, kw_only=True)
 class CureSettings(ConserveSettings):
     """CURE. Where paper and public code differ, the help names both choices."""
 

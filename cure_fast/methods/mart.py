@@ -13,21 +13,18 @@ where here each has its share of the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch.nn.functional as F
 
 from cure_fast.batch import Batch
-from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
+from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.methods.trades import unclamped_start
-from cure_fast.step.method import Method, paper_rows
+from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
 from cure_fast.step.run import Run, Terms
 
 
-@dataclass(frozen=True, kw_only=True)
 class MartSettings(MethodSettings):
     """MART."""
 
@@ -53,27 +50,6 @@ def loss(run: Run, batch: Batch) -> Terms:
     }
 
 
-def published(config: Config) -> Config:
-    """Return the official set-up of ResNet-18, or of wide ResNets; tests are within 8/255."""
-    wide = config.model.model.startswith("wrn")
-    epochs = 90 if wide else 120
-    drops = (75,) if wide else (75, 90, 100)
-    return replace(
-        config,
-        settings=replace(config.settings, beta=6.0 if wide else 5.0),
-        pretrain=PretrainConfig(),
-        attack=AttackConfig(eps=0.031, step_size=0.007, clamp_start=False),
-        optim=OptimConfig(
-            epochs=epochs,
-            lr=0.1 if wide else 0.01,
-            weight_decay=7e-4 if wide else 3.5e-3,
-            milestones=tuple(drop / epochs for drop in drops),
-            lr_factors=(0.1, 0.01, 0.001)[: len(drops)],
-        ),
-        eval=replace(config.eval, eval_eps=8 / 255),
-    )
-
-
 MART = Method(
     name="mart",
     label="MART",
@@ -83,7 +59,19 @@ MART = Method(
     settings=MartSettings(),
     attack=attack,
     loss=loss,
-    published=published,
+    published={
+        "*/wrn*": set_up(
+            "YisenWang/MART, wide ResNets",
+            epochs=90,
+            weight_decay=7e-4,
+            milestones=(75 / 90,),
+            beta=6.0,
+            **EPS_031,
+        ),
+        "*": set_up(
+            "YisenWang/MART", schedule="mart", epochs=120, lr=0.01, weight_decay=3.5e-3, **EPS_031
+        ),
+    },
     rows=paper_rows(
         "MART",
         ("cifar10", "resnet18", " (CURE's Table 1)", 80.70, 54.02, 49.35, 47.49),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from cure_fast.batch import Batch
-from cure_fast.config import MethodSettings
 from cure_fast.losses import cross_entropy
 from cure_fast.step.method import Method
 from cure_fast.step.run import Run, Terms
@@ -20,7 +19,6 @@ NATURAL = Method(
     label="Natural training",
     title="Natural training: cross-entropy on natural images",
     paper="standard training",
-    settings=MethodSettings(),
     attack=lambda run, batch: batch.x,
     loss=loss,
     uses_attack=False,

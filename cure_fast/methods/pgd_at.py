@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from cure_fast.batch import Batch
-from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
 from cure_fast.losses import cross_entropy
-from cure_fast.step.method import Method, paper_rows
+from cure_fast.step.method import Method, paper_rows, set_up
 from cure_fast.step.run import Run, Terms
 
 
@@ -24,35 +23,28 @@ def loss(run: Run, batch: Batch) -> Terms:
     return {"total": total, "adversarial_ce": total}
 
 
-def published(config: Config) -> Config:
-    """Return the set-up of Rice et al., Overfitting in adversarially robust deep learning (2020).
-
-    Their code normalises images, mirrors the border of crops and lets the attack move BatchNorm's
-    statistics; SVHN is neither cropped nor flipped.
-    """
-    svhn = config.data.data == "svhn"
-    crop = {"crop_padding": 0} if svhn else {"crop_padding": 4, "crop_mode": "reflect"}
-    return replace(
-        config,
-        data=replace(config.data, flip=not svhn, **crop),
-        model=replace(config.model, normalize="dataset"),
-        pretrain=PretrainConfig(),
-        attack=AttackConfig(
-            step_size=(1 if svhn else 2) / 255, start="uniform", attack_mode="train"
-        ),
-        optim=OptimConfig(lr=0.01 if svhn else 0.1),
-    )
-
+# Rice et al., Overfitting in adversarially robust deep learning, 2020: images are normalised, and
+# the attack moves BatchNorm's statistics.
+rice = partial(
+    set_up,
+    "locuslab/robust_overfitting",
+    schedule="rice",
+    normalize="dataset",
+    start="uniform",
+    attack_mode="train",
+)
 
 PGD_AT = Method(
     name="pgd_at",
     label="PGD-AT",
     title="PGD adversarial training: cross-entropy on adversarial images",
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018",
-    settings=MethodSettings(),
     attack=attack,
     loss=loss,
-    published=published,
+    published={
+        "svhn/*": rice(step_size=1 / 255, lr=0.01, crop_padding=0, flip=False),
+        "*": rice(crop_padding=4, crop_mode="reflect"),
+    },
     # The paper of CURE gives AutoAttack 44.04 for WRN-34-10, which is of another network.
     rows=paper_rows(
         "PGD-AT",

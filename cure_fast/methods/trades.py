@@ -9,20 +9,19 @@ BatchNorm's running statistics once more: ``natural_twice``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cure_fast.batch import Batch
-from cure_fast.config import AttackConfig, Config, MethodSettings, OptimConfig, PretrainConfig
+from cure_fast.config import Config, MethodSettings
 from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.step.method import Method, paper_rows
+from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
 from cure_fast.step.run import Run, Terms
 
 
-@dataclass(frozen=True, kw_only=True)
 class TradesSettings(MethodSettings):
     """TRADES."""
 
@@ -49,21 +48,6 @@ def loss(run: Run, batch: Batch) -> Terms:
     return {"total": natural_ce + run.settings.beta * kl, "natural_ce": natural_ce, "kl": kl}
 
 
-def published(config: Config) -> Config:
-    """Return the official schedule of the wide ResNet, else the one of later codes' ResNet-18."""
-    wide = config.model.model.startswith("wrn")
-    optim = OptimConfig()
-    if wide:
-        optim = OptimConfig(epochs=76, weight_decay=2e-4, milestones=(75 / 76,), lr_factors=(0.1,))
-    return replace(
-        config,
-        optim=optim,
-        pretrain=PretrainConfig(),
-        attack=AttackConfig(eps=0.031, step_size=0.007, clamp_start=False),
-        eval=replace(config.eval, eval_eps=8 / 255),
-    )
-
-
 def unclamped_start(config: Config) -> Config:
     """Return ``config`` with the attack's start as the noise leads, also outside of [0, 1]."""
     return replace(config, attack=replace(config.attack, clamp_start=False))
@@ -77,7 +61,12 @@ TRADES = Method(
     settings=TradesSettings(),
     attack=kl_attack,
     loss=loss,
-    published=published,
+    published={
+        "*/wrn*": set_up(
+            "yaodongyu/TRADES", schedule="trades76", epochs=76, weight_decay=2e-4, **EPS_031
+        ),
+        "*": set_up("later codes' ResNet-18, such as NeurAI-Lab/CURE's", **EPS_031),
+    },
     rows=paper_rows(
         "TRADES",
         ("cifar10", "resnet18", " (CURE's Table 1)", 82.41, 52.76, 50.43, 48.37),

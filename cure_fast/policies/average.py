@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -93,7 +92,6 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).requires_grad_(False)
 
 
-@dataclass(frozen=True, kw_only=True)
 class EmaSettings(MethodSettings):
     """Exponential moving average of weights and buffers, which is what is evaluated."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
 
 
-@dataclass(frozen=True, kw_only=True)
 class AwpSettings(MethodSettings):
     """AWP."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Annotated, Any, Literal
 
@@ -30,7 +29,6 @@ UPDATED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConserveSettings(MethodSettings):
     """Which weights are conserved in a step."""
 

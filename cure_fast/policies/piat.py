@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,6 @@ from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
 
 
-@dataclass(frozen=True, kw_only=True)
 class PiatSettings(MethodSettings):
     """PIAT. Weights after epoch n (from 0): share * weights before it + (1 - share) * weights."""
 

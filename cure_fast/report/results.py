@@ -11,7 +11,7 @@ from cure_fast.evaluation.attack_result import AttackResult, nrr
 from cure_fast.methods import labels
 from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES
-from cure_fast.recipes import RECIPES
+from cure_fast.recipes import RECIPES, published_recipe
 from cure_fast.report.html import Html, code, element, figure, join, paragraph, section, table
 from cure_fast.report.record import Record, Results
 from cure_fast.report.text import (
@@ -252,6 +252,8 @@ def differences(config: dict[str, Any], results: Results) -> list[str]:
 def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the recipe for the configuration's data set and model as plain values."""
     pair = (config["data"]["data"], config["model"]["model"])
+    if own := published_recipe("-".join((config["method"].replace("_", "-"), *pair))):
+        return to_dict(own.config)
     recipes = (to_dict(recipe.config) for recipe in RECIPES.values())
     return next((r for r in recipes if (r["data"]["data"], r["model"]["model"]) == pair), None)
 

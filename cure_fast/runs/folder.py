@@ -88,8 +88,8 @@ def config_from_dict(values: Any) -> Config:
     """
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise InputError("configuration: expected a table with the name of a method.")
-    settings = type(find_method(values["method"]).settings)
     rest = {"settings": {}, **upgraded(values)}
+    settings = type(find_method(rest["method"]).settings)
     stored = rest.pop("policies")
     check(isinstance(stored, dict), "policies", stored, "a table with the settings of each policy")
     policies = {n: from_dict(type(find_policy(n).settings), v) for n, v in stored.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from cure_fast.config.checks import check
 
 SECTIONS = ("settings", "attack", "optim", "eval", "run")
+RENAMED = {"piat": "piat_nmse"}
 # What --engine-without took once.
 GONE = "fold"
 
@@ -16,6 +17,8 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
 
     What no version has written stays as it is, to be refused.
     """
+    # The name of a policy once was a method's too.
+    values = {**values, "method": RENAMED.get(values.get("method", ""), values.get("method"))}
     parts = {name: values.get(name) for name in SECTIONS}
     if "policies" in values or not all(isinstance(part, dict) for part in parts.values()):
         return {"policies": {}, **values}

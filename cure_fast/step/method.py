@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from cure_fast.batch import Batch
 from cure_fast.config import Config
+from cure_fast.config.values import with_values
 from cure_fast.step.policy import Choice, Policy
 from cure_fast.step.run import Run, Terms
 
@@ -48,6 +50,34 @@ def paper_rows(
     }
 
 
+# Radius and step of TRADES' code, which others took over: they test within 8/255. Its start is not
+# clamped to [0, 1].
+EPS_031 = {"eps": 0.031, "step_size": 0.007, "clamp_start": False, "eval_eps": 8 / 255}
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """How a method's authors train: values of flags; schedule and attack are else the plain ones.
+
+    Attributes:
+        source: what the values were read in.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+
+    def __call__(self, config: Config) -> Config:
+        """Return the configuration with this set-up."""
+        plain = Config()
+        config = replace(config, pretrain=plain.pretrain, attack=plain.attack, optim=plain.optim)
+        return with_values(config, self.values)
+
+
+def set_up(source: str, **values: Any) -> SetUp:
+    """Return a set-up from the values of flags."""
+    return SetUp(source, values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Choice):
     """A training method as a record of functions.
@@ -58,12 +88,13 @@ class Method(Choice):
         loss: from (run, batch) to :data:`Terms`; called once per pass over a part of the batch.
         networks: builds further networks, which checkpoints store. Those whose parameters take
             gradients are trained by the run's optimiser, with the model.
-        teachers: names networks that stay as they are, with a run folder or file of weights each.
+        teachers: names of the networks that it learns from, which stay as they are: ``natural``
+            and ``robust``, which --teacher gives.
         policies: builds the method's own policies.
         check: raises ``InputError`` for a configuration the method cannot run.
         preset: changes other parts of the configuration when the method is chosen by name.
-        published: sets the official schedule, optimiser and attack for the configuration's data and
-            model, for ``--regime published``; None where that is not known.
+        published: official set-ups by patterns of ``data/model``, of which the first that fits
+            counts, for ``--regime published`` and recipes; empty where none is known.
         phase: from the run to what its functions branch on besides the settings, such as the epoch.
             Steps of equal phase must do the same operations: the fast engine replays them. Numbers
             that change are asked of ``run.engine.number`` instead.
@@ -74,11 +105,11 @@ class Method(Choice):
     attack: Callable[[Run, Batch], Tensor]
     loss: Callable[[Run, Batch], Terms]
     networks: Callable[[Run], dict[str, nn.Module]] = lambda run: {}
-    teachers: Callable[[Config], dict[str, str]] = lambda config: {}
+    teachers: tuple[str, ...] = ()
     policies: Callable[[Run], tuple[Policy, ...]] = lambda run: ()
     check: Callable[[Config], None] = lambda config: None
     preset: Callable[[Config], Config] = lambda config: config
-    published: Callable[[Config], Config] | None = None
+    published: Mapping[str, SetUp] = field(default_factory=dict)
     phase: Callable[[Run], Hashable] = lambda run: None
     rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +131,7 @@ class Choice:
     label: str
     title: str
     paper: str
-    settings: MethodSettings
+    settings: MethodSettings = field(default_factory=MethodSettings)
     result: str | None = None
     fixed: tuple[str, ...] = ()
 

@@ -37,7 +37,7 @@ from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
 from cure_fast.training.saving import RAW
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
-from cure_fast.training.teachers import copy_name, keep_teachers, read_teachers
+from cure_fast.training.teachers import copy_name, keep_teachers, read_teachers, sources
 from cure_fast.training.trainer import build_run
 
 
@@ -65,6 +65,7 @@ def train(
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
+    sources(config)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
         new_model(config, num_classes=2)

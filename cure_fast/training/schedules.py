@@ -8,6 +8,16 @@ import numpy as np
 
 from cure_fast.config import OptimConfig
 
+# Drops to a tenth by published name, as shares of the run, and lines through (share, factor).
+DROPS = {
+    "rice": (0.5, 0.75),
+    "trades76": (75 / 76,),
+    "mart": (75 / 120, 90 / 120, 100 / 120),
+}
+LINES = {
+    "seat": ((1 / 3, 1.0), (2 / 3, 0.1), (1.0, 0.01)),
+    "piat": ((1 / 2, 1.0), (3 / 4, 0.1), (1.0, 0.01)),
+}
 # Share of a one-cycle run during which the learning rate rises.
 RISE = 0.25
 
@@ -17,13 +27,17 @@ def lr_at(optim: OptimConfig, progress: float, step: float = 0.0) -> float:
 
     ``step`` is the share of the run that one step is, 1 / steps.
     """
-    if optim.schedule in ("multistep", "linear"):
-        factors = optim.lr_factors
-        if factors is None:
-            factors = tuple(0.1 ** (place + 1) for place in range(len(optim.milestones)))
-        if optim.schedule == "linear":
-            return optim.lr * float(np.interp(progress, (0.0, *optim.milestones), (1.0, *factors)))
-        passed = sum(progress >= milestone for milestone in optim.milestones)
+    milestones, factors = optim.milestones, optim.lr_factors
+    if optim.schedule in LINES:
+        milestones, factors = zip(*LINES[optim.schedule], strict=True)
+    elif optim.schedule in DROPS:
+        milestones, factors = DROPS[optim.schedule], None
+    if factors is None:
+        factors = tuple(0.1 ** (place + 1) for place in range(len(milestones)))
+    if optim.schedule == "linear" or optim.schedule in LINES:
+        return optim.lr * float(np.interp(progress, (0.0, *milestones), (1.0, *factors)))
+    if optim.schedule == "multistep" or optim.schedule in DROPS:
+        passed = sum(progress >= milestone for milestone in milestones)
         return optim.lr * (1.0, *factors)[passed]
     if optim.schedule == "onecycle":
         rise, fall = progress / RISE, (1 - progress) / (1 - RISE)

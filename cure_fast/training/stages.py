@@ -159,6 +159,7 @@ def natural_stage(config: Config) -> Config:
         method="natural",
         settings=MethodSettings(),
         policies={},
+        model=replace(config.model, teacher=()),
         pretrain=PretrainConfig(),
         eval=replace(config.eval, networks=()),
         optim=replace(

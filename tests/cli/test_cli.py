@@ -213,8 +213,8 @@ def test_runs_without_out_get_a_folder_of_their_own(folder):
 def test_policies_name_the_folder_that_resume_finds(folder, capsys):
     words = ["train", "quickstart", "--method", "trades", "--policies", "piat,awp", *TINY]
     assert main(words) == 0
-    assert main(["train", "quickstart", "--method", "piat", *TINY]) == 0
-    names = {"quickstart-trades+piat+awp-s0", "quickstart-piat-s0"}
+    assert main(["train", "quickstart", "--method", "piat_nmse", *TINY]) == 0
+    names = {"quickstart-trades+piat+awp-s0", "quickstart-piat_nmse+piat-s0"}
     assert {p.name for p in Path("runs").iterdir()} == names
     assert main([*words, "--resume"]) == 0
     assert "resumed" in capsys.readouterr().out

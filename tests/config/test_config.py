@@ -256,8 +256,8 @@ def test_the_label_is_the_method_with_its_policies():
     told = {
         "--method trades": "TRADES",
         "--method trades --policies piat,awp": "TRADES + PIAT + AWP",
-        "--method piat": "NMSE + PIAT",
-        "--method piat --policies piat,awp": "NMSE + PIAT + AWP",
+        "--method piat_nmse": "NMSE + PIAT",
+        "--method piat_nmse --policies piat,awp": "NMSE + PIAT + AWP",
         "--policies ema": "CURE + EMA",
     }
     configs = {words: with_words("quickstart", words) for words in told}
@@ -274,8 +274,8 @@ def test_a_paper_row_is_of_the_same_method_with_the_same_policies():
     assert row("--data digits") is None and row("--model resnet34") is None
     assert row("--method trades").startswith("TRADES, ") and "CURE's" in row("--method trades")
     assert row("--method cure_eff").startswith("CURE_Eff, ")
-    assert row("--method piat").startswith("PIAT + NMSE, ")
-    assert row("--method piat --policies piat,awp") is None
+    assert row("--method piat_nmse").startswith("PIAT + NMSE, ")
+    assert row("--method piat_nmse --policies piat,awp") is None
     assert (
         row("--method nmse").startswith("NMSE, ") and row("--method nmse --policies piat") is None
     )
@@ -299,8 +299,8 @@ def test_the_published_regime_depends_on_data_and_model_and_gives_way_to_flags()
         o = config.optim
         return o.lr, o.epochs, o.weight_decay
 
-    assert optim("--method piat") == (0.01, 120, 3.5e-3)
-    assert optim("--method piat --model wrn34-10") == (0.1, 180, 7e-4)
+    assert optim("--method piat_nmse") == (0.01, 120, 3.5e-3)
+    assert optim("--method piat_nmse --model wrn34-10") == (0.1, 180, 7e-4)
     assert optim("--method trades") == (0.1, 200, 5e-4)
     assert optim("--method trades --model wrn34-10 --epochs 3") == (0.1, 3, 2e-4)
     assert optim("--method pgd_at --data svhn") == (0.01, 200, 5e-4)
@@ -320,8 +320,8 @@ def test_presets_may_set_policies_and_the_command_line_replaces_them():
     def policies(words):
         return list(with_words("quickstart", words).policies)
 
-    assert policies("") == [] and policies("--method piat") == ["piat"]
-    assert policies("--method piat --policies awp,piat") == ["awp", "piat"]
+    assert policies("") == [] and policies("--method piat_nmse") == ["piat"]
+    assert policies("--method piat_nmse --policies awp,piat") == ["awp", "piat"]
     assert policies("--policies awp,piat --awp-gamma 0.5") == ["awp", "piat"]
     assert policies("--method nmse --policies none") == []
     config = with_words("quickstart", "--policies awp,piat --awp-gamma=1/2 --piat-share 0.25")

@@ -22,7 +22,7 @@ from cure_fast.methods import METHODS, select_method
 from cure_fast.models import build_model
 from cure_fast.recipes import RECIPES, find_recipe
 from cure_fast.training.trainer import build_run
-from tiny_step import FixedLoader
+from tiny_step import FixedLoader, teachers_like
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,8 @@ def _losses(config, engine, dtype):
     torch.manual_seed(11)
     model = build_model("resnet-small", num_classes=runs.CLASSES, width=4)
     data = [(x.to(dtype), y) for x, y in runs.batches(PER_EPOCH)]
-    run = build_run(config, model.to(dtype), FixedLoader(data), CPU)
+    taught = teachers_like(model.to(dtype), config.method)
+    run = build_run(config, model.to(dtype), FixedLoader(data), CPU, taught)
     assert run.engine.name == engine
     real = attacks.start_point
 

@@ -11,10 +11,11 @@ import pytest
 import bad_input
 from bad_input import answer, prepared
 from bad_input_cases import CASES
-from cure_fast.cli.configure import OWN, sections
+from cure_fast.cli.configure import OWN
 from cure_fast.cli.main import COMMANDS, parameters
 from cure_fast.cli.words import flags_of
 from cure_fast.config.checks import alternatives
+from cure_fast.config.values import sections
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from cure_fast.recipes import find_recipe

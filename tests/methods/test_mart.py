@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny_step
-from cure_fast.methods import find_method, select_method
+from cure_fast.methods import publish, select_method
 from cure_fast.recipes import find_recipe
 from cure_fast.training.schedules import lr_at
 
@@ -88,9 +88,7 @@ def test_a_certain_prediction_has_a_finite_loss_and_gradients(certain):
 )
 def test_the_published_set_up(model, beta, decay, rates):
     config = select_method(find_recipe("cifar10-resnet18"), "mart")
-    config = find_method("mart").published(
-        replace(config, model=replace(config.model, model=model))
-    )
+    config = publish(replace(config, model=replace(config.model, model=model)))
     assert (config.settings.beta, config.optim.weight_decay) == (beta, decay)
     assert config.pretrain.pretrain_epochs == 0
     assert (config.attack.eps, config.attack.step_size, config.attack.attack_steps) == (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_step
-from cure_fast.methods import find_method, select_method
+from cure_fast.methods import find_method, publish, select_method
 from cure_fast.policies.piat import PIAT, Interpolate
 from cure_fast.recipes import find_recipe
 from cure_fast.training.schedules import lr_at
@@ -56,13 +56,13 @@ def test_the_distance_is_of_directions_and_at_most_four():
 
 
 def test_piat_is_nmse_with_its_policy_and_keeps_what_was_chosen():
-    config = select_method(find_recipe("quickstart"), "piat")
+    config = select_method(find_recipe("quickstart"), "piat_nmse")
     assert config.policies == {"piat": PIAT.settings} and config.settings.mu == 4
     chosen = replace(PIAT.settings, piat_share=0.5)
-    again = select_method(replace(config, policies={"piat": chosen}), "piat")
+    again = select_method(replace(config, policies={"piat": chosen}), "piat_nmse")
     assert again.policies == {"piat": chosen}
     assert not select_method(find_recipe("quickstart"), "nmse").policies
-    run = tiny_step.tiny_run("piat")
+    run = tiny_step.tiny_run("piat_nmse")
     assert isinstance(run.policies[0], Interpolate) and run.method.loss is find_method("nmse").loss
 
 
@@ -76,7 +76,7 @@ def test_piat_is_nmse_with_its_policy_and_keeps_what_was_chosen():
 def test_the_published_schedule(model, rates):
     config = find_recipe("cifar10-resnet18")
     config = replace(config, model=replace(config.model, model=model))
-    config = find_method("piat").published(select_method(config, "piat"))
+    config = publish(select_method(config, "piat_nmse"))
     epochs = max(rates)
     assert config.optim.epochs == epochs and config.attack.start == "uniform"
     assert {e: lr_at(config.optim, e / epochs) for e in rates} == pytest.approx(rates)

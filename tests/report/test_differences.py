@@ -17,7 +17,11 @@ from cure_fast.report.record import ModelScores, Results
 from cure_fast.report.results import differences
 
 FAST = "cifar10-resnet18-fast"
-ROWS = [name for name in RECIPES if name.startswith(("cifar10-", "svhn-")) and name != FAST]
+ROWS = [
+    name
+    for name in RECIPES
+    if name.startswith(("cifar10-", "svhn-")) and name not in (FAST, "cifar10-small")
+]
 
 
 def score(attack: str, count: int = 10_000) -> AttackResult:
@@ -99,10 +103,12 @@ def test_what_does_not_change_the_experiment_is_not_listed(
 
 def test_another_method_is_named() -> None:
     config = find_recipe("cifar10-resnet18")
+    # Against what its own authors do, not against the recipe of CURE.
     trades = differences(to_dict(select_method(config, "trades")), results())
     assert trades == [
-        "method TRADES instead of CURE",
-        "clamping of the training attack's start off instead of on",
+        "training eps 8/255 instead of 0.031",
+        "training attack's step size 2/255 instead of 0.007",
+        "epochs of natural pre-training 200 instead of 0",
     ]
     efficient = differences(to_dict(select_method(config, "cure_eff")), results())
     assert efficient == [

@@ -56,7 +56,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     ],
     "Recipes, methods and run folders": [
         ("train quikstart", "Perhaps you meant quickstart"),
-        ("train ''", "expected a run folder or one of quickstart"),
+        ("train ''", "or one of quickstart"),
         ("train notes.txt", "got a file"),
         ("train empty-folder", "expected a run folder"),
         ("train locked", "permissions"),
@@ -81,7 +81,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --policies pait", "Perhaps you meant piat"),
         ("train quickstart --policies", "names with commas between"),
         ("train quickstart --policies piat,awp,piat", "Write --policies piat,awp"),
-        ("train quickstart --method piat --policies awp", "expected piat among --policies"),
+        ("train quickstart --method piat_nmse --policies awp", "expected piat among --policies"),
         ("train quickstart --joint-forward", "--joint-forward is no more"),
         ("train quickstart --lr-decay 0.2", "write the factor of each milestone"),
         ("train quickstart --policies none,awp", "expected none or some of"),

@@ -24,7 +24,7 @@ from cure_fast.methods import select_method
 from cure_fast.models import ImageClassifier, build_model
 from cure_fast.step.state import TrainState as Run
 from cure_fast.training.trainer import build_run, next_step
-from tiny_step import FixedLoader
+from tiny_step import FixedLoader, teachers_like
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -120,7 +120,8 @@ def make_run(
     model.compute_dtype = dtype
     data = batches() if data is None else data
     loader = FixedLoader([(x.to(device), y.to(device)) for x, y in data])
-    return build_run(config, model, loader, device, copy.deepcopy(teachers))
+    given = teachers_like(model, method) if teachers is None else copy.deepcopy(teachers)
+    return build_run(config, model, loader, device, given)
 
 
 @dataclass

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from cure_fast.methods import select_method
-from cure_fast.models.weights import read_weights
+from cure_fast.methods import find_method, select_method
+from cure_fast.models.building import build_for_data
+from cure_fast.models.weights import read_weights, save_weights
 from cure_fast.recipes import find_recipe
 from cure_fast.runs.log import read_rows
 
@@ -39,9 +40,30 @@ def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
         ),
     )
     config = select_method(config, method)
+    if names := find_method(method).teachers:
+        files = {
+            n: teacher_file(tmp_path / f"{n}.safetensors", seed=k) for k, n in enumerate(names)
+        }
+        taught = tuple(f"{name}:{file}" for name, file in files.items())
+        config = replace(config, model=replace(config.model, teacher=taught))
     for name, changes in sections.items():
         config = replace(config, **{name: replace(getattr(config, name), **changes)})
     return config
+
+
+def teacher_file(path, *, width=8, classes=10, seed=1):
+    """Write a network drawn at random, in words that rebuild it."""
+    torch.manual_seed(seed)
+    network = build_for_data(
+        "resnet-small",
+        data="digits",
+        num_classes=classes,
+        width=width,
+        stem="cifar",
+        normalize="none",
+    )
+    save_weights(network, path, network.description)
+    return path
 
 
 def same_weights(a, b):

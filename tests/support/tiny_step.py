@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, OptimConfig, RunConfig
-from cure_fast.methods import select_method
+from cure_fast.methods import find_method, select_method
 from cure_fast.models import ImageClassifier
 from cure_fast.training.trainer import build_run
 
@@ -126,7 +127,17 @@ def tiny_run(
         model = Tiny()
     model = model.to(dtype)
     loader = FixedLoader(batches or tiny_batches(4, dtype=dtype))
-    return build_run(config, model, loader, torch.device("cpu"))
+    return build_run(config, model, loader, torch.device("cpu"), teachers_like(model, method))
+
+
+def teachers_like(model, method):
+    """Networks like the model with other weights, for each teacher of the method."""
+    generator = torch.Generator().manual_seed(17)
+    teachers = {name: copy.deepcopy(model) for name in find_method(method).teachers}
+    for teacher in teachers.values():
+        for weight in teacher.parameters():
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return teachers
 
 
 def terms_of(method, *logits, y, **settings):

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cure_fast.config import MethodSettings
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.methods import METHODS
 from cure_fast.methods.pgd_at import PGD_AT
-from cure_fast.models.building import build_for_data, load_model
+from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_weights, save_weights
 from cure_fast.runs.checkpoint import load_checkpoint
 from cure_fast.training import stages
 from cure_fast.training.job import train
-from tiny_job import same_weights, tiny
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaughtSettings(MethodSettings):
-    """A method that learns from a teacher."""
-
-    taught_by: str = ""
-
+from tiny_job import same_weights, teacher_file, tiny
 
 SEEN = []
 
@@ -46,32 +37,16 @@ def taught(monkeypatch):
     method = replace(
         PGD_AT,
         name="taught",
-        settings=TaughtSettings(),
         loss=loss,
-        teachers=lambda config: {"guide": config.settings.taught_by},
+        teachers=("guide",),
     )
     monkeypatch.setitem(METHODS, "taught", method)
     SEEN.clear()
 
 
-def teacher_file(path, *, width=8, classes=10, seed=1):
-    """Write a network drawn at random, in words that rebuild it."""
-    torch.manual_seed(seed)
-    network = build_for_data(
-        "resnet-small",
-        data="digits",
-        num_classes=classes,
-        width=width,
-        stem="cifar",
-        normalize="none",
-    )
-    save_weights(network, path, network.description)
-    return path
-
-
 def config(tmp_path, source, out="run"):
-    pretrain = {"pretrain_epochs": 0}
-    return tiny(tmp_path, "taught", out=out, settings={"taught_by": str(source)}, pretrain=pretrain)
+    sections = {"model": {"teacher": (f"guide:{source}",)}, "pretrain": {"pretrain_epochs": 0}}
+    return tiny(tmp_path, "taught", out=out, **sections)
 
 
 def test_a_teacher_is_kept_frozen_and_in_no_checkpoint(tmp_path):
@@ -117,6 +92,37 @@ def test_a_teacher_that_was_changed_replaces_the_copy(tmp_path):
     assert all(torch.equal(given[k], kept[k]) for k in kept)
 
 
+def test_a_teachers_file_that_became_another_is_refused(tmp_path):
+    source = teacher_file(tmp_path / "teacher.safetensors")
+    train(config(tmp_path, source))
+    teacher_file(source, seed=2)
+    with pytest.raises(InputError, match=r"not the guide teacher that the run has learned from"):
+        train(config(tmp_path, source), resume=True)
+
+
+def test_a_teacher_may_be_a_run_folder(tmp_path):
+    made = train(tiny(tmp_path, "natural", out="made", epochs=1))
+    folder = train(config(tmp_path, made))
+    given, kept = (read_weights(f) for f in (made / "model.safetensors", *folder.glob("teacher-*")))
+    assert all(torch.equal(given[k], kept[k]) for k in kept)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("taught", (), r"learns from a guide teacher, got none\. Train one: cure-fast train"),
+        ("taught", ("other:x",), r"NAME:RUN or NAME:FILE, one for each of guide"),
+        ("taught", ("guide:x", "guide:y"), r"one for each of guide"),
+        ("taught", ("guide",), r"NAME:RUN or NAME:FILE"),
+        ("pgd_at", ("robust:x",), r"--method pgd_at has none\), got 'robust:x'"),
+    ],
+)
+def test_teachers_that_a_method_does_not_learn_from_are_refused(tmp_path, method, words, message):
+    with pytest.raises(InputError, match=message):
+        train(tiny(tmp_path, method, model={"teacher": words}))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("case", ["absent", "not ours", "other classes"])
 def test_a_wrong_teacher_is_refused_before_anything_is_written(tmp_path, case):
     path = tmp_path / "teacher.safetensors"
@@ -124,7 +130,7 @@ def test_a_wrong_teacher_is_refused_before_anything_is_written(tmp_path, case):
         save_weights(torch.nn.Linear(2, 2), path, {})
     elif case == "other classes":
         teacher_file(path, classes=7)
-    with pytest.raises(InputError, match=r"teacher guide: .*--method natural") as raised:
+    with pytest.raises(InputError, match=r"teacher guide: .*--method pgd_at") as raised:
         train(config(tmp_path, path))
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
     if case == "other classes":
