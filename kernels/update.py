@@ -34,7 +34,7 @@ def masked_sgd_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0.0,
+    momentum: float | Tensor = 0.0,
     weight_decay: float | Sequence[float] | Tensor = 0.0,
     nesterov: bool = False,
     scores: Sequence[Tensor | None] | None = None,
@@ -59,7 +59,7 @@ def masked_sgd_(
         momentum_buffers: L tensors, float32, changed in place; None where ``momentum`` is 0, which
             leaves them as they are.
         lr: learning rate, at least 0; a number or a 0-d floating tensor on the device.
-        momentum: factor of the momentum, at least 0.
+        momentum: factor of the momentum, at least 0; as ``lr``.
         weight_decay: factor of the weights in the gradient, at least 0; a number, one per tensor,
             or a float32 tensor [L] on the device. Numbers that differ are sent at each call, which
             a CUDA graph cannot: give it a tensor.
@@ -85,7 +85,7 @@ def masked_sgd_(
             their weights, or share memory with another tensor.
     """
     device = _check_tensors(params, grads, momentum_buffers, averages, low_precision_copies)
-    momentum = _check_momentum(momentum, nesterov, momentum_buffers)
+    _check_momentum(momentum, nesterov, momentum_buffers, device)
     check_scalar("lr", lr, device, 0)
     weight_decay = _check_weight_decay(weight_decay, len(params), device)
     check_flag("skip", skip, device)
@@ -100,7 +100,7 @@ def masked_sgd_(
         grads,
         momentum_buffers,
         lr=plain_number(lr),
-        momentum=momentum,
+        momentum=plain_number(momentum),
         weight_decay=weight_decay,
         nesterov=nesterov,
         scores=scores,
@@ -121,7 +121,7 @@ def masked_sgd_ref(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0.0,
+    momentum: float | Tensor = 0.0,
     weight_decay: float | Sequence[float] | Tensor = 0.0,
     nesterov: bool = False,
     scores: Sequence[Tensor | None] | None = None,
@@ -149,11 +149,16 @@ def masked_sgd_ref(
             g = g.addcmul(param, factor)
         else:
             g = g.add(param, alpha=factor)
-        if momentum_buffers is not None and momentum:
+        if momentum_buffers is not None and (isinstance(momentum, Tensor) or momentum):
             buffer = momentum_buffers[i]
             v = buffer.mul(momentum).add(g)
             buffer.copy_(v if going is None else torch.where(going, v, buffer))
-            g = g.add(v, alpha=momentum) if nesterov else v
+            if not nesterov:
+                g = v
+            elif isinstance(momentum, Tensor):
+                g = g + momentum * v
+            else:
+                g = g.add(v, alpha=momentum)
         after = param - lr * g if isinstance(lr, Tensor) else param.add(g, alpha=-lr)
         if conserve == "weight" and masked is not None:
             after = torch.where(masked, before, after)
@@ -235,18 +240,21 @@ def _orders(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...] | None, ...]:
 
 
 def _check_momentum(
-    momentum: float, nesterov: bool, momentum_buffers: Sequence[Tensor] | None
-) -> float:
-    number = check_number("momentum", momentum, 0)
-    if number and momentum_buffers is None:
+    momentum: float | Tensor,
+    nesterov: bool,
+    momentum_buffers: Sequence[Tensor] | None,
+    device: torch.device,
+) -> None:
+    check_scalar("momentum", momentum, device, 0)
+    some = isinstance(momentum, Tensor) or momentum != 0
+    if some and momentum_buffers is None:
         raise ValueError(
             "momentum_buffers: expected one per tensor with momentum above 0, got None."
         )
     if not isinstance(nesterov, bool):
         raise TypeError(f"nesterov: expected True or False, got {type(nesterov).__name__}.")
-    if nesterov and not number:
+    if nesterov and not some:
         raise ValueError("nesterov: expected momentum above 0 with it, got 0.")
-    return number
 
 
 def _check_moving(

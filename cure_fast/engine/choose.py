@@ -42,10 +42,6 @@ def obstacle_of(run: TrainState) -> str | None:
         return f"its update is SGD's, and --optimizer is {optim.optimizer}"
     if optim.micro_batch_size is not None:
         return "it takes whole batches, and --micro-batch-size cuts them"
-    if optim.clip_grad is not None:
-        return "it cuts no gradients, and --clip-grad does"
-    if optim.schedule == "onecycle-cosine":
-        return "its momentum stays, and --schedule onecycle-cosine moves it"
     if run.scaler.is_enabled():
         return "it has no loss scaling, which fp16 needs; --amp bf16 goes without"
     if any(parameter.dtype != torch.float32 for parameter in run.trained_parameters):

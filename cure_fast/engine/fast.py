@@ -192,7 +192,10 @@ class FastEngine(Engine):
         return self.prepare().loss.within(term, parameters)
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
-        """Let the update mask by ``selection``; ``.grad`` stays as it is."""
+        """Let the update mask by ``selection``; ``.grad`` stays, unless its norm is asked for."""
+        if self.run.config.optim.clip_grad is not None:
+            super().mask(parameters, selection)
+            return
         self.prepare().update.mask(parameters, selection)
 
     def number(self, name: str, function: Callable[[TrainState], float]) -> Tensor:

@@ -101,11 +101,14 @@ class Prepared:
             self.run.engine.skip = skip
             for policy in run.policies:
                 policy.on_grads(run)
-            lr = self.numbers.get(
-                "learning rate", lambda run: run.optimizer.param_groups[0]["lr"], send=True
-            )
+            optim, lr = run.config.optim, self.setting("lr")
+            # A number that never changes is none to send.
+            moves = optim.schedule == "onecycle-cosine" and optim.momentum
+            momentum = self.setting("momentum") if moves else optim.momentum
             self.updating = True
-            self.update.apply(lr, skip)
+            if optim.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(run.trained_parameters, optim.clip_grad)
+            self.update.apply(lr, momentum, skip)
         for policy in run.policies:
             policy.on_step(run, batch)
         if self.rewrites:
@@ -115,6 +118,10 @@ class Prepared:
         self.counters.add(terms, loss_is_finite, skip)
         self.clear()
         return terms
+
+    def setting(self, name: str) -> Tensor:
+        """Return a 0-d tensor that holds a setting of the optimiser in each step."""
+        return self.numbers.get(name, lambda run: run.optimizer.param_groups[0][name], send=True)
 
     def kind(self, batch: Batch) -> Kind | None:
         """Return the kind of steps whose loss is recorded; None for a loss that is not."""

@@ -55,8 +55,8 @@ class Update:
         """Let the next :meth:`apply` mask these parameters by ``selection``."""
         self.masked = parameters, selection
 
-    def apply(self, lr: Tensor, skip: Tensor) -> None:
-        """Update every weight but masked ones, unless ``skip`` holds: both are 0-d tensors."""
+    def apply(self, lr: Tensor, momentum: float | Tensor, skip: Tensor) -> None:
+        """Update every weight but masked ones, unless ``skip`` holds; tensors are 0-d."""
         parameters, selection = self.masked or ((), None)
         self.masked = None
         scores = () if selection is None else selection.scores
@@ -75,7 +75,7 @@ class Update:
                 part.grads.of(grads),
                 part.buffers,
                 lr=lr,
-                momentum=self.optim.momentum,
+                momentum=momentum,
                 weight_decay=self.optim.weight_decay,
                 nesterov=self.optim.nesterov,
                 scores=part.scores,

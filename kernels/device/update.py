@@ -82,6 +82,7 @@ def _update_chunk(
     HOLD: tl.constexpr,
     AVERAGED: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
+    MOMENTUM_ON_DEVICE: tl.constexpr,
     WEIGHT_DECAY_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -113,7 +114,8 @@ def _update_chunk(
         weight_decay = tl.load(weight_decay + segment)
     pointers = (param, grad, buffer, score, average, copy)
     rate = number(lr, LR_ON_DEVICE)
-    values = (threshold, rate, momentum, weight_decay, moving, weight)
+    factor = number(momentum, MOMENTUM_ON_DEVICE)
+    values = (threshold, rate, factor, weight_decay, moving, weight)
     SCORED: tl.constexpr = SCORE is not None
     COPIED: tl.constexpr = COPY is not None
     offsets = start + tl.arange(0, CHUNK)
@@ -140,7 +142,7 @@ def _update_kernel(
     chunks,  # int32 [P, 2]
     thresholds,  # float32 [R] or None
     lr,  # float32, or pointer to a floating number
-    momentum,  # float32
+    momentum,  # as lr
     weight_decay,  # float32, or pointer to float32 [L]
     decay,  # float32 1 - decay, or pointer to a floating decay
     moved,  # uint8 [] or None
@@ -153,6 +155,7 @@ def _update_kernel(
     HOLD: tl.constexpr,
     AVERAGED: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
+    MOMENTUM_ON_DEVICE: tl.constexpr,
     WEIGHT_DECAY_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -186,6 +189,7 @@ def _update_kernel(
             HOLD,
             AVERAGED,
             LR_ON_DEVICE,
+            MOMENTUM_ON_DEVICE,
             WEIGHT_DECAY_ON_DEVICE,
             DECAY_ON_DEVICE,
             ALIGNED,
@@ -199,7 +203,7 @@ def masked_sgd(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0.0,
+    momentum: float | Tensor = 0.0,
     weight_decay: float | Sequence[float] | Tensor = 0.0,
     nesterov: bool = False,
     scores: Sequence[Tensor | None] | None = None,
@@ -215,7 +219,8 @@ def masked_sgd(
     master = as_tensor_list(params, "params")
     weight_decay = one_or_on_device("weight_decay", weight_decay, master.device)
     thresholds = None if thresholds is None else thresholds.contiguous()
-    buffers = momentum_buffers if momentum else None
+    # A tensor is not read; it may hold 0, whose buffers are written all the same.
+    buffers = momentum_buffers if isinstance(momentum, Tensor) or momentum else None
     lists = (
         as_tensor_list(laid_out_like(grads, params), "grads"),
         _table(buffers, "momentum_buffers"),
@@ -245,6 +250,7 @@ def masked_sgd(
                 "HOLD": conserve == "weight",
                 "AVERAGED": group.dtypes[4] is not None,
                 "LR_ON_DEVICE": isinstance(lr, Tensor),
+                "MOMENTUM_ON_DEVICE": isinstance(momentum, Tensor),
                 "WEIGHT_DECAY_ON_DEVICE": isinstance(weight_decay, Tensor),
                 "DECAY_ON_DEVICE": isinstance(decay, Tensor),
                 **{"ALIGNED": group.aligned, "CHUNK": CHUNK},

@@ -78,6 +78,8 @@ def test_a_model_that_normalises_is_computed_alike(method, model):
     "optim",
     [
         {"nesterov": True},
+        {"schedule": "onecycle-cosine", "nesterov": True},
+        {"clip_grad": 0.01},
         {"momentum": 0.0},
         {"weight_decay": 0.0, "momentum": 0.5},
     ],
@@ -120,7 +122,7 @@ def test_numbers_arrive_in_every_step(schedule):
         terms = real(batch)
         numbers = both.fast.engine.prepared.numbers
         sent = dict(zip(numbers.functions, numbers.values[1:].tolist(), strict=False))
-        assert sent["learning rate"] == both.fast.optimizer.param_groups[0]["lr"]
+        assert sent["lr"] == both.fast.optimizer.param_groups[0]["lr"]
         assert sent["revision decay"] == min(1 - 1 / (both.fast.step + 2), 0.999)
         assert numbers.step == both.fast.step
         rates.append(tuple(sent.values()))

@@ -85,6 +85,11 @@ CASES = {
     "half gradients": {"momentum": 0.9, "grads": torch.float16, "scored": True},
     "bfloat16 gradients": {"momentum": 0.9, "grads": torch.bfloat16},
     "lr on the device": {"lr": torch.tensor(0.05)},
+    "momentum on the device": {"momentum": torch.tensor(0.9)},
+    "nesterov on the device": {
+        "momentum": torch.tensor(0.9, dtype=torch.float64),
+        "nesterov": True,
+    },
     "decay per tensor": {"weight_decay": [0.0, 0.1, 0.5]},
     "decay per tensor on the device": {"weight_decay": torch.tensor([0.0, 0.1, 0.5])},
     "skipped": {"momentum": 0.9, "averages": True, "skip": torch.tensor(True)},

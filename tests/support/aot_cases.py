@@ -171,6 +171,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "update lr fp64, decay bf16": lambda: update(
         lr=torch.tensor(0.1).double(), decay=torch.tensor(0.9).bfloat16()
     ),
+    "update momentum fp64": lambda: update(momentum=torch.tensor(0.9).double(), nesterov=True),
     "update fp64 gradients": partial(update, grads=double),
     "update of everything": lambda: update(
         grads=half,
