@@ -123,7 +123,7 @@ def apply_crop_flip(images: Tensor, draw: CropFlip, indices: Tensor | None = Non
     Raises:
         ValueError: for another dtype or shape.
     """
-    _check(images)
+    check_pixels(images)
     if images.device.type != "cpu":
         return _on_gpu(images, indices, draw)
     return _scale_numpy(_crop_flip_numpy(_chosen(images, indices), draw))
@@ -139,7 +139,7 @@ def to_float(images: Tensor, indices: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: for another dtype or shape.
     """
-    _check(images)
+    check_pixels(images)
     if images.device.type != "cpu":
         return _on_gpu(images, indices, None)
     return _scale_numpy(_chosen(images, indices))
@@ -150,7 +150,8 @@ def _chosen(images: Tensor, indices: Tensor | None) -> NDArray[np.uint8]:
     return pixels if indices is None else pixels.take(indices.numpy(), axis=0)
 
 
-def _check(images: Tensor) -> None:
+def check_pixels(images: Tensor) -> None:
+    """Raise ``ValueError`` for anything but uint8 [N, H, W, 3]."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
             f"images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}."

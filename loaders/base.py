@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,9 +16,11 @@ from cure_fast.batch import Batch
 from cure_fast.errors import InputError
 
 from .augment import crop_flip
+from .idbh import VARIANTS, idbh
 from .image_set import ImageSet, check_images
 from .seeds import epoch_order
 
+AUGMENTATIONS = ("crop-flip", *VARIANTS)
 # Images, labels, and which of the images, where they are not those of one batch.
 Pixels = tuple[Tensor, Tensor, Tensor | None]
 
@@ -33,6 +36,7 @@ class BatchSettings:
         crop_padding: padding in pixels before the random crop; 0 turns the crop off.
         flip: mirror each image left to right with probability 1/2.
         reflect: whether the padding mirrors the image; else it is zero.
+        augment: one of ``AUGMENTATIONS``; all but ``crop-flip`` have a crop of their own.
     """
 
     batch_size: int
@@ -41,6 +45,7 @@ class BatchSettings:
     crop_padding: int
     flip: bool
     reflect: bool = False
+    augment: str = "crop-flip"
 
 
 class Loader(ABC):
@@ -76,7 +81,8 @@ class Loader(ABC):
                 f"cannot train on a batch of one; give more with --train-images."
             )
         smallest = min(image_set.images.shape[1:3])
-        if settings.reflect and settings.crop_padding >= smallest:
+        crops = settings.augment == "crop-flip"
+        if crops and settings.reflect and settings.crop_padding >= smallest:
             raise InputError(
                 f"--crop-padding: expected less than {smallest}, a side of the images, with "
                 f"--crop-mode reflect, got {settings.crop_padding}."
@@ -134,18 +140,21 @@ class Loader(ABC):
         self, pixels: Iterable[Pixels], places: Sequence[Tensor], epoch: int, start_batch: int
     ) -> Generator[Batch]:
         settings = self.settings
+        if settings.augment == "crop-flip":
+            padding = {"crop_padding": settings.crop_padding, "reflect": settings.reflect}
+            augment = partial(crop_flip, **padding)
+        else:
+            augment = partial(idbh, variant=VARIANTS[settings.augment])
         for batch, (index, (images, labels, indices)) in enumerate(
             zip(places, pixels, strict=True), start_batch
         ):
-            x = crop_flip(
+            x = augment(
                 images,
                 indices=indices,
                 seed=settings.seed,
                 epoch=epoch,
                 batch=batch,
-                crop_padding=settings.crop_padding,
                 flip=settings.flip,
-                reflect=settings.reflect,
             )
             yield Batch(x, labels, index)
 

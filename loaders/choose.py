@@ -8,7 +8,7 @@ import torch
 
 from cure_fast.errors import InputError
 
-from .base import BatchSettings, Loader
+from .base import AUGMENTATIONS, BatchSettings, Loader
 from .ffcv_loader import FfcvLoader
 from .ffcv_reader import ffcv_problem
 from .image_set import ImageSet
@@ -28,6 +28,7 @@ def make_loader(
     crop_padding: int,
     flip: bool,
     reflect: bool = False,
+    augment: str = "crop-flip",
     workers: int | None,
     cache: Path,
 ) -> Loader:
@@ -43,15 +44,18 @@ def make_loader(
         crop_padding: padding in pixels before the random crop; 0 turns the crop off.
         flip: mirror each image left to right with probability 1/2.
         reflect: whether the padding mirrors the image; else it is zero.
+        augment: ``crop-flip``, or a variant of IDBH, to which padding and ``reflect`` mean nothing.
         workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
         cache: folder below which FFCV's file is kept.
 
     Raises:
-        InputError: for an unknown kind, FFCV asked for and not usable, its file refused or not
-            writable, or images that do not pass.
+        InputError: for an unknown kind or augmentation, FFCV asked for and not usable, its file
+            refused or not writable, or images that do not pass.
     """
     if kind not in KINDS:
         raise InputError(f"--loader: expected one of {', '.join(KINDS)}, got {kind!r}.")
+    if augment not in AUGMENTATIONS:
+        raise InputError(f"--augment: expected one of {', '.join(AUGMENTATIONS)}, got {augment!r}.")
     settings = BatchSettings(
         batch_size=batch_size,
         device=device,
@@ -59,6 +63,7 @@ def make_loader(
         crop_padding=crop_padding,
         flip=flip,
         reflect=reflect,
+        augment=augment,
     )
     why = "asked for"
     if kind in ("auto", "ffcv"):

@@ -32,12 +32,15 @@ class DataConfig(Checked):
     """Images held out of the training set to pick the best checkpoint, 1 or more per class."""
     split_seed: Whole = 0
     """Seed of the draw of training and validation images, 0 or more."""
+    augment: Literal["crop-flip", "idbh-weak", "idbh-strong", "idbh-svhn"] = "crop-flip"
+    """Training augmentation: crop and flip, or IDBH: a crop moved, a change of colour or shape,
+    and a rectangle blackened in half of the images (weak) or all (strong; svhn: made for it)."""
     crop_padding: Annotated[int, Bounds(0, 64)] = 4
-    """Training augmentation: padding in pixels, 0 to 64, before a random crop; 0 for none."""
+    """Augmentation crop-flip: padding in pixels, 0 to 64, before a random crop; 0 for none."""
     crop_mode: Literal["zero", "reflect"] = "zero"
     """What that padding holds: zeros, or the image mirrored at its outermost pixels."""
     flip: bool = True
-    """Training augmentation: mirror each image left to right with probability 1/2."""
+    """Any augmentation: mirror each image left to right with probability 1/2."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
     """How batches are fed; auto takes FFCV where it is installed, else resident, else torch."""
     workers: Annotated[int, Bounds(0, 1024)] | None = None

@@ -34,6 +34,7 @@ EPS_SLACK = 1e-6
 DECISIVE = {
     "data": {
         "train_images": "training images",
+        "augment": "augmentation",
         "crop_padding": "padding of the random crop",
         "crop_mode": "border of the random crop",
         "flip": "mirrored training images",

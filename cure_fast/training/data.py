@@ -45,6 +45,7 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         crop_padding=config.data.crop_padding,
         flip=config.data.flip,
         reflect=config.data.crop_mode == "reflect",
+        augment=config.data.augment,
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
     )

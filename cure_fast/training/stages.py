@@ -140,6 +140,7 @@ def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
             "engine": engine_asked(staged, device),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "images": data.train.checksum() + data.val.checksum(),
+            "augment": staged.data.augment,
             "crop_padding": staged.data.crop_padding,
             "crop_mode": staged.data.crop_mode,
             "flip": staged.data.flip,

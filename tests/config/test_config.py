@@ -159,6 +159,7 @@ BAD = [
     (DataConfig, "data", " "),
     (DataConfig, "val_images", 0),
     (DataConfig, "loader", "gpu"),
+    (DataConfig, "augment", "idbh"),
     (DataConfig, "crop_mode", "edge"),
     (ModelConfig, "width", 0),
     (PretrainConfig, "pretrain_epochs", -1),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 from cure_fast.batch import Batch
 from cure_fast.errors import InputError
 from cure_fast.loaders import choose, make_loader
+from cure_fast.loaders.base import AUGMENTATIONS
 from cure_fast.loaders.seeds import epoch_order
 
 CPU = torch.device("cpu")
@@ -77,12 +79,35 @@ def test_every_loader_mirrors_the_border_alike(make, make_images, kind) -> None:
     assert not same(batches, read(make(kind, images)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_loader_augments_alike(make, make_images, kind) -> None:
+    images = make_images(67)
+    loader = make(kind, images, augment="idbh-strong")
+    for epoch in (0, 7):
+        batches = read(loader, epoch)
+        assert same(batches, read(make("torch", images, workers=0, augment="idbh-strong"), epoch))
+        assert same(read(loader, epoch, start_batch=2), batches[2:])
+
+
+def test_each_augmentation_is_its_own(make, make_images) -> None:
+    images = make_images(67)
+    options = [{"augment": augment} for augment in AUGMENTATIONS]
+    options += [{"augment": "idbh-strong", "flip": False}]
+    batches = [read(make("resident", images, **each)) for each in options]
+    for one, other in itertools.combinations(batches, 2):
+        assert not same(one, other)
+    bare = read(make("resident", images, augment="idbh-strong", crop_padding=0))
+    assert same(bare, batches[AUGMENTATIONS.index("idbh-strong")])
+
+
 def test_a_border_wider_than_the_image_cannot_be_mirrored(make, make_images) -> None:
     images = make_images(20)
     side = images.images.shape[1]
     assert make("resident", images, reflect=True, crop_padding=side - 1).num_images == 20
     with pytest.raises(InputError, match=r"--crop-padding.*--crop-mode reflect"):
         make("resident", images, reflect=True, crop_padding=side)
+    # What has a crop of its own has no border.
+    make("resident", images, reflect=True, crop_padding=side, augment="idbh-weak")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,6 +274,8 @@ def test_auto_without_ffcv(make, make_images, monkeypatch) -> None:
 def test_unknown_kind(make, make_images) -> None:
     with pytest.raises(InputError, match="--loader: expected one of auto, ffcv, resident, torch"):
         make("gpu", make_images(67))
+    with pytest.raises(InputError, match="--augment: expected one of crop-flip, idbh-weak"):
+        make("resident", make_images(67), augment="idbh")
 
 
 @pytest.mark.parametrize(("free", "fits"), [(4 * 67 * 192, False), (4 * 67 * 192 + 4, True)])
@@ -259,11 +286,12 @@ def test_a_quarter_of_the_free_memory(make_images, monkeypatch, free, fits) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["crop-flip", "idbh-strong"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpu_batches_are_those_of_the_cpu(make, make_images, kind) -> None:
+def test_gpu_batches_are_those_of_the_cpu(make, make_images, kind, augment) -> None:
     images = make_images(67)
-    plain = make("torch", images, workers=0, batch_size=4)
-    loader = make(kind, images, device=torch.device("cuda"), batch_size=4)
+    plain = make("torch", images, workers=0, batch_size=4, augment=augment)
+    loader = make(kind, images, device=torch.device("cuda"), batch_size=4, augment=augment)
     batches = []
     with loader.epoch(1) as on_gpu:
         for batch in on_gpu:

@@ -24,7 +24,7 @@ def former(recipe="quickstart", **changes):
     """Return a configuration as the version before policies wrote it."""
     values = to_dict(find_recipe(recipe))
     del values["policies"], values["optim"]["lr_factors"], values["optim"]["clip_grad"]
-    del values["data"]["crop_mode"], values["eval"]["networks"]
+    del values["data"]["crop_mode"], values["data"]["augment"], values["eval"]["networks"]
     values["attack"].pop("clamp_start", None)
     values["optim"]["lr_decay"] = 0.1
     values["settings"]["evaluate_revision"] = False
