@@ -10,6 +10,7 @@ from cure_fast.config import Config
 from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
+from cure_fast.methods.idbh import IDBH
 from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
         NATURAL,
         NMSE,
         PIAT_NMSE,
+        IDBH,
     )
 }
 

@@ -82,6 +82,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --policies", "names with commas between"),
         ("train quickstart --policies piat,awp,piat", "Write --policies piat,awp"),
         ("train quickstart --method piat_nmse --policies awp", "expected piat among --policies"),
+        ("train quickstart --method idbh --augment crop-flip", "one of IDBH's"),
         ("train quickstart --joint-forward", "--joint-forward is no more"),
         ("train quickstart --lr-decay 0.2", "write the factor of each milestone"),
         ("train quickstart --policies none,awp", "expected none or some of"),
