@@ -8,9 +8,8 @@ shape (ColorShape), and has a rectangle blackened (RandomErasing).
 The parameters are drawn on the CPU from (seed, epoch, batch), their laws are those of the official
 code. That code works on images of 32x32; here CropShift's pixels are in proportion to the smaller
 side. The pixels are those that Pillow computes for the same parameters, byte for byte: integers
-where it has integers, else single operations of IEEE 754, each rounded once, which CPU and GPU do
-alike. The images of an operation are picked by indices that the host knows: nothing waits for the
-device.
+where it has integers, else single operations of IEEE 754, which CPU and GPU round alike. The images
+of an operation are picked by indices that the host knows: nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -233,8 +232,8 @@ def apply_idbh(images: Tensor, draw: Draw, indices: Tensor | None = None) -> Ten
 def _one_thread(device: torch.device) -> Iterator[None]:
     """Compute with one thread on a CPU.
 
-    128 images of 32x32 take 5 ms so, and 100 ms on two threads of a machine whose two cores had
-    other work too: each of some hundred operations waits for the slower thread.
+    Where both cores of a machine had other work too, 128 images of 32x32 took 12 to 23 ms so, and
+    106 to 452 ms with two threads: each of some hundred operations waits for the slower one.
     """
     threads = torch.get_num_threads()
     try:

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as F
 
 from cure_fast.loaders import to_float
 from cure_fast.loaders.idbh import OPERATIONS, VARIANTS, apply_idbh, draw_idbh, idbh
+from gpu_cases import no_waiting
 
 SIDES = [(32, 32), (8, 8), (17, 33), (64, 48)]
 WHERE = {"seed": 3, "epoch": 1, "batch": 2}
@@ -238,3 +239,13 @@ def test_gpu_gives_the_bytes_of_the_cpu(variant, sides):
     images = torch.from_numpy(some_images(128, sides))
     draw = draw_idbh(VARIANTS[variant], 128, sides, **WHERE, flip=True)
     assert torch.equal(apply_idbh(images.cuda(), draw).cpu(), apply_idbh(images, draw))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu():
+    images = torch.from_numpy(some_images(128, (32, 32)))
+    variant, on_gpu = VARIANTS["idbh-strong"], images.cuda()
+    idbh(on_gpu, variant, **WHERE, flip=True)
+    with no_waiting():
+        x = idbh(on_gpu, variant, **WHERE, flip=True)
+    assert torch.equal(x.cpu(), idbh(images, variant, **WHERE, flip=True))

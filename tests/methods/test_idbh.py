@@ -64,9 +64,10 @@ def test_another_augmentation_is_refused():
 
 def test_a_natural_start_is_that_of_its_augmentation():
     data = DataConfig(data="digits", val_images=150)
+    stage = PretrainConfig(pretrain_epochs=1)
     images, keys = read_data(Config(data=data)), set()
     for augment in AUGMENTATIONS:
-        config = Config(data=replace(data, augment=augment), pretrain=PretrainConfig(pretrain_epochs=1))
+        config = replace(Config(), data=replace(data, augment=augment), pretrain=stage)
         staged = natural_stage(config)
         keys.add(pretrain_key(staged, images, torch.device("cpu")))
     assert len(keys) == len(AUGMENTATIONS)
