@@ -8,7 +8,7 @@ the paper's claims, not measurements of this project.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cure_fast.config import (
     AttackConfig,
@@ -23,7 +23,7 @@ from cure_fast.config import (
 from cure_fast.config.checks import find
 from cure_fast.loaders import DATASETS
 from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
-from cure_fast.methods.cure import CURE, CureSettings
+from cure_fast.methods.cure import CureSettings
 from cure_fast.models import MODELS
 from cure_fast.step.method import PaperRow
 
@@ -53,22 +53,6 @@ QUICKSTART = Recipe(
 1,437 training images of 8x8 pixels that ship with scikit-learn. The attack radius 0.15 breaks
 the naturally trained start. About two minutes on two CPU cores; no network needed.""",
 )
-
-
-def _table9(name: str, percentile: float, alpha: float, gamma: float, note: str = "") -> Recipe:
-    data, model = name.split("-", 1)
-    config = Config(
-        name=name,
-        method="cure",
-        settings=CureSettings(percentile=percentile, alpha=alpha, gamma=gamma),
-        data=DataConfig(data=data),
-        model=ModelConfig(model=model),
-        pretrain=PretrainConfig(pretrain_epochs=200),
-        eval=EvalConfig(attacks=("natural", "pgd20", "cw20", "aa"), eval_step_size=0.003),
-    )
-    published = figures(CURE.rows.get((data, model)))
-    title = f"Table 9 of CURE: p {percentile:g}, alpha {alpha:g}, gamma {gamma:g}, 200 epochs."
-    return Recipe(config, f"{title}\n\n{published} {note}".rstrip())
 
 
 def figures(row: PaperRow | None) -> str:
@@ -138,22 +122,6 @@ For comparing methods under one small budget. Accuracies are far below the publi
 take 17 times the images, 25 times the epochs and 140 times the weights.""",
 )
 
-RECIPES = {
-    recipe.config.name: recipe
-    for recipe in (
-        QUICKSTART,
-        SMALL,
-        _table9("cifar10-resnet18", 30, 0.1, 1),
-        _table9("cifar100-resnet18", 30, 0.1, 1),
-        _table9("svhn-resnet18", 30, 0.2, 1, "It mirrors digits too, which --no-flip turns off."),
-        _table9("cifar10-wrn34-10", 50, 0.3, 0.5),
-        _table9("cifar100-wrn34-10", 50, 0.3, 0.5),
-        _table9("cifar10-preactresnet18", 20, 0.2, 1),
-        # Behind the paper's, as reports compare a run with the first recipe for its data and model.
-        FAST,
-    )
-}
-
 
 def published_recipe(name: str) -> Recipe | None:
     """Return METHOD-DATA-MODEL, a method as its authors train; None where that is not known.
@@ -176,6 +144,30 @@ def published_recipe(name: str) -> Recipe | None:
             title = f"{method.label} as in {found.source}: {config.optim.epochs} epochs."
             return Recipe(config, f"{title}\n\n{figures(paper_row(config))}")
     return None
+
+
+def _cure(name: str, note: str = "") -> Recipe:
+    """Return the recipe of CURE's Table 9 for DATA-MODEL, under that name alone."""
+    found = published_recipe(f"cure-{name}")
+    assert found is not None
+    return Recipe(replace(found.config, name=name), f"{found.about} {note}".rstrip())
+
+
+RECIPES = {
+    recipe.config.name: recipe
+    for recipe in (
+        QUICKSTART,
+        SMALL,
+        _cure("cifar10-resnet18"),
+        _cure("cifar100-resnet18"),
+        _cure("svhn-resnet18", "It mirrors digits too, which --no-flip turns off."),
+        _cure("cifar10-wrn34-10"),
+        _cure("cifar100-wrn34-10"),
+        _cure("cifar10-preactresnet18"),
+        # Behind the paper's, as reports compare a run with the first recipe for its data and model.
+        FAST,
+    )
+}
 
 
 def published_recipes() -> list[str]:

@@ -9,10 +9,10 @@ from cure_fast.config.attack_names import ATTACKS
 from cure_fast.config.checks import as_word, field_types
 from cure_fast.config.values import sections
 from cure_fast.loaders import DATASETS
-from cure_fast.methods import METHODS
+from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
 from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES
-from cure_fast.recipes import RECIPES, published_recipes
+from cure_fast.recipes import RECIPES, figures, published_recipes
 
 
 def print_all() -> None:
@@ -41,11 +41,22 @@ def print_all() -> None:
         print()
 
 
-def print_config(config: Config) -> None:
-    """Print every field with its value, its flag and, where it is a choice, the alternatives."""
-    print(f"name: {config.name}\nmethod: {config.method} ({METHODS[config.method].title})")
+def print_config(config: Config, base: Config, published: bool) -> None:
+    """Print every field's flag, its value, where that is from if not the default, and choices.
+
+    Args:
+        config: what would be trained.
+        base: the same before flags changed single fields.
+        published: whether ``base`` is how the method's authors train.
+    """
+    method = METHODS[config.method]
+    print(f"name: {config.name}\nmethod: {config.method} ({method.title})\npaper: {method.paper}")
+    if row := paper_row(config):
+        print(figures(row))
     for name in config.policies:
         print(f"policy: {name} ({POLICIES[name].title})")
+    official = set_up_of(config) if published else None
+    plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():
         if vars(part):
             print(f"\n{section}")
@@ -55,4 +66,12 @@ def print_config(config: Config) -> None:
             others = ", ".join(str(choice) for choice in choices if choice != value)
             told = f"or {others}" if get_origin(hint) is Literal or hint is bool else ""
             flag = f"--{name.replace('_', '-')}"
+            # Policies that the command line added have no former values.
+            usual, first = (getattr(found.get(section, part), name) for found in (plain, before))
+            if value != first:
+                told = f"[given] {told}"
+            elif official and name in official.values:
+                told = f"[{official.source}] {told}"
+            elif value != usual:
+                told = f"[recipe] {told}"
             print(f"  {flag:<26} {as_word(value):<22} {told}".rstrip())

@@ -240,9 +240,13 @@ def dispatch(words: Sequence[str]) -> None:
 
     config, given = read_config(rest[0], rest[1:], f"{prog} {rest[0]}", switches)
     if command == "show":
+        from cure_fast.cli.configure import base_config
         from cure_fast.cli.listing import print_config
+        from cure_fast.recipes import published_recipe
 
-        print_config(config)
+        base = base_config(rest[0], rest[1:], f"{prog} {rest[0]}")
+        official = "published" in rest or published_recipe(rest[0]) is not None
+        print_config(config, base, official)
     else:
         from cure_fast.training.job import train as run_job
 

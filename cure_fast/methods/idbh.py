@@ -19,7 +19,7 @@ from cure_fast.config import Config
 from cure_fast.config.checks import check
 from cure_fast.config.values import with_values
 from cure_fast.methods.pgd_at import attack, loss
-from cure_fast.step.method import Method, paper_rows, set_up
+from cure_fast.step.method import Method, SetUp, rows
 
 ATTACK = {"start": "zero", "attack_mode": "train"}
 
@@ -37,7 +37,7 @@ def check_augment(config: Config) -> None:
     check(augment.startswith("idbh"), "augment", augment, wanted)
 
 
-official = partial(set_up, "TreeLLi/DA-Alone-Improves-AT", **ATTACK)
+official = partial(SetUp, "TreeLLi/DA-Alone-Improves-AT", **ATTACK)
 
 IDBH = Method(
     name="idbh",
@@ -53,7 +53,7 @@ IDBH = Method(
         "*/wrn*": official(augment="idbh-weak"),
         "*": official(augment="idbh-strong"),
     },
-    rows=paper_rows(
+    rows=rows(
         "IDBH",
         ("cifar10", "preactresnet18", ", best epoch (CURE's Table 3)", 83.96, None, None, 50.74),
         ("cifar10", "wrn34-10", ", best epoch (CURE's Table 3)", 88.61, None, None, 55.83),

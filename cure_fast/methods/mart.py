@@ -21,7 +21,7 @@ from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.methods.trades import unclamped_start
-from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
+from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -60,7 +60,7 @@ MART = Method(
     attack=attack,
     loss=loss,
     published={
-        "*/wrn*": set_up(
+        "*/wrn*": SetUp(
             "YisenWang/MART, wide ResNets",
             epochs=90,
             weight_decay=7e-4,
@@ -68,11 +68,11 @@ MART = Method(
             beta=6.0,
             **EPS_031,
         ),
-        "*": set_up(
+        "*": SetUp(
             "YisenWang/MART", schedule="mart", epochs=120, lr=0.01, weight_decay=3.5e-3, **EPS_031
         ),
     },
-    rows=paper_rows(
+    rows=rows(
         "MART",
         ("cifar10", "resnet18", " (CURE's Table 1)", 80.70, 54.02, 49.35, 47.49),
         ("cifar100", "resnet18", " (CURE's Table 2)", 55.03, 28.25, 26.60, None),

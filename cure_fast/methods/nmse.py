@@ -20,7 +20,7 @@ from cure_fast.config.checks import Weight, check
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.policies.piat import PIAT
-from cure_fast.step.method import Method, paper_rows, set_up
+from cure_fast.step.method import Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -60,10 +60,10 @@ NMSE = Method(
     loss=loss,
     # Their weight decay is not legible; it is that of the code whose set-up the paper follows.
     published={
-        "*/wrn*": set_up(
+        "*/wrn*": SetUp(
             "PIAT, Section IV", schedule="piat", epochs=180, weight_decay=7e-4, start="uniform"
         ),
-        "*": set_up(
+        "*": SetUp(
             "PIAT, Section IV",
             schedule="piat",
             epochs=120,
@@ -72,7 +72,7 @@ NMSE = Method(
             start="uniform",
         ),
     },
-    rows=paper_rows(
+    rows=rows(
         "NMSE",
         ("cifar10", "resnet18", " (PIAT's Table V)", 84.77, 51.56, None, 46.60),
         ("cifar100", "resnet18", " (PIAT's Table V)", 58.88, 29.55, None, 24.82),
@@ -84,7 +84,7 @@ PIAT_NMSE = replace(
     title="NMSE with --policies piat, as the paper trains",
     preset=lambda config: replace(config, policies={"piat": PIAT.settings, **config.policies}),
     check=check_piat,
-    rows=paper_rows(
+    rows=rows(
         "PIAT + NMSE",
         ("cifar10", "resnet18", ", best epoch (Table I)", 80.96, 53.74, 51.72, 48.80),
         ("cifar100", "resnet18", ", best epoch (Table I)", 56.04, 31.45, 28.74, 26.09),

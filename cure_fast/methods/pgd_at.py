@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cure_fast.batch import Batch
 from cure_fast.losses import cross_entropy
-from cure_fast.step.method import Method, paper_rows, set_up
+from cure_fast.step.method import Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -26,7 +26,7 @@ def loss(run: Run, batch: Batch) -> Terms:
 # Rice et al., Overfitting in adversarially robust deep learning, 2020: images are normalised, and
 # the attack moves BatchNorm's statistics.
 rice = partial(
-    set_up,
+    SetUp,
     "locuslab/robust_overfitting",
     schedule="rice",
     normalize="dataset",
@@ -46,7 +46,7 @@ PGD_AT = Method(
         "*": rice(crop_padding=4, crop_mode="reflect"),
     },
     # The paper of CURE gives AutoAttack 44.04 for WRN-34-10, which is of another network.
-    rows=paper_rows(
+    rows=rows(
         "PGD-AT",
         ("cifar10", "resnet18", " (CURE's Table 1)", 82.78, 51.30, 49.72, 44.63),
         ("cifar100", "resnet18", " (CURE's Tables 2 and 4)", 57.27, 26.66, 24.89, 23.60),

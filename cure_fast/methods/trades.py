@@ -18,7 +18,7 @@ from cure_fast.batch import Batch
 from cure_fast.config import Config, MethodSettings
 from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
+from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -62,12 +62,12 @@ TRADES = Method(
     attack=kl_attack,
     loss=loss,
     published={
-        "*/wrn*": set_up(
+        "*/wrn*": SetUp(
             "yaodongyu/TRADES", schedule="trades76", epochs=76, weight_decay=2e-4, **EPS_031
         ),
-        "*": set_up("later codes' ResNet-18, such as NeurAI-Lab/CURE's", **EPS_031),
+        "*": SetUp("later codes' ResNet-18, such as NeurAI-Lab/CURE's", **EPS_031),
     },
-    rows=paper_rows(
+    rows=rows(
         "TRADES",
         ("cifar10", "resnet18", " (CURE's Table 1)", 82.41, 52.76, 50.43, 48.37),
         ("cifar100", "resnet18", " (CURE's Tables 2 and 4)", 57.94, 29.25, 25.88, 24.71),

@@ -38,15 +38,15 @@ WRITTEN = {
 }
 
 
-def paper_rows(
-    method: str, *rows: tuple[str, str, str, float, float | None, float | None, float | None]
+def rows(
+    method: str, *figures: tuple[str, str, str, float, float | None, float | None, float | None]
 ) -> dict[tuple[str, str], PaperRow]:
     """Return rows by (data set, model), from these two, the row's place, and its figures."""
     return {
         (data, model): PaperRow(
             f"{method}, {WRITTEN[model]}, {WRITTEN[data]}{place}", natural, *robust
         )
-        for data, model, place, natural, *robust in rows
+        for data, model, place, natural, *robust in figures
     }
 
 
@@ -55,27 +55,22 @@ def paper_rows(
 EPS_031 = {"eps": 0.031, "step_size": 0.007, "clamp_start": False, "eval_eps": 8 / 255}
 
 
-@dataclass(frozen=True)
 class SetUp:
     """How a method's authors train: values of flags; schedule and attack are else the plain ones.
 
-    Attributes:
+    Args:
         source: what the values were read in.
+        values: flags of any section, the method's settings and its policies' among them.
     """
 
-    source: str
-    values: Mapping[str, Any]
+    def __init__(self, source: str, **values: Any) -> None:
+        self.source, self.values = source, values
 
     def __call__(self, config: Config) -> Config:
         """Return the configuration with this set-up."""
         plain = Config()
         config = replace(config, pretrain=plain.pretrain, attack=plain.attack, optim=plain.optim)
         return with_values(config, self.values)
-
-
-def set_up(source: str, **values: Any) -> SetUp:
-    """Return a set-up from the values of flags."""
-    return SetUp(source, values)
 
 
 @dataclass(frozen=True, kw_only=True)
