@@ -162,7 +162,7 @@ def natural_stage(config: Config) -> Config:
         policies={},
         model=replace(config.model, teacher=()),
         pretrain=PretrainConfig(),
-        eval=replace(config.eval, networks=()),
+        eval=replace(config.eval, networks=(), evaluate=("best",)),
         optim=replace(
             config.optim,
             epochs=stage.pretrain_epochs,
@@ -218,7 +218,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
             save=save,
             stop=stage.stop,
         )
-        save.finish()
+        save.finish(run)
     except DivergedError as error:
         way_on = AFRESH if stage.name == "pretrain" else save.way_on()
         raise DivergedError(f"{error} {advice(stage)} {way_on}") from error
