@@ -22,6 +22,7 @@ from cure_fast.runs.log import RunLog
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
 from cure_fast.training.schedules import lr_at, momentum_at
+from cure_fast.training.watch import collapsed, watch_step
 
 
 def build_run(
@@ -125,6 +126,7 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
         advance(run.batch * config.optim.batch_size)
         for batch in batches:
             lr, terms = next_step(run, batch)
+            watch_step(run, batch, stage=log.stage)
             done = run.step - 1
             if terms is not None and done % config.run.log_every == 0:
                 epoch = (run.position - 1) / run.loader.batches_per_epoch
@@ -194,7 +196,11 @@ def fit(
             save(run, ())
             raise
         row, run.pending = {**run.pending, "validation": validation}, None
-        best = set() if validation is None else note_best(run, validation)
+        best: set[str] = set()
+        if validation is not None and collapsed(run, validation):
+            row["collapsed"] = True
+        elif validation is not None:
+            best = note_best(run, validation)
         # The row goes first: a run killed between the two writes it again after --resume.
         log.epoch(row)
         if best or last or run.epoch % config.run.checkpoint_every == 0:
