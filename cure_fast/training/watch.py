@@ -36,8 +36,9 @@ MOST_LOSS = 0.1
 SURE = 3
 # "None is right" needs so many images, "no better than chance" so many that chance gets right.
 LEAST_IMAGES, LEAST_EXPECTED = 64, 4
-# Catastrophic overfitting: points from PGD up to FGSM, and PGD below this share of its best.
-GAP, FALLEN = 20.0, 0.5
+# Catastrophic overfitting: points from PGD up to FGSM, and PGD below this share of its best and so
+# many points below it: where the best is low, epochs differ by half of it.
+GAP, FALLEN, LOST = 20.0, 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def in_one_step(run: TrainState) -> bool:
 def collapsed(run: TrainState, validation: dict[str, Any]) -> bool:
     """Return whether a network that was validated shows catastrophic overfitting, and say so.
 
-    Its accuracy under FGSM is then 20 points or more above that under PGD, and that below half of
-    its best so far. A network's first validation never is.
+    Its accuracy under FGSM is then 20 points or more above that under PGD, and that is below half
+    of its best so far, by 10 points or more. A first validation never shows it.
 
     Args:
         run: with the best epochs so far.
@@ -193,7 +194,9 @@ def collapsed(run: TrainState, validation: dict[str, Any]) -> bool:
     """
     for file, reached in {"model": validation, **validation.get("networks", {})}.items():
         fgsm, robust, best = reached.get("fgsm"), reached["robust"], run.best.get(file)
-        if fgsm is None or best is None or fgsm - robust < GAP or robust >= FALLEN * best[0]:
+        if fgsm is None or best is None or fgsm - robust < GAP:
+            continue
+        if robust >= FALLEN * best[0] or best[0] - robust < LOST:
             continue
         name = run.result if file == "model" else file
         of = "" if name == "model" else f" of the {name} network"

@@ -221,8 +221,10 @@ def collapses(folder):
         # A gap alone, and a fall alone, are none.
         ([(40.0, 65.0), (21.0, 85.0), (20.0, 60.0)], []),
         ([(40.0, 45.0), (5.0, 20.0), (15.0, 30.0)], []),
+        # A low accuracy falls to less than half by chance.
+        ([(10.7, 20.7), (2.0, 22.7), (4.7, 25.0)], []),
         # The first epoch is measured against nothing.
-        ([(5.0, 85.0), (4.0, 85.0), (2.0, 85.0)], [3]),
+        ([(15.0, 85.0), (14.0, 85.0), (2.0, 85.0)], [3]),
         # Without FGSM there is nothing to tell.
         ([(40.0, None), (5.0, None)], []),
     ],
