@@ -27,6 +27,7 @@ from cure_fast.models.weights import read_metadata
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
 from cure_fast.signals import StopSignals
+from cure_fast.training.saving import keep_last
 
 # What weights.py reads.
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
@@ -57,6 +58,8 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
+        if "last" in config.eval.evaluate:
+            keep_last(folder, config)
         measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
@@ -99,8 +102,9 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     """Attack the network in a file of weights."""
     if not path.exists():
         raise InputError(f"{path}: expected a run folder or a file of weights; there is none.")
-    if args.networks is not None:
-        raise InputError(f"--networks: only for a run folder; {path} holds a single network.")
+    for name in ("networks", "evaluate"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: only for a run folder; {path} holds a single network.")
     if path.suffix not in WEIGHTS_ENDINGS:
         raise InputError(
             f"{path}: expected a file of weights ({', '.join(WEIGHTS_ENDINGS)}), got another kind "

@@ -193,6 +193,9 @@ class EvalConfig(Checked):
     draws its random starts per batch."""
     networks: tuple[str, ...] = ()
     """Further networks of the run to attack beside its result, such as raw or revision."""
+    evaluate: tuple[Literal["best", "last"], ...] = ("best",)
+    """Epochs of the result to attack: that of the best validation, the last, or both, for the
+    difference that papers call robust overfitting."""
     val_every: Count = 1
     """Epochs between validations, 1 or more."""
     val_attack_steps: Annotated[int, Bounds(1, 1000)] = 10
@@ -203,6 +206,7 @@ class EvalConfig(Checked):
         for attack in self.attacks:
             parse_attack(attack)
         check(bool(self.attacks), "attacks", self.attacks, "at least one attack")
+        check(bool(self.evaluate), "evaluate", self.evaluate, "best, last, or both")
 
 
 # Parts of the fast engine that can be left out; see cure_fast/engine/fast.py.

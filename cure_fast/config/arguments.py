@@ -37,6 +37,8 @@ class EvalArgs(Checked):
     """Folder that holds the data sets; for a file data."""
     networks: tuple[str, ...] | None = None
     """For a run alone: further networks to attack beside its result, such as raw or revision."""
+    evaluate: tuple[Literal["best", "last"], ...] | None = None
+    """For a run alone: epochs of its result to attack, best, last, or both."""
     data: str | None = None
     """For a file alone: data set of the test images."""
     model: str | None = None

@@ -111,7 +111,8 @@ def merge_results(
             else:
                 attacks[attack] = result
         results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
-        models[name] = model_entry(entry["title"], results) | {"weights": entry["weights"]}
+        of = {key: value for key, value in entry.items() if key in ("network", "epoch", "weights")}
+        models[name] = model_entry(entry["title"], results) | of
     warnings = model_warnings(models, measured.get("network"))
     return measured | {"models": models, "warnings": warnings}, complete
 

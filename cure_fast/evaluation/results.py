@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,23 @@ from cure_fast.models.weights import read_metadata
 
 # Pictures in the report: enough to see what an attack does, few enough for one page.
 EXAMPLES = 8
+# The result's weights after the last epoch: name of their file, and of their entry in a record.
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network of a run that is attacked.
+
+    Attributes:
+        network: its name in the run; None where the run did not train it.
+        epoch: 1-based epoch that its weights are of; None where that is not told.
+    """
+
+    path: Path
+    title: str
+    network: str | None = None
+    epoch: int | None = None
 
 
 def measure_run(
@@ -43,7 +60,8 @@ def measure_run(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Attack the run's networks on the test images; return results and the report's pictures.
 
-    The result of the run is that of the best validation epoch. Finished attacks are kept below
+    The result of the run, which is the entry ``trained``, is that of the best validation epoch; of
+    the last one only where ``--evaluate`` has that alone. Finished attacks are kept below
     ``evaluation/`` and not run again by a later call with the same weights, images and settings.
     """
     settings, row = main_settings(config), paper_row(config)
@@ -55,20 +73,24 @@ def measure_run(
     examples = test.subset(np.array(firsts))
     pictures = torch.from_numpy(examples.images), torch.from_numpy(examples.labels)
     arrays = {"natural": examples.images.astype(np.float32) / 255, "labels": examples.labels}
-    for key, (path, title) in targets_of(folder, config).items():
-        model = load_model(path)
+    for key, target in targets_of(folder, config).items():
+        model = load_model(target.path)
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        weights = file_hash(path)
+        weights = file_hash(target.path)
         attacks = attack_model(
             model,
             test,
             config.eval,
-            state_dir=folder / "evaluation" / key,
+            state_dir=folder / "evaluation" / (LAST if target.path.stem == LAST else key),
             weights=weights,
             name=shown_name(key, result_of(config)),
             **shared,
         )
-        models[key] = model_entry(title, attacks) | {"weights": weights}
+        models[key] = model_entry(target.title, attacks) | {
+            "network": target.network,
+            "epoch": target.epoch,
+            "weights": weights,
+        }
         shown = adversarial_examples(model, *pictures, step_size=eps / 10, steps=20, **shared)
         arrays |= {f"{key}_{name}": value for name, value in shown.items()}
     described = {
@@ -104,28 +126,43 @@ def new_record(
     }
 
 
-def targets_of(folder: Path, config: Config) -> dict[str, tuple[Path, str]]:
-    """Return file and title of the run's result, its start, and those asked for, by record key."""
+def targets_of(folder: Path, config: Config) -> dict[str, Target]:
+    """Return the run's result, its start, and those networks asked for, by record key."""
     check_networks(config.eval.networks, networks_in(folder))
 
-    def best(name: str, title: str) -> tuple[Path, str]:
-        path = folder / f"{name}.safetensors"
-        epoch = read_metadata(path).get("epoch")
-        return path, f"{title}, best epoch {epoch} of {config.optim.epochs}" if epoch else title
+    def target(file: str, title: str) -> Target:
+        path = folder / f"{file}.safetensors"
+        metadata = read_metadata(path)
+        epoch = metadata.get("epoch")
+        if epoch is None:
+            return Target(path, title)
+        if file == LAST:
+            word = "last epoch"
+        # Earlier versions kept all networks at the result's best epoch.
+        elif metadata.get("chosen_by", "model") == file:
+            word = "best epoch"
+        else:
+            word = "the result's best epoch"
+        network = metadata.get("network", result if file in ("model", LAST) else file)
+        title += f", {word} {epoch} of {config.optim.epochs}"
+        return Target(path, title, network, int(epoch))
 
     result, label = result_of(config), labels(config.method, config.policies)
     told = label if result == "model" else f"{label}, {result} network"
-    found = {"trained": best("model", told)}
+    asked = config.eval.evaluate
+    found = {"trained": target("model" if "best" in asked else LAST, told)}
     start = folder / "start.safetensors"
     if start.exists():
         given = config.model.init_from
-        found["start"] = start, "given start" if given else "naturally trained start"
-    return found | {name: best(name, f"{name} network") for name in config.eval.networks}
+        found["start"] = Target(start, "given start" if given else "naturally trained start")
+    if {"best", "last"} <= set(asked):
+        found[LAST] = target(LAST, told)
+    return found | {name: target(name, f"{name} network") for name in config.eval.networks}
 
 
 def networks_in(folder: Path) -> set[str]:
     """Return the names of the networks that a trained run has beside its result and its start."""
-    return {path.stem for path in folder.glob("*.safetensors")} - {"model", "start"}
+    return {path.stem for path in folder.glob("*.safetensors")} - {"model", "start", LAST}
 
 
 def check_networks(wanted: Iterable[str], having: Collection[str]) -> None:
@@ -203,10 +240,17 @@ def print_results(results: dict[str, Any]) -> None:
     table.add_column("accuracy in %")
     for entry in models.values():
         table.add_column(entry["title"], justify="right")
+    overfitted = {"trained", LAST} <= models.keys()
+    if overfitted:
+        table.add_column("last - best", justify="right")
     if paper:
         table.add_column(f"paper: {paper['row']}", justify="right")
     for name in dict.fromkeys(a for entry in models.values() for a in entry["attacks"]):
         cells = [_cell(entry["attacks"].get(name)) for entry in models.values()]
+        if overfitted:
+            best, last = (models[key]["attacks"].get(name) for key in ("trained", LAST))
+            lost = last and best and f"{last['accuracy'] - best['accuracy']:+.1f}"
+            cells.append(lost or "-")
         if paper:
             cells.append("-" if paper.get(name) is None else f"{paper[name]:.2f}")
         table.add_row(name, *cells)

@@ -51,6 +51,10 @@ def export_model(target: Path, args: ExportArgs) -> None:
         write = export_onnx if args.format == "onnx" else export_safetensors
         difference = write(source, images, out)
     say(f"exported: {out}")
+    if "epoch" in source.metadata:
+        network = source.metadata.get("network", "model")
+        of = "" if network == "model" else f" of the {network} network"
+        say(f"weights: epoch {source.metadata['epoch']}{of}")
     if robustbench:
         say(f"model info: {to_robustbench.info_file(out)}")
     say(f"verified: equal predictions on {told}; logits differ by at most {difference:.2g}")

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from operator import attrgetter
 
 import numpy as np
 
 from cure_fast.policies import BY_TENSOR
 from cure_fast.report.html import Html, element, figure, fold, paragraph, scroll, section, table
-from cure_fast.report.record import Epoch, Record, Step
+from cure_fast.report.record import Epoch, Reached, Record, Step
 from cure_fast.report.svg import (
     Axis,
     Band,
@@ -140,14 +139,19 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
     robust = f"under {' or '.join(attacks)}" if attacks else "under attack"
     network = next((row.network for row in rows if row.network is not None), None)
     of = "" if network is None else f" ({network} network)"
+    shown = [
+        (f"natural{of}", [row.natural for row in rows], "natural", "", "circle"),
+        (f"{robust}{of}", [row.robust for row in rows], "robust", "6 3", "square"),
+        (f"under FGSM{of}", [row.fgsm for row in rows], "c1", "4 2", "square"),
+    ]
+    for name, dash in zip(record.bests, cycle(("2 3", "1 2", "9 3 2 3")), strict=False):
+        found = [row.others.get(name) for row in rows]
+        natural, attacked = ([each and each[k] for each in found] for k in (0, 1))
+        shown.append((f"natural ({name} network)", natural, "c3", dash, "circle"))
+        shown.append((f"{robust} ({name} network)", attacked, "c4", dash, "square"))
     lines = [
-        Line(name, style, pieces(timeline, rows, map(attrgetter(field), rows), " %"), dash, marker)
-        for name, field, style, dash, marker in (
-            (f"natural{of}", "natural", "natural", "", "circle"),
-            (f"{robust}{of}", "robust", "robust", "6 3", "square"),
-            ("natural (raw network)", "raw_natural", "c3", "2 3", "circle"),
-            (f"{robust} (raw network)", "raw_robust", "c4", "2 3", "square"),
-        )
+        Line(name, style, pieces(timeline, rows, values, " %"), dash, marker)
+        for name, values, style, dash, marker in shown
     ]
     lines = [line for line in lines if line.pieces]
     best = record.best
@@ -163,6 +167,14 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
         caption += (
             f" The {network} network is the run's result, which decides; raw is the network that "
             "the optimiser moves."
+        )
+    if record.bests:
+        told = (f"epoch {best.epoch} of the {name} network" for name, best in record.bests.items())
+        caption += f" The others have best epochs of their own: {', '.join(told)}."
+    if collapsed := [str(row.epoch) for row in rows if row.collapsed]:
+        caption += (
+            f" Catastrophic overfitting in epoch {', '.join(collapsed)}: right under one step, "
+            "wrong under PGD. Such an epoch is never the best."
         )
     label = f"Natural accuracy and accuracy {robust} by epoch, in percent"
     chart = timeline.chart(lines, linear_axis(100, "accuracy in %"), label, mark)
@@ -245,10 +257,14 @@ def epoch_table(record: Record) -> Html:
         return paragraph("No epoch has finished yet.", class_="absent")
     names = list(dict.fromkeys(name for row in record.epochs for name in row.terms))
     header = ["Epoch", "Natural %", "Robust %", "Learning rate", "Images/s", "Seconds"]
-    raw = {
-        name: [getattr(r, name) for r in record.epochs] for name in ("raw_natural", "raw_robust")
-    }
-    further = {name: values for name, values in raw.items() if set(values) != {None}}
+    further: dict[str, list[float | None]] = {}
+    if any(row.fgsm is not None for row in record.epochs):
+        further["FGSM %"] = [row.fgsm for row in record.epochs]
+    bests = record.bests
+    for name in bests:
+        found = [row.others.get(name) for row in record.epochs]
+        for k, word in enumerate(Reached._fields):
+            further[f"{name} {word}"] = [each and each[k] for each in found]
     for name in dict.fromkeys(name for row in record.epochs for name in row.numbers):
         further[name] = [row.numbers.get(name) for row in record.epochs]
     header += [name.replace("_", " ") for name in (*names, *further)]
@@ -257,6 +273,8 @@ def epoch_table(record: Record) -> Html:
     for index, row in enumerate(record.epochs):
         stage = "pre-training " if row.stage == "pretrain" else ""
         star = " (best)" if best is not None and row is best else ""
+        star += "".join(f" (best of {name})" for name, own in bests.items() if row is own)
+        star += " (collapsed)" if row.collapsed else ""
         cells = [f"{stage}{row.epoch}{star}", _cell(row.natural, ".1f"), _cell(row.robust, ".1f")]
         cells += [f"{row.lr:.3g}", _cell(row.images_per_s, ",.0f"), _cell(row.seconds, ".1f")]
         values = [row.terms.get(name) for name in names]

@@ -40,6 +40,7 @@ FILES = {
     "results.json": "the attacks on test images",
     "examples.npz": "the pictures above, as arrays",
     "model.safetensors": "weights of the best epoch",
+    "last.safetensors": "weights after the last epoch",
     "start.safetensors": "weights that training started from",
     "checkpoints": "what --resume continues from",
     "tensorboard": "the same metrics for TensorBoard",

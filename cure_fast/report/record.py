@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.record import shown_name
 from cure_fast.methods import labels
 from cure_fast.report.examples import Examples, read_examples
-from cure_fast.runs.log import rows_of
+from cure_fast.runs.log import beside, rows_of
 
 # Fields of config.json without which a page cannot say what was trained.
 REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "epochs"))
@@ -23,8 +23,15 @@ REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "
 # What an epoch's row holds of every run; the rest is of its policies.
 COMMON = frozenset(
     {"event", "stage", "epoch", "step", "lr", "terms", "skipped", "micro_batch_size", "images"}
-    | {"seconds", "images_per_s", "engine", "validation"}
+    | {"seconds", "images_per_s", "engine", "validation", "collapsed"}
 )
+
+
+class Reached(NamedTuple):
+    """What a network reaches on the validation images, in percent."""
+
+    natural: float | None
+    robust: float | None
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ class Epoch:
     Attributes:
         network: the run's result, which ``natural`` and ``robust`` are of, where that is another
             network than the trained one.
-        raw_natural: what the trained network reaches then, and
-        raw_robust: under attack.
+        fgsm: accuracy under one step, where the training attack has one.
+        others: what networks beside the result reach, by name.
+        collapsed: whether catastrophic overfitting was found in it.
         numbers: what policies recorded, by name.
         by_tensor: the same where it is one number per tensor of the network.
     """
@@ -52,8 +60,9 @@ class Epoch:
     attack: str | None = None
     count: int | None = None
     network: str | None = None
-    raw_natural: float | None = None
-    raw_robust: float | None = None
+    fgsm: float | None = None
+    others: dict[str, Reached] = field(default_factory=dict)
+    collapsed: bool = False
     numbers: dict[str, float] = field(default_factory=dict)
     by_tensor: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -91,12 +100,15 @@ class Results:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the networks in the order of comparison: start, the run's result, further."""
-        return sorted(self.models, key=lambda key: {"start": 0, "trained": 1}.get(key, 2))
+        """Names of the networks in the order of comparison: start, result, its last, further."""
+        order = {"start": 0, "trained": 1, "last": 2}
+        return sorted(self.models, key=lambda key: order.get(key, len(order)))
 
     def name(self, key: str) -> str:
         """Return what the page calls a network."""
         name = shown_name(key, self.network)
+        if name == "last":
+            return "last epoch"
         return name if name in ("start", "trained") else f"{name} network"
 
     @property
@@ -130,11 +142,24 @@ class Record:
     @property
     def best(self) -> Epoch | None:
         """The epoch whose weights were kept: highest robust (else natural) validation accuracy."""
-        rows = [row for row in self.stage("train") if row.natural is not None]
+        rows = [row for row in self.stage("train") if row.natural is not None and not row.collapsed]
         return max(rows, key=_selected, default=None)
 
+    @property
+    def bests(self) -> dict[str, Epoch]:
+        """The same for each network beside the result, by name."""
+        rows = [row for row in self.stage("train") if not row.collapsed]
+        names = dict.fromkeys(name for row in rows for name in row.others)
+        return {
+            name: max(
+                (row for row in rows if name in row.others),
+                key=lambda row, name=name: _selected(row.others[name]),
+            )
+            for name in names
+        }
 
-def _selected(row: Epoch) -> tuple[float, float]:
+
+def _selected(row: Epoch | Reached) -> tuple[float, float]:
     natural = row.natural or 0.0
     return (natural if row.robust is None else row.robust, natural)
 
@@ -241,7 +266,10 @@ def _terms(row: Mapping[str, Any], name: str, where: str) -> dict[str, float]:
 
 def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
     validation = _maybe(row, "validation", dict, where) or {}
-    raw = _maybe(validation, "raw", dict, where) or {}
+    _maybe(validation, "networks", dict, where)
+    others = beside(validation)
+    for name in others:
+        _take(others, name, dict, f"{where}, validation")
     numbers, by_tensor = _recorded(row, where)
     return Epoch(
         stage=_take(row, "stage", str, where),
@@ -256,8 +284,12 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
         attack=_maybe(validation, "attack", str, where),
         count=_maybe(validation, "count", int, where),
         network=_maybe(validation, "network", str, where),
-        raw_natural=_maybe(raw, "natural", float, where),
-        raw_robust=_maybe(raw, "robust", float, where),
+        fgsm=_maybe(validation, "fgsm", float, where),
+        others={
+            name: Reached(*(_maybe(found, key, float, where) for key in Reached._fields))
+            for name, found in others.items()
+        },
+        collapsed=_maybe(row, "collapsed", bool, where) or False,
         numbers=numbers,
         by_tensor=by_tensor,
     )

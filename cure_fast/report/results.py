@@ -133,17 +133,20 @@ def _bar(
 
 def _table(results: Results) -> Html:
     """Return the table of accuracies: a row per attack, a column per model, and the paper's."""
-    start = results.models.get("start")
+    start, last = results.models.get("start"), results.models.get("last")
     keys, ours = results.keys, results.name("trained").capitalize()
     header = ["Attack", *(results.models[k].title for k in keys)]
+    if last:
+        # Negative where training went on for too long: robust overfitting.
+        header.append("Last \N{MINUS SIGN} best epoch")
     if start:
         header.append(f"{ours} \N{MINUS SIGN} start")
     if results.paper:
         header += [results.paper["row"], f"{ours} \N{MINUS SIGN} paper"]
     rows: list[list[str]] = []
 
-    def add(cells: list[str], over_start: str, paper: str, over_paper: str) -> None:
-        row = cells + ([over_start] if start else [])
+    def add(cells: list[str], over_best: str, over_start: str, paper: str, over_paper: str) -> None:
+        row = cells + ([over_best] if last else []) + ([over_start] if start else [])
         rows.append(row + ([paper, over_paper] if results.paper else []))
 
     for attack in results.attacks:
@@ -152,6 +155,7 @@ def _table(results: Results) -> Html:
         paper = _paper_value(results, attack)
         add(
             [attack_name(attack), *cells],
+            difference(scores.get("last"), scores["trained"]),
             difference(scores["trained"], scores.get("start")),
             "not given" if paper is None else f"{paper:.2f} %",
             difference(scores["trained"], paper),
@@ -166,6 +170,7 @@ def _table(results: Results) -> Html:
         paper = _paper_nrr(results, name)
         add(
             [f"NRR ({name})", *cells],
+            _between(values.get("last"), values["trained"]),
             _between(values["trained"], values.get("start")),
             "not given" if paper is None else f"{paper:.1f} %",
             _between(values["trained"], paper),

@@ -155,10 +155,10 @@ def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
     scalars |= {"epoch/lr": row["lr"], "epoch/images_per_s": row["images_per_s"]}
     if row.get("skipped"):
         scalars["epoch/skipped"] = row["skipped"]
-    for network, found in validations(row).items():
+    for index, (network, found) in enumerate(validations(row).items()):
         # The run's result goes without its name, as there is one in every run.
-        place = "validation/raw" if network == "raw" else "validation"
-        accuracies = {name: found[name] for name in ("natural", "robust")}
+        place = f"validation/{network}" if index else "validation"
+        accuracies = {name: found.get(name) for name in ("natural", "robust", "fgsm")}
         scalars |= {f"{place}/{k}": value for k, value in accuracies.items() if value is not None}
     return scalars
 
@@ -166,13 +166,18 @@ def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
 def validations(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what an epoch's networks reached on the validation images, the run's result first.
 
-    The result is called by its name where it is not the trained network, which is ``raw`` then;
-    ``val`` else. Empty for an epoch without validation.
+    The result is called by its name where it is not the trained network, ``val`` else. Empty for
+    an epoch without validation.
     """
     found = row["validation"]
-    if not found:
-        return {}
-    return {found["network"]: found, "raw": found["raw"]} if "raw" in found else {"val": found}
+    return {found.get("network", "val"): found, **beside(found)} if found else {}
+
+
+def beside(validation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what networks beside the run's result reached, by name."""
+    # Earlier versions measured the trained one alone.
+    former = {"raw": validation["raw"]} if "raw" in validation else {}
+    return validation.get("networks", former)
 
 
 def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
@@ -186,6 +191,8 @@ def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
         parts.append(f"{network} natural {found['natural']:.1f} %")
         if found["robust"] is not None:
             parts.append(f"{network} {found['attack']} {found['robust']:.1f} %")
+        if "fgsm" in found:
+            parts.append(f"{network} fgsm {found['fgsm']:.1f} %")
     parts += [f"lr {row['lr']:.4f}", f"{row['images_per_s']:,.0f} images/s"]
     left = (epochs - row["epoch"]) * row["seconds"]
     if left:

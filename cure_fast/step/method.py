@@ -95,6 +95,8 @@ class Method(Choice):
             that change are asked of ``run.engine.number`` instead.
         rows: published results by (data set, model).
         uses_attack: False for a method that trains on natural images alone.
+        one_step: whether its attack has one step whatever ``--attack-steps`` says, so that each
+            validation looks for catastrophic overfitting.
     """
 
     attack: Callable[[Run, Batch], Tensor]
@@ -108,3 +110,4 @@ class Method(Choice):
     phase: Callable[[Run], Hashable] = lambda run: None
     rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True
+    one_step: bool = False

@@ -88,8 +88,8 @@ class TrainState(Run):
         micro_batch_size: images per pass; None for the whole batch.
         undo: what the passes of attack and loss move, kept; made at the first step.
         pending: row of an epoch that is trained but not yet validated.
-        best: validation accuracy in percent of the best epoch so far: (selected, natural), and
-            its 1-based number.
+        best: of each network that is validated, by the name of its file, the validation accuracy
+            in percent of its best epoch so far: (selected, natural), and its 1-based number.
     """
 
     method: Method
@@ -104,12 +104,30 @@ class TrainState(Run):
     micro_batch_size: int | None = None
     undo: tuple[Undo, Undo] | None = None
     pending: dict[str, Any] | None = None
-    best: tuple[float, float, int] | None = None
+    best: dict[str, tuple[float, float, int]] = field(default_factory=dict)
 
     @property
     def all_networks(self) -> dict[str, nn.Module]:
         """The trained network, as ``model``, and the further ones, by name."""
         return {"model": self.model, **self.networks}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The networks by the name of the file that keeps their weights.
+
+        That is ``model`` for the run's result, and ``raw`` for the trained one where it is another.
+        """
+        others = {"raw" if name == "model" else name: name for name in self.all_networks}
+        return {"model": self.result} | {k: v for k, v in others.items() if v != self.result}
+
+    @property
+    def candidates(self) -> dict[str, str]:
+        """Those of :attr:`files` that are validated, so that each has a best epoch of its own.
+
+        The trained network always is; beside the result those are that ``--networks`` names.
+        """
+        chosen = {"model", "raw", *self.config.eval.networks}
+        return {file: name for file, name in self.files.items() if file in chosen}
 
     @property
     def trained_parameters(self) -> list[Tensor]:
@@ -155,6 +173,9 @@ class TrainState(Run):
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         for name in PLAIN:
             setattr(self, name, state[name])
+        if not isinstance(self.best, dict):
+            # Earlier versions knew that of the result alone.
+            self.best = {} if self.best is None else {"model": self.best}
         if state["micro_batch_asked"] == self.config.optim.micro_batch_size:
             self.micro_batch_size = state["micro_batch_size"]
         restore_random_state(state["random"])

@@ -35,7 +35,6 @@ from cure_fast.runs.folder import (
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
-from cure_fast.training.saving import RAW
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
 from cure_fast.training.teachers import copy_name, keep_teachers, read_teachers, sources
 from cure_fast.training.trainer import build_run
@@ -141,10 +140,10 @@ def check_attacked(
         return
     trial = replace(config, run=replace(config.run, engine="eager"))
     run = build_run(trial, copy.deepcopy(model), loader, torch.device("cpu"), teachers)
-    names = {name for name, net in run.all_networks.items() if isinstance(net, ImageClassifier)}
+    nets = run.all_networks
+    names = {file for file, name in run.files.items() if isinstance(nets[name], ImageClassifier)}
     names |= {copy_name(name) for name in teachers}
-    names |= set() if run.result == "model" else {RAW}
-    check_networks(config.eval.networks, names - {"model", run.result})
+    check_networks(config.eval.networks, names - {"model"})
 
 
 def check_unfinished(run: TrainState, changes: Iterable[str]) -> None:
@@ -161,8 +160,8 @@ def forget_best(run: TrainState, changes: Iterable[str]) -> None:
     """Choose the best epoch anew where validation no longer measures what it did."""
     measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
     found = [name for name in changes if name.startswith(measured)]
-    if found and run.best is not None:
-        run.best = None
+    if found and run.best:
+        run.best = {}
         say(f"--override: the best epoch is chosen anew from here, as {', '.join(found)} changed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -13,13 +14,12 @@ from cure_fast.config import Config
 from cure_fast.config.values import to_dict
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, InputError
+from cure_fast.evaluation.results import LAST
+from cure_fast.methods import result_of
 from cure_fast.models import ImageClassifier
-from cure_fast.models.weights import save_weights
-from cure_fast.runs.checkpoint import newest_checkpoint, save_checkpoint
+from cure_fast.models.weights import WEIGHTS_FILE, read_metadata, save_weights
+from cure_fast.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from cure_fast.step.state import TrainState
-
-# Names of files of weights: the run's result, and the trained network where that is another.
-RESULT, RAW = "model", "raw"
 
 
 def weights_metadata(config: Config, network: nn.Module) -> dict[str, str]:
@@ -31,7 +31,7 @@ def weights_metadata(config: Config, network: nn.Module) -> dict[str, str]:
 
 
 class Saver:
-    """Stores checkpoints, and the best epoch's weights for evaluation.
+    """Stores checkpoints, and each network's best weights for evaluation.
 
     Best weights that could not be written are kept in memory and tried again at each later save;
     the checkpoint marked as best is then the newest best one that could be written.
@@ -43,24 +43,30 @@ class Saver:
         # Tensors and metadata, by name of the file.
         self.owed: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
 
-    def __call__(self, run: TrainState, best: bool) -> None:
-        """Store the run; with ``best``, its weights as the best ones too.
+    def __call__(self, run: TrainState, best: Collection[str]) -> None:
+        """Store the run, and the weights of networks whose best epoch this is.
+
+        Those that are not validated are stored whenever the result is.
+
+        Args:
+            run: what is stored.
+            best: names in ``run.candidates``.
 
         Raises:
             DivergedError: if a weight is not finite; nothing is stored.
             InputError: if storing fails and ``--on-save-failure`` says stop.
         """
         check_weights(run)
-        if best:
-            # The result is always in model.safetensors, which every other command reads.
-            files, self.owed = {"model": RAW, run.result: RESULT}, {}
-            for name, network in run.all_networks.items():
-                metadata = weights_metadata(self.config, network) | {"epoch": str(run.epoch)}
-                self.owed[files.get(name, name)] = network.state_dict(), metadata
+        for file in run.files:
+            judge = file if file in run.candidates else "model"
+            if judge in best:
+                self._owe(run, file, chosen_by=judge)
         try:
             self._write_owed()
             values = to_dict(self.config)
-            save_checkpoint(self.checkpoints, run.step, run.state_dict(), values, best=best)
+            save_checkpoint(
+                self.checkpoints, run.step, run.state_dict(), values, best="model" in best
+            )
         except OSError as error:
             # The next step moves the networks' own tensors.
             self.owed = {
@@ -71,12 +77,14 @@ class Saver:
                 raise self._failure(error) from error
             warn(f"{self._failure(error)} Training goes on.")
 
-    def finish(self) -> None:
-        """Write what is still owed.
+    def finish(self, run: TrainState) -> None:
+        """Write what is still owed, and the result's last weights where they are to be evaluated.
 
         Raises:
             InputError: if that fails; without the best weights there is nothing to evaluate.
         """
+        if "last" in self.config.eval.evaluate:
+            self._owe(run, "model", to=LAST)
         try:
             self._write_owed()
         except OSError as error:
@@ -93,6 +101,13 @@ class Saver:
             return f"{self.last()} --resume goes on from there; to go back further, delete it."
         return "No checkpoint was saved yet: start again with that in a new folder."
 
+    def _owe(self, run: TrainState, file: str, *, to: str | None = None, **told: str) -> None:
+        """Note that a network's weights are to be written, with what their file says of itself."""
+        network = run.all_networks[run.files[file]]
+        told |= {"network": run.result if file == "model" else file, "epoch": str(run.epoch)}
+        metadata = weights_metadata(self.config, network) | told
+        self.owed[to or file] = network.state_dict(), metadata
+
     def _write_owed(self) -> None:
         if not self.folder.is_dir():
             # Made anew it would lack the configuration, and nobody would look for it.
@@ -107,6 +122,28 @@ class Saver:
             f"cannot save to {self.folder}: {error.strerror or error}. {self.last()} Mend that and "
             "continue with --resume."
         )
+
+
+def keep_last(folder: Path, config: Config) -> None:
+    """Write the result's weights after the last epoch into a run's folder, unless they are there.
+
+    Raises:
+        InputError: if the run is not at its end, or its newest checkpoint cannot be read.
+    """
+    path, epochs = folder / f"{LAST}.safetensors", config.optim.epochs
+    if path.exists() and read_metadata(path).get("epoch") == str(epochs):
+        return
+    state, _ = load_checkpoint(folder / "checkpoints")
+    if state["epoch"] < epochs or state["pending"] is not None:
+        raise InputError(
+            f"--evaluate last: the newest checkpoint is in epoch {state['epoch'] + 1} of {epochs}. "
+            f"Finish the run with `cure-fast train {folder} --resume`, or take --evaluate best."
+        )
+    result = result_of(config)
+    weights = state["model"] if result == "model" else state["networks"][result]
+    metadata = read_metadata(folder / WEIGHTS_FILE)
+    metadata.pop("chosen_by", None)
+    save_weights(weights, path, metadata | {"network": result, "epoch": str(epochs)})
 
 
 def check_weights(run: TrainState) -> None:

@@ -32,6 +32,7 @@ from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader
 from cure_fast.training.saving import Saver, weights_metadata
 from cure_fast.training.trainer import build_run, fit
+from cure_fast.training.watch import in_one_step
 
 # The weights training started from, kept in the run folder: a resumed run needs no other file.
 START = "start.safetensors"
@@ -162,7 +163,7 @@ def natural_stage(config: Config) -> Config:
         policies={},
         model=replace(config.model, teacher=()),
         pretrain=PretrainConfig(),
-        eval=replace(config.eval, networks=()),
+        eval=replace(config.eval, networks=(), evaluate=("best",)),
         optim=replace(
             config.optim,
             epochs=stage.pretrain_epochs,
@@ -218,7 +219,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
             save=save,
             stop=stage.stop,
         )
-        save.finish()
+        save.finish(run)
     except DivergedError as error:
         way_on = AFRESH if stage.name == "pretrain" else save.way_on()
         raise DivergedError(f"{error} {advice(stage)} {way_on}") from error
@@ -268,19 +269,21 @@ def validate(
 ) -> dict[str, Any]:
     """Return a network's natural and robust accuracy in percent on the validation split.
 
-    ``robust_by_class`` has an entry for each class that the split has images of.
+    ``robust_by_class`` has an entry for each class that the split has images of. ``fgsm`` is there
+    where the training attack has one step; PGD's steps are a quarter of eps there at most, as the
+    long one of such an attack leads from corner to corner of the ball.
     """
     robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
-    attack = run.config.attack
+    attack, one_step = run.config.attack, in_one_step(run)
     try:
         results = evaluate(
             run.all_networks[network],
             torch.from_numpy(val.images),
             torch.from_numpy(val.labels),
             num_classes=len(val.classes),
-            attacks=["natural", *([robust] if robust else [])],
+            attacks=["natural", *([robust] if robust else []), *(["fgsm"] if one_step else [])],
             eps=attack.eps,
-            step_size=attack.step_size,
+            step_size=min(attack.step_size, attack.eps / 4) if one_step else attack.step_size,
             batch_size=run.config.eval.eval_batch_size,
             device=run.device,
             seed=run.config.run.seed,
@@ -295,4 +298,5 @@ def validate(
         "attack": robust,
         "count": results["natural"].count,
         "robust_by_class": by_class if robust else None,
+        **({"fgsm": results["fgsm"].accuracy} if one_step else {}),
     }

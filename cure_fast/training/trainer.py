@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cure_fast.runs.log import RunLog
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
 from cure_fast.training.schedules import lr_at, momentum_at
+from cure_fast.training.watch import collapsed, watch_step
 
 
 def build_run(
@@ -72,7 +73,7 @@ def build_run(
             )
         run.networks |= {name: net.to(device) for name, net in policy.networks.items()}
     assert run.result in run.all_networks, f"the run has no network {run.result}"
-    taken = {"model", "raw", "start"} & run.networks.keys()
+    taken = {"model", "raw", "start", "last"} & run.networks.keys()
     assert not taken, f"files of the run folder have the names of its networks {taken}"
     run.engine = open_engine(run)
     return run
@@ -125,6 +126,7 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
         advance(run.batch * config.optim.batch_size)
         for batch in batches:
             lr, terms = next_step(run, batch)
+            watch_step(run, batch, stage=log.stage)
             done = run.step - 1
             if terms is not None and done % config.run.log_every == 0:
                 epoch = (run.position - 1) / run.loader.batches_per_epoch
@@ -166,17 +168,17 @@ def fit(
     log: RunLog,
     *,
     validate: Callable[[TrainState, str], dict[str, Any]],
-    save: Callable[[TrainState, bool], None],
+    save: Callable[[TrainState, Collection[str]], None],
     stop: Callable[[], bool],
 ) -> None:
-    """Train to the last epoch: per epoch, train, validate, note the best, save, log.
+    """Train to the last epoch: per epoch, train, validate, note the best networks, save, log.
 
     Args:
         run: what is moved.
         log: receives one row per epoch and one per logging step.
         validate: measures the network of that name (see :func:`.stages.validate`); may raise
             ``StoppedError``, after which a resumed run validates anew.
-        save: stores the run, with whether this epoch is the best so far.
+        save: stores the run, with the files of those networks that are better than ever before.
         stop: polled after each step.
 
     Raises:
@@ -191,10 +193,14 @@ def fit(
             due = last or run.epoch % config.eval.val_every == 0
             validation = validated(run, validate) if due else None
         except StoppedError:
-            save(run, False)
+            save(run, ())
             raise
         row, run.pending = {**run.pending, "validation": validation}, None
-        best = validation is not None and note_best(run, validation)
+        best: set[str] = set()
+        if validation is not None and collapsed(run, validation):
+            row["collapsed"] = True
+        elif validation is not None:
+            best = note_best(run, validation)
         # The row goes first: a run killed between the two writes it again after --resume.
         log.epoch(row)
         if best or last or run.epoch % config.run.checkpoint_every == 0:
@@ -206,8 +212,9 @@ def validated(
 ) -> dict[str, Any]:
     """Return what the run's result reaches on the validation images.
 
-    Where that is another network than the trained one, its name is under ``network`` and what the
-    trained one reaches under ``raw``, as its file of weights is called. Policies act in between.
+    Where that is another network than the trained one, its name is under ``network``. What other
+    candidates reach is under ``networks``, by the name of the file of their weights. Policies act
+    on what the trained network reaches, before the others are measured.
     """
     assert run.pending is not None
     if "validation" not in run.pending:
@@ -217,21 +224,27 @@ def validated(
         run.engine.weights_moved()
         # Kept, as a run that is stopped from here on must not act on it again.
         run.pending["validation"] = found
-    trained = run.pending["validation"]
-    if run.result == "model":
-        return trained
-    return {**validate(run, run.result), "network": run.result, "raw": trained}
+    found = {
+        file: run.pending["validation"] if network == "model" else validate(run, network)
+        for file, network in run.candidates.items()
+    }
+    result = found.pop("model")
+    if run.result != "model":
+        result = {**result, "network": run.result}
+    return {**result, "networks": found} if found else result
 
 
-def note_best(run: TrainState, validation: dict[str, Any]) -> bool:
-    """Return whether this epoch beats all before it, and remember it if so.
+def note_best(run: TrainState, validation: dict[str, Any]) -> set[str]:
+    """Return the files of the networks for which this epoch beats all before, and remember that.
 
     The robust accuracy decides, and the natural one where it is equal; natural training is judged
     by natural accuracy alone.
     """
-    selected = validation["robust"] if run.method.uses_attack else validation["natural"]
-    score = (selected, validation["natural"])
-    if run.best is not None and score <= run.best[:2]:
-        return False
-    run.best = (*score, run.epoch)
-    return True
+    better = set()
+    for file, found in {"model": validation, **validation.get("networks", {})}.items():
+        selected = found["robust"] if run.method.uses_attack else found["natural"]
+        score = (selected, found["natural"])
+        if file not in run.best or score > run.best[file][:2]:
+            run.best[file] = (*score, run.epoch)
+            better.add(file)
+    return better

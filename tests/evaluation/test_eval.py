@@ -293,7 +293,7 @@ def test_further_networks_join_the_record_and_unknown_ones_are_refused(
     assert evaluate("--networks", "revision") == 0
     after = results(run / "results.json")["models"]
     assert after["trained"] == before["trained"]
-    assert after["revision"]["title"] == "revision network, best epoch 1 of 1"
+    assert after["revision"]["title"] == "revision network, the result's best epoch 1 of 1"
     assert after["revision"]["weights"] != after["trained"]["weights"]
     assert main(["eval", "run/revision.safetensors", "--networks", "raw"]) == 2
     assert "only for a run folder" in capsys.readouterr().err

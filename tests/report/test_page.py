@@ -297,7 +297,11 @@ def test_every_number_says_of_which_network_it_is(
         if row["event"] == "epoch" and row["stage"] == "train":
             found = row["validation"]
             raw = found | {"natural": found["natural"] - 7, "robust": found["robust"] - 5}
-            row["validation"] = found | {"network": "ema", "raw": raw}
+            if row["epoch"] == 7:
+                raw["robust"] = 99.0
+            # As earlier versions wrote it.
+            others = {"networks": {"raw": raw}} if row["epoch"] > 3 else {"raw": raw}
+            row["validation"] = found | {"network": "ema"} | others
         return row
 
     before = page_of(folder)
@@ -306,6 +310,8 @@ def test_every_number_says_of_which_network_it_is(
     for name in ("natural (ema network)", "under PGD-10 (ema network)", "natural (raw network)"):
         assert name in page.text and name not in before.text
     assert "The ema network is the run's result, which decides" in page.text
+    assert "have best epochs of their own: epoch 7 of the raw network." in page.text
+    assert page.row("7 (best of raw)") and page.row("12 (best)")
     natural, robust = (float(cell) for cell in page.row("14")[1:3])
     columns = [cell.strip() for row in page.cells if row[0].startswith("Epoch") for cell in row]
     raw = [float(page.row("14")[columns.index(name)]) for name in ("raw natural", "raw robust")]
@@ -314,3 +320,40 @@ def test_every_number_says_of_which_network_it_is(
     # Bars and times.
     assert "ema network 4.2 s" in page.text and "raw network 4.2 s" in page.text
     assert "trained 4.2 s" not in page.text
+
+
+def test_the_last_epoch_stands_beside_the_best_with_its_difference(
+    page_of: Read, new_run: Make, results: dict[str, Any]
+) -> None:
+    models = results["models"]
+    attacks = {"pgd20": models["start"]["attacks"]["pgd20"] | {"correct": 301, "accuracy": 30.1}}
+    models["last"] = {"title": "CURE, last epoch 15 of 15", "attacks": attacks}
+    page = page_of(new_run(results=results))
+    header, row = page.row("Attack"), page.row("PGD-20")
+    assert header[1:4] == [
+        "naturally trained start",
+        "CURE, best epoch 12 of 15",
+        "CURE, last epoch 15 of 15",
+    ]
+    # 30.1 after the last epoch, 37.1 in the best.
+    assert row[header.index("Last \N{MINUS SIGN} best epoch")] == "\N{MINUS SIGN}7.00"
+    assert page.row("Natural")[header.index("Last \N{MINUS SIGN} best epoch")] == ""
+    assert "last epoch 4.2 s" in page.text
+
+
+def test_a_network_that_collapsed_shows_on_the_page(page_of: Read, new_run: Make) -> None:
+    folder = new_run()
+
+    def against_one_step(row: dict[str, Any]) -> dict[str, Any]:
+        if row["event"] == "epoch" and row["stage"] == "train":
+            row["validation"]["fgsm"] = row["validation"]["robust"] + 4
+            if row["epoch"] > 9:
+                row |= {"collapsed": True}
+        return row
+
+    assert "FGSM" not in page_of(folder).text
+    rewrite(folder, "metrics.jsonl", against_one_step)
+    page = page_of(folder)
+    assert "under FGSM" in page.text and "FGSM %" in page.text
+    assert "Catastrophic overfitting in epoch 10, 11, 12, 13, 14, 15: right under" in page.text
+    assert page.row("9 (best)") and page.row("12 (collapsed)")
