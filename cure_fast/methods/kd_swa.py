@@ -9,6 +9,7 @@ CIFAR-100 by up to 15 degrees; here they are not. The policy ``swa`` comes with 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -61,6 +62,15 @@ def loss(run: Run, batch: Batch) -> Terms:
     }
 
 
+smoothened = partial(
+    SetUp,
+    "VITA-Group/Alleviate-Robust-Overfitting",
+    milestones=(0.25, 0.75),
+    normalize="dataset",
+    start="uniform",
+    attack_mode="train",
+)
+
 KD_SWA = Method(
     name="kd_swa",
     label="KD",
@@ -72,16 +82,7 @@ KD_SWA = Method(
     loss=loss,
     teachers=("natural", "robust"),
     preset=lambda config: replace(config, policies={"swa": SWA.settings, **config.policies}),
-    published={
-        "cifar*/*": SetUp(
-            "VITA-Group/Alleviate-Robust-Overfitting",
-            milestones=(0.25, 0.75),
-            normalize="dataset",
-            start="uniform",
-            attack_mode="train",
-            val_images=5000,
-        ),
-    },
+    published={"cifar*/*": smoothened(val_images=5000), "*": smoothened()},
     rows=rows(
         "SWA + KD",
         ("cifar10", "preactresnet18", ", best epoch (CURE's Table 3)", 84.51, None, None, 49.87),
