@@ -9,12 +9,18 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
+from cure_fast.methods.ard import ARD
+from cure_fast.methods.awp import AWP_AT, AWP_TRADES
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
+from cure_fast.methods.hat import HAT
+from cure_fast.methods.iad import IAD, IAD2
 from cure_fast.methods.idbh import IDBH
+from cure_fast.methods.kd_swa import KD_SWA
 from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
+from cure_fast.methods.seat import SEAT
 from cure_fast.methods.trades import TRADES
 from cure_fast.policies import POLICIES, find_policy
 from cure_fast.step.method import Method, PaperRow, SetUp
@@ -34,6 +40,14 @@ METHODS: dict[str, Method] = {
         NMSE,
         PIAT_NMSE,
         IDBH,
+        AWP_AT,
+        AWP_TRADES,
+        SEAT,
+        HAT,
+        KD_SWA,
+        ARD,
+        IAD,
+        IAD2,
     )
 }
 

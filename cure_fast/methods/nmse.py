@@ -10,17 +10,15 @@ The paper's code is not public. Its text leaves open whether gradients go throug
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch.nn.functional as F
 
 from cure_fast.batch import Batch
-from cure_fast.config import Config, MethodSettings
-from cure_fast.config.checks import Weight, check
+from cure_fast.config import MethodSettings
+from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.policies.piat import PIAT
-from cure_fast.step.method import Method, SetUp, rows
+from cure_fast.step.method import Method, SetUp, rows, with_policies
 from cure_fast.step.run import Run, Terms
 
 
@@ -41,13 +39,6 @@ def loss(run: Run, batch: Batch) -> Terms:
     nmse = ((1 - true) * apart).mean()
     total = adversarial_ce + run.settings.mu * nmse
     return {"total": total, "adversarial_ce": adversarial_ce, "nmse": nmse}
-
-
-def check_piat(config: Config) -> None:
-    """Raise ``InputError`` unless PIAT's interpolation is among the policies."""
-    names = ",".join(config.policies) or "none"
-    wanted = f"piat among --policies with --method {config.method} (--method nmse goes without)"
-    check("piat" in config.policies, "policies", names, wanted)
 
 
 NMSE = Method(
@@ -78,12 +69,11 @@ NMSE = Method(
         ("cifar100", "resnet18", " (PIAT's Table V)", 58.88, 29.55, None, 24.82),
     ),
 )
-PIAT_NMSE = replace(
+PIAT_NMSE = with_policies(
     NMSE,
     name="piat_nmse",
     title="NMSE with --policies piat, as the paper trains",
-    preset=lambda config: replace(config, policies={"piat": PIAT.settings, **config.policies}),
-    check=check_piat,
+    policies={"piat": PIAT.settings},
     rows=rows(
         "PIAT + NMSE",
         ("cifar10", "resnet18", ", best epoch (Table I)", 80.96, 53.74, 51.72, 48.80),

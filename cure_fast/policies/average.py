@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from cure_fast.batch import Batch
+from cure_fast.classifier import attack_mode
 from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Share
 from cure_fast.kernels import TensorList, ema_update_
 from cure_fast.step.policy import Policy, PolicyInfo
+from cure_fast.step.random_state import random_state, restore_random_state
 from cure_fast.step.run import Run
 
 
@@ -25,7 +27,8 @@ class Average(Policy):
         decay: from the run to the share of the old average that stays, in [0, 1].
         rate: from the run to the probability of a move at this step; None moves in every step.
         buffers: ``own`` leaves the network's buffers to its own forward passes, ``average`` moves
-            them like the parameters.
+            them like the parameters, ``estimate`` so too, and estimates statistics anew after each
+            epoch.
         order: move ``after`` the optimiser's step, or ``before`` the attack.
     """
 
@@ -38,7 +41,7 @@ class Average(Policy):
         *,
         decay: Callable[[Run], float],
         rate: Callable[[Run], float] | None = None,
-        buffers: Literal["own", "average"] = "own",
+        buffers: Literal["own", "average", "estimate"] = "own",
         order: Literal["after", "before"] = "after",
     ) -> None:
         super().__init__()
@@ -75,11 +78,16 @@ class Average(Policy):
             return
         if self.lists is None:
             own, theirs = (
-                [*net.parameters(), *(net.buffers() if self.buffers == "average" else ())]
+                [*net.parameters(), *(() if self.buffers == "own" else net.buffers())]
                 for net in (self.network, run.model)
             )
             self.lists = TensorList(own), TensorList(theirs)
         self.moves += ema_update_(*self.lists, rate=rate, seed=run.config.run.seed, **how)
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Estimate BatchNorm statistics anew, where they are not averaged."""
+        if self.buffers == "estimate":
+            estimate_statistics(run, self.network)
 
     def epoch_metrics(self, run: Run) -> dict[str, Any]:
         """Return the rate and the number of moves, under the network's name."""
@@ -92,6 +100,33 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).requires_grad_(False)
 
 
+@torch.no_grad()
+def estimate_statistics(run: Run, network: nn.Module) -> None:
+    """Set BatchNorm statistics to the means over the epoch's natural training images.
+
+    That is one more pass through the network, as the loader augments them; all else that the pass
+    would change stays as it is, the process's random numbers included.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta, before = [norm.momentum for norm in norms], random_state()
+    # What draws, such as dropout, passes images on as it will when the network is evaluated.
+    with attack_mode(network, "eval"), run.loader.epoch(run.epoch) as batches:
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+        seen = 0
+        for batch in batches:
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen
+            network(batch.x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    restore_random_state(before)
+
+
 class EmaSettings(MethodSettings):
     """Exponential moving average of weights and buffers, which is what is evaluated."""
 
@@ -99,6 +134,9 @@ class EmaSettings(MethodSettings):
     """Share of the average that stays in each step, 0 to 1 (SEAT: 0.999)."""
     ema_warmup: Literal["seat", "none"] = "seat"
     """Bound that share by (t+1)/(t+10) in step t (seat), or not."""
+    ema_buffers: Literal["average", "estimate"] = "average"
+    """BatchNorm statistics: averaged too (SEAT), or estimated anew on the natural training images
+    after each epoch (IDBH)."""
 
 
 def build_ema(run: Run, settings: EmaSettings) -> Policy:
@@ -109,7 +147,7 @@ def build_ema(run: Run, settings: EmaSettings) -> Policy:
         t = run.step
         return min(settings.ema_decay, (t + 1) / (t + 10)) if bound else settings.ema_decay
 
-    return Average("ema", frozen_copy(run.model), decay=decay, buffers="average")
+    return Average("ema", frozen_copy(run.model), decay=decay, buffers=settings.ema_buffers)
 
 
 EMA = PolicyInfo(

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from cure_fast.batch import Batch
-from cure_fast.config import Config
+from cure_fast.config import Config, MethodSettings
+from cure_fast.config.checks import check
 from cure_fast.config.values import with_values
 from cure_fast.step.policy import Choice, Policy
 from cure_fast.step.run import Run, Terms
@@ -111,3 +112,26 @@ class Method(Choice):
     rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True
     one_step: bool = False
+
+
+def with_policies(
+    base: Method, *, name: str, policies: Mapping[str, MethodSettings], **changes: Any
+) -> Method:
+    """Return a method that is ``base`` with these policies, and refused without them.
+
+    Settings that a configuration has chosen for them stay; rows of ``base`` are not its own.
+    """
+
+    def preset(config: Config) -> Config:
+        return base.preset(replace(config, policies={**policies, **config.policies}))
+
+    def check_policies(config: Config) -> None:
+        base.check(config)
+        for policy in policies:
+            given = ",".join(config.policies) or "none"
+            without = f"(--method {base.name} goes without)"
+            wanted = f"{policy} among --policies with --method {name} {without}"
+            check(policy in config.policies, "policies", given, wanted)
+
+    own = {"name": name, "preset": preset, "check": check_policies, "rows": {}}
+    return replace(base, **(own | changes))

@@ -330,7 +330,6 @@ def test_presets_may_set_policies_and_the_command_line_replaces_them():
 
 
 def test_policies_that_contradict_are_refused(monkeypatch):
-    monkeypatch.setitem(POLICIES, "swa", dataclasses.replace(POLICIES["ema"], name="swa"))
     config = select_policies(find_recipe("quickstart"), ["ema", "piat", "swa"])
     with pytest.raises(InputError, match=r"--policies: expected one .* got ema,swa\. Leave out"):
         check_config(config)
