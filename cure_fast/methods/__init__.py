@@ -15,6 +15,7 @@ from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
+from cure_fast.methods.te import TE, TE_TRADES
 from cure_fast.methods.trades import TRADES
 from cure_fast.policies import POLICIES, find_policy
 from cure_fast.step.method import Method, PaperRow, SetUp
@@ -34,6 +35,8 @@ METHODS: dict[str, Method] = {
         NMSE,
         PIAT_NMSE,
         IDBH,
+        TE,
+        TE_TRADES,
     )
 }
 
