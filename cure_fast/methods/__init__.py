@@ -15,6 +15,7 @@ from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
+from cure_fast.methods.rat import RAT
 from cure_fast.methods.st_at import ST_AT
 from cure_fast.methods.te import TE, TE_TRADES
 from cure_fast.methods.trades import TRADES
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
         TE,
         TE_TRADES,
         ST_AT,
+        RAT,
     )
 }
 
