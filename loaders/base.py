@@ -61,6 +61,7 @@ class Loader(ABC):
         reason: one line that says which loader this is and why it was chosen.
         batch_size: images per batch.
         set_size: images of the set, each with its place below that.
+        num_classes: classes of the set, each with its label below that.
         num_images: images delivered in an epoch, which can be one less.
         batches_per_epoch: batches delivered in an epoch.
     """
@@ -98,7 +99,7 @@ class Loader(ABC):
                 f"; {count} images in batches of {batch_size} leave one over, which is passed over "
                 f"in each epoch, as BatchNorm cannot train on it"
             )
-        self.set_size = count
+        self.set_size, self.num_classes = count, len(image_set.classes)
 
     @contextmanager
     def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Iterator[Batch]]:

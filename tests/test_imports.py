@@ -37,7 +37,10 @@ NARROW = {
         *("attacks", "batch", "classifier", "config", "console", "errors", "kernels", "loaders"),
     },
     "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
-    "methods": {"batch", "config", "errors", "losses", "policies", "step"},
+    "methods": {
+        *("attacks", "batch", "classifier", "config", "errors", "kernels", "losses", "policies"),
+        "step",
+    },
     "engine": {"batch", "classifier", "config", "console", "errors", "kernels", "step"},
     "recipes": {"config", "errors", "loaders", "methods", "models", "step"},
 }

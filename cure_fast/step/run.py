@@ -15,6 +15,7 @@ from cure_fast.classifier import ImageClassifier
 from cure_fast.config import Config
 from cure_fast.kernels import Selection
 from cure_fast.loaders import Loader
+from cure_fast.loaders.seeds import derive_seed
 
 P = TypeVar("P")
 
@@ -141,6 +142,11 @@ class Run:
         ``--override`` changed the batches of a resumed run.
         """
         return self.position / self.total_steps
+
+    @property
+    def step_seed(self) -> int:
+        """Seed of what a policy draws in the step, below 2**63; of the run's seed and the step."""
+        return derive_seed(self.config.run.seed, self.step)
 
     @property
     def attack_steps(self) -> int:

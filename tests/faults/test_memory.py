@@ -55,7 +55,8 @@ class Noisy(tiny_step.Tiny):
         return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+# RAT's soft targets are of the gradients of a pass, so that a smaller pass has others.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "rat"])
 @pytest.mark.parametrize("size", [2, 5, 6, 11])
 def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
     whole, parts = (run_of(method) for _ in range(2))

@@ -119,7 +119,7 @@ def make_run(
     model.to(device)
     model.compute_dtype = dtype
     data = batches() if data is None else data
-    loader = FixedLoader([(x.to(device), y.to(device)) for x, y in data])
+    loader = FixedLoader([(x.to(device), y.to(device)) for x, y in data], CLASSES)
     given = teachers_like(model, method) if teachers is None else copy.deepcopy(teachers)
     return build_run(config, model, loader, device, given)
 

@@ -46,8 +46,8 @@ class FixedLoader:
 
     kind = reason = "fixed"
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, num_classes=CLASSES):
+        self.batches, self.num_classes = batches, num_classes
         self.batch_size = len(batches[0][1])
         self.num_images = self.set_size = sum(len(y) for _, y in batches)
         self.batches_per_epoch = len(batches)
