@@ -177,11 +177,16 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
     say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
 
 
-def list_all() -> None:
-    """List recipes, methods, models, data sets and attacks."""
-    from cure_fast.cli.listing import print_all
+def list_all(topic: Positional[str] = "") -> None:
+    """List recipes, methods, policies, models, data sets and attacks.
 
-    print_all()
+    Args:
+        topic: One of these alone, as recipes, methods, policies, models, data or attacks, with more
+            on it: of methods the paper, passes per step, published result and needs.
+    """
+    from cure_fast.cli.listing import listing
+
+    print(listing(topic))
 
 
 def doctor() -> None:
@@ -289,7 +294,8 @@ def read_arguments(function: Callable[..., None], words: Sequence[str], prog: st
     kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
     with pointing_to(prog, "it"):
         free, values = read_words(words, flags_of(*kinds))
-        if len(free) != len(names) or not all(map(str.strip, free)):
+        most, least = len(names), len(names) - len(function.__defaults__ or ())
+        if not least <= len(free) <= most or not all(map(str.strip, free)):
             takes = " ".join(name.upper() for name in names) or "no word"
             came = " ".join(map(shown, free)) or "nothing"
             raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")
