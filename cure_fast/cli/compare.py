@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cure_fast.cli.configure import read_config
+from cure_fast.cli.configure import base_config, read_config
 from cure_fast.cli.words import pointing_to, read_words
 from cure_fast.config.checks import shown
 from cure_fast.errors import InputError
@@ -18,8 +18,8 @@ from cure_fast.training.compare import Comparison, Entry
 
 # A stretch without commas, but for those in quotes.
 ENTRY = re.compile(r"""(?:[^,"']|"[^"]*"|'[^']*')+""")
-# Flags that the comparison gives to each run itself, and their types.
-GIVEN = {"method": str, "policies": str, "seed": str, "out": str}
+# Flags that a comparison gives each of its runs, and their types.
+GIVEN = {"method": str, "policies": str, "seed": str}
 
 
 def read_comparison(
@@ -29,27 +29,28 @@ def read_comparison(
 
     ``--methods`` has entries with commas between, each METHOD[+POLICY...] and then flags of its
     own, as train takes them; in an entry a value that holds commas is in quotes. Other flags are
-    for all entries, and an entry's own count where both give one.
+    for all entries, and an entry's own count where both give one. ``prog`` and ``switches`` are
+    those of :func:`.read_config`.
     """
-    with pointing_to(prog, "each flag"):
-        _, own = read_words(words, {**GIVEN, **switches}, lambda name: None)
-        refuse(own.keys() & GIVEN.keys() - {"out"}, "")
-        if "methods" not in own:
-            raise InputError(
-                "--methods: expected entries such as cure,trades+piat,'trades --beta 5', got none."
-            )
-        entries = [
-            Entry(" ".join(entry), read_config(recipe, [*words, *own_words], prog, switches)[0])
-            for entry in split_entries(own["methods"])
-            for own_words in [entry_words(entry)]
-        ]
-    first = entries[0].config
-    folder = user_path(own["out"], "--out") if "out" in own else Path(f"runs/compare-{first.name}")
-    # Of no entry: the runs have folders and seeds of their own.
-    entries = [
-        replace(e, config=replace(e.config, run=replace(e.config.run, out=None))) for e in entries
-    ]
-    return Comparison(entries, own.get("seeds", 3), folder, shlex.join([*prog.split(), *words]))
+    name = base_config(recipe, [], prog).name
+    with pointing_to("cure-fast compare", "it"):
+        _, own = read_words(
+            words, {**GIVEN, **switches, "name": str, "out": str}, lambda name: None
+        )
+        refuse(own)
+        entries = split_entries(own.get("methods", ""))
+    read = []
+    for entry in entries:
+        written = " ".join(entry)
+        try:
+            config, _ = read_config(recipe, [*words, *entry_words(entry)], prog, switches)
+        except InputError as error:
+            raise InputError(f"--methods, {shown(written)}: {error}") from error
+        # The folder is that of the comparison.
+        read.append(Entry(written, replace(config, run=replace(config.run, out=None))))
+    folder = user_path(own.get("out", f"runs/compare-{own.get('name', name)}"), "--out")
+    command = shlex.join([*prog.split(), *words])
+    return Comparison(read, own.get("seeds", 3), Path(folder), command)
 
 
 def split_entries(text: str) -> list[list[str]]:
@@ -58,29 +59,28 @@ def split_entries(text: str) -> list[list[str]]:
     Raises:
         InputError: for an entry that is empty, or a quote that is not closed.
     """
-    entries = [piece.strip() for piece in ENTRY.findall(text)]
-    whole = ",".join(ENTRY.findall(text)) == text and all(entries)
-    if not entries or not whole:
+    found = ENTRY.findall(text)
+    if ",".join(found) != text or not all(map(str.strip, found)) or not found:
         raise InputError(
-            "--methods: expected entries with commas between, and quotes in pairs, got "
-            f"{shown(text)}."
+            "--methods: expected entries with commas between, and quotes in pairs, such as "
+            f'"cure,trades+piat,trades --beta 5", got {shown(text) if text else "nothing"}.'
         )
-    return [shlex.split(entry) for entry in entries]
+    return [shlex.split(entry) for entry in found]
 
 
 def entry_words(entry: Sequence[str]) -> list[str]:
-    """Return the words for train of an entry: the flags of its method and policies, and its own."""
-    names, flags = entry[0].split("+"), entry[1:]
-    _, own = read_words(flags, GIVEN, lambda name: None)
-    refuse(own.keys() & GIVEN.keys(), f" of the entry {shown(' '.join(entry))}")
-    chosen = ["--policies", ",".join(names[1:])] if names[1:] else []
-    return ["--method", names[0], *chosen, *flags]
+    """Return the words of an entry for train: the flags of its method and policies, and its own."""
+    (method, *policies), flags = entry[0].split("+"), entry[1:]
+    _, own = read_words(flags, {**GIVEN, "out": str}, lambda name: None)
+    refuse(own)
+    chosen = ["--policies", ",".join(policies)] if policies else []
+    return ["--method", method, *chosen, *flags]
 
 
-def refuse(given: set[str], where: str) -> None:
-    """Raise ``InputError`` for a flag that the comparison gives itself."""
-    for name in sorted(given):
+def refuse(given: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for a flag that a comparison gives each of its runs."""
+    for name in (name for name in GIVEN if name in given):
         raise InputError(
-            f"--{name}{where}: expected none, as compare gives each run its own: write methods and "
-            "policies as --methods METHOD+POLICY,..., seeds as --seeds N."
+            f"--{name}: expected none, as each run has its own. Write methods and policies as "
+            "--methods METHOD+POLICY,..., and the number of seeds as --seeds N."
         )

@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries that are trained with the seeds from 0 below ``seeds``, in folders of ``folder``.
+    """Entries, each trained with the seeds from 0 below ``seeds``, and the folder of all runs.
 
     Attributes:
         command: the command line, for the record.
@@ -144,7 +144,7 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
 def check_comparison(comparison: Comparison) -> None:
     """Raise ``InputError`` where something is wrong that can be seen before training."""
     entries, folder = comparison.entries, comparison.folder
-    check(comparison.seeds > 0, "seeds", comparison.seeds, "a number of at least 1")
+    check(0 < comparison.seeds <= 1000, "seeds", comparison.seeds, "a number from 1 to 1000")
     for place, entry in enumerate(entries):
         for other in entries[:place]:
             if other.slug == entry.slug or other.config == entry.config:

@@ -42,7 +42,7 @@ a run, `run` is a run folder and `run-...` a damaged one, and `missing` is not t
 
 CASES: dict[str, list[tuple[str, str]]] = {
     "Commands": [
-        ("fly", "expected one of the commands train, eval"),
+        ("fly", "expected one of the commands train, compare"),
         ("trian quickstart", "Perhaps you meant train"),
         ("--epochs 3", "expected one of the commands"),
         ("data", "expected `cure-fast data write`"),
@@ -94,6 +94,29 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --method trades --policies ema --networks ema", "no network 'ema'"),
         ("train run-policy", "Perhaps you meant piat"),
         ("train run-policies", "expected a table"),
+    ],
+    "Comparisons": [
+        ("compare quickstart", "got nothing"),
+        ("compare quikstart --methods cure", "Perhaps you meant quickstart"),
+        ("compare --methods cure quickstart", "before the flags"),
+        ("compare quickstart --methods cuer", "Perhaps you meant cure"),
+        ("compare quickstart --methods cure+pait", "Perhaps you meant piat"),
+        ("compare quickstart --methods cure,trades,cure", "expected entries that differ"),
+        ("compare quickstart --methods 'trades --beta 5,trades --beta=5'", "that differ"),
+        ("compare quickstart --methods cure,,trades", "expected entries with commas between"),
+        ('compare quickstart --methods "cure,trades --lr-factors \'0.1,0.01"', "quotes in pairs"),
+        ("compare quickstart --methods 'trades --epoch 5'", "Perhaps you meant --epochs"),
+        ("compare quickstart --methods 'cure,trades --seed 5'", "'trades --seed 5': --seed"),
+        ("compare quickstart --methods cure --seed 5", "the number of seeds as --seeds"),
+        ("compare quickstart --methods cure --policies awp", "METHOD+POLICY"),
+        ("compare quickstart --methods cure,trades --seeds 0", "from 1 to 1000"),
+        ("compare quickstart --methods cure,trades --seeds many", "a whole number"),
+        ("compare quickstart --methods cure,pgd_at --percentile 20", "expected with --method cure"),
+        ("compare quickstart --methods 'cure,trades --limit 10'", "evaluated alike"),
+        ("compare quickstart --methods 'cure,trades --model resnet19'", "resnet18"),
+        ("compare quickstart --methods cure --resume", "unknown flag '--resume'"),
+        ("compare quickstart --methods cure --out run", "got the folder of a run"),
+        ("compare quickstart --methods cure --out notes.txt", "got a file"),
     ],
     "Flags of training": [
         ("train quickstart --epsilon 8/255", "Perhaps you meant --eps"),
