@@ -2,43 +2,163 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_origin
 
 from cure_fast.config import Config
 from cure_fast.config.attack_names import ATTACKS
-from cure_fast.config.checks import as_word, field_types
+from cure_fast.config.checks import as_word, field_types, find
 from cure_fast.config.values import sections
+from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS
 from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
 from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES
-from cure_fast.recipes import RECIPES, figures, published_recipes
+from cure_fast.recipes import RECIPES, figures, published_recipe, published_recipes
+from cure_fast.step.method import WRITTEN, Method
+from cure_fast.step.policy import Choice
+
+# The method that the others' passes are relative to, and the row of papers that is shown if it is.
+USUAL, USUAL_ROW = "pgd_at", ("cifar10", "resnet18")
+COUNTED = """\
+Passes are of networks over the batch of a step, counted by running one with 10 attack steps unless
+the method sets its own: 1 forward, 2 backward; the first number is of a run's first epoch where it
+differs from the last one's. Relative is to PGD-AT's, in the last epoch."""
+PUBLISHED = """\
+Published results are natural / PGD-20 / AutoAttack in percent for CIFAR-10, ResNet-18, unless the
+row says otherwise, and claims of papers; `cure-fast show METHOD-DATA-MODEL` has their settings."""
 
 
-def print_all() -> None:
-    """Print recipes, methods, policies, models, data sets and attacks, a line each."""
-    sections = {
-        "Recipes (cure-fast train RECIPE)": {
-            name: recipe.about.split("\n")[0] for name, recipe in RECIPES.items()
-        },
-        "Recipes as the authors of each method train": {name: "" for name in published_recipes()},
-        "Methods (--method)": {name: method.title for name, method in METHODS.items()},
-        "Policies (--policies A,B,..., with any method)": {
-            name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()
-        },
-        "Models (--model)": {name: info.title for name, info in MODELS.items()},
-        "Data sets (--data)": {
-            **{name: info.title for name, info in DATASETS.items()},
-            "folder:PATH": "class-per-folder images in PATH/train and PATH/test, all of one size",
-        },
-        "Attacks (--attacks A,B,...)": ATTACKS,
-    }
-    width = max(len(name) for rows in sections.values() for name in rows)
-    for title, rows in sections.items():
-        print(title)
-        for name, text in rows.items():
-            print(f"  {name:<{width}}  {text}")
-        print()
+def recipes() -> dict[str, str]:
+    """Return the recipes and the pattern of those of methods, with a line on each."""
+    known = ", ".join(name for name, method in METHODS.items() if method.published)
+    rows = {name: recipe.about.split("\n")[0] for name, recipe in RECIPES.items()}
+    return rows | {"METHOD-DATA-MODEL": f"as the method's authors train, for {known}"}
+
+
+def data_sets() -> dict[str, str]:
+    """Return the data sets with a line on each."""
+    folder = "class-per-folder images in PATH/train and PATH/test, all of one size"
+    return {**{name: info.title for name, info in DATASETS.items()}, "folder:PATH": folder}
+
+
+# Title and rows of each topic, by the word after ``cure-fast list``.
+TOPICS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
+    "recipes": ("Recipes (cure-fast train RECIPE)", recipes),
+    "methods": ("Methods (--method)", lambda: {n: method.title for n, method in METHODS.items()}),
+    "policies": (
+        "Policies (--policies A,B,..., with any method)",
+        lambda: {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()},
+    ),
+    "models": ("Models (--model)", lambda: {name: info.title for name, info in MODELS.items()}),
+    "data": ("Data sets (--data)", data_sets),
+    "attacks": ("Attacks (--attacks A,B,...)", lambda: ATTACKS),
+}
+
+
+def listing(topic: str = "") -> str:
+    """Return all there is to choose from, a line each, or more on one of :data:`TOPICS`.
+
+    Raises:
+        InputError: for another topic.
+    """
+    if not topic:
+        chosen = {title: rows() for title, rows in TOPICS.values()}
+        width = max(len(name) for rows in chosen.values() for name in rows)
+        parts = [f"{title}\n{lines(rows, width)}" for title, rows in chosen.items()]
+        more = f"`cure-fast list {'|'.join(TOPICS)}` says more of methods, policies and recipes."
+        return "\n\n".join([*parts, more])
+    title, rows = find("list", TOPICS, topic, expected="nothing or one of")
+    if topic == "methods":
+        return f"{title}\n{method_table()}"
+    if topic == "policies":
+        return f"{title}\n{policy_table()}"
+    chosen = rows()
+    if topic == "recipes":
+        named = {name: published_recipe(name) for name in published_recipes()}
+        chosen |= {n: recipe.about.split("\n")[0] for n, recipe in named.items() if recipe}
+    return f"{title}\n{lines(chosen, max(map(len, chosen)))}"
+
+
+def lines(rows: dict[str, str], width: int) -> str:
+    """Return names, filled up to ``width``, with what is said of them."""
+    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())
+
+
+def method_table() -> str:
+    """Return the table of methods: paper, needs, passes per step, published result."""
+    header = ["name", "paper", "year", "passes", "relative", "published", "needs"]
+    rows, usual = [header], usual_cost()
+    for name, method in METHODS.items():
+        passes, relative, needs = cost(method, usual=usual)
+        rows.append([name, *cited(method), passes, relative, published(method), needs])
+    return f"{aligned(rows)}\n\n{COUNTED}\n{PUBLISHED}"
+
+
+def policy_table() -> str:
+    """Return the table of policies: paper, passes per step of PGD-AT with each, what it does."""
+    header = ["name", "paper", "year", "passes with PGD-AT", "relative", "title"]
+    rows, usual = [header], usual_cost()
+    for name, info in POLICIES.items():
+        passes, relative, _ = cost(METHODS[USUAL], name, usual=usual)
+        rows.append([name, *cited(info), passes, relative, info.title])
+    return f"{aligned(rows)}\n\n{COUNTED}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of text whose columns are as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def cited(choice: Choice) -> tuple[str, str]:
+    """Return authors and venue of a paper, and its year; the paper's line where it has none."""
+    if choice.year is None:
+        return choice.paper, "-"
+    authors = re.match(r".*? et al\.|[^,]+(, [^,]+)*? and [^,]+|[^,]*", choice.paper)
+    venue = choice.paper.rpartition(", ")[2].removesuffix(str(choice.year)).strip()
+    return ", ".join(filter(None, (authors[0] if authors else "", venue))), str(choice.year)
+
+
+def usual_cost() -> float:
+    """Return what a step of PGD-AT computes, in forward passes."""
+    from cure_fast.training.passes import try_method
+
+    return try_method(USUAL).last.cost
+
+
+def cost(method: Method, *policies: str, usual: float) -> tuple[str, str, str]:
+    """Return passes per step, their number relative to ``usual``, and what the method needs."""
+    from cure_fast.training.passes import TRIED, try_method
+
+    needs = [f"{name} teacher" for name in method.teachers]
+    starts = (own.values.get("pretrain_epochs") for own in method.published.values())
+    needs += ["a natural start"] * any(starts)
+    try:
+        trial = try_method(method.name, policies)
+    except InputError as error:
+        return "-", "-", ", ".join([*needs, f"not counted here: {error}"])
+    needs += [f"network {name}" for name in trial.networks]
+    needs += [f"--model {trial.model} or its like"] * (trial.model != next(iter(TRIED)))
+    first, last = trial.first.cost, trial.last.cost
+    told = f"{last:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
+    return told, f"{last / usual:.2f}", ", ".join(needs) or "-"
+
+
+def published(method: Method) -> str:
+    """Return the published result for CIFAR-10 and ResNet-18, else the first that there is."""
+    if not method.rows:
+        return "-"
+    place = USUAL_ROW if USUAL_ROW in method.rows else next(iter(method.rows))
+    row = method.rows[place]
+    scores = (row.natural, row.pgd20, row.aa)
+    told = " / ".join("-" if score is None else f"{score:.2f}" for score in scores)
+    where = ", ".join(WRITTEN.get(name, name) for name in place)
+    return told if place == USUAL_ROW else f"{told} ({where})"
 
 
 def print_config(config: Config, base: Config, published: bool) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``cure-fast train | eval | report | export | data | list | show | doctor``.
+"""The command line: ``cure-fast train | compare | eval | report | export | data | list | ...``.
 
 Heavy imports wait inside the commands, so that help is quick.
 """
@@ -33,6 +33,8 @@ from cure_fast.errors import (
 from cure_fast.signals import Interrupted, StopSignals
 
 HELP = {"-h", "--help"}
+# Commands that take a recipe or a run folder, and each field of the configuration as a flag.
+CONFIGURED = {"train", "compare", "show"}
 # Commands whose output is all that they do: a reader that has had enough of it is no failure.
 PRINTING = {"list", "show", "doctor"}
 # What to do about an error of the operating system.
@@ -89,7 +91,8 @@ def show_flags(recipe: str, words: Sequence[str], prog: str) -> None:
         "then here too. --regime published takes schedule, optimiser and attack from the method's "
         "authors, before all other flags; --regime recipe, the default, from the recipe. With "
         "train, --resume continues the run in --out, or the newest of this recipe, method, "
-        "policies and seed; --override with it accepts flags that differ from the run's. "
+        "policies and seed; --override with it accepts flags that differ from the run's. With "
+        "compare, --methods and --seeds, which `cure-fast compare --help` explains. "
         f"{EXIT_CODES}",
         registry=registry(),
     )
@@ -103,6 +106,19 @@ def train(recipe: Positional[str], resume: bool = False, override: bool = False)
         resume: Continue the run: the one in --out, or the newest of this recipe, method, policies
             and seed.
         override: With resume: continue although flags differ from what the run was made with.
+    """
+
+
+def compare(recipe: Positional[str], methods: str, seeds: int = 3) -> None:
+    """Train methods under one recipe with several seeds, and write tables of what they reached.
+
+    Takes the flags of train too, for all of them. Called again it goes on where it stopped.
+
+    Args:
+        recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
+        methods: Entries with commas between: METHOD[+POLICY...] and flags of its own, such as
+            "cure,trades+piat,trades --beta 5"; a value that holds commas is in quotes.
+        seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
     """
 
 
@@ -177,11 +193,16 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
     say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
 
 
-def list_all() -> None:
-    """List recipes, methods, models, data sets and attacks."""
-    from cure_fast.cli.listing import print_all
+def list_all(topic: Positional[str] = "") -> None:
+    """List recipes, methods, policies, models, data sets and attacks.
 
-    print_all()
+    Args:
+        topic: One of these alone, as recipes, methods, policies, models, data or attacks, with more
+            on it: of methods the paper, passes per step, published result and needs.
+    """
+    from cure_fast.cli.listing import listing
+
+    print(listing(topic))
 
 
 def doctor() -> None:
@@ -193,6 +214,7 @@ def doctor() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "compare": compare,
     "eval": evaluate,
     "report": report,
     "export": export,
@@ -218,17 +240,18 @@ def dispatch(words: Sequence[str]) -> None:
         )
     command, rest = find_command(words)
     prog = f"cure-fast {command}"
-    named = command in ("train", "show") and rest and not rest[0].startswith("-")
+    named = command in CONFIGURED and rest and not rest[0].startswith("-")
     if HELP & set(rest):
         if named:
             show_flags(rest[0], rest[1:], f"{prog} {rest[0]}")
         tyro.cli(COMMANDS[command], args=["--help"], prog=prog, registry=registry())
-    if command not in ("train", "show"):
+    if command not in CONFIGURED:
         COMMANDS[command](*read_arguments(COMMANDS[command], rest, prog))
         return
-    switches = {name: kind for name, kind in parameters(COMMANDS[command]).items() if kind is bool}
+    switches = {k: kind for k, kind in parameters(COMMANDS[command]).items() if k != "recipe"}
     # `train --resume RUN` is what one writes who thinks of the switch first.
-    first = [word for word in rest if word in flag_words(switches)] if not named else []
+    alone = flag_words(name for name, kind in switches.items() if kind is bool)
+    first = [word for word in rest if word in alone] if not named else []
     rest = [word for word in rest if word not in first] + first
     if not rest or rest[0].startswith("-"):
         came = f"got {shown(rest[0])} first" if rest else "got nothing"
@@ -236,6 +259,12 @@ def dispatch(words: Sequence[str]) -> None:
             f"{command}: expected the name of a recipe or a run folder before the flags, {came}, "
             f"such as: {prog} quickstart. `cure-fast list` shows the recipes."
         )
+    if command == "compare":
+        from cure_fast.cli.compare import read_comparison
+        from cure_fast.training.compare import compare as run_comparison
+
+        run_comparison(read_comparison(rest[0], rest[1:], f"{prog} {rest[0]}", switches))
+        return
     from cure_fast.cli.configure import read_config
 
     config, given = read_config(rest[0], rest[1:], f"{prog} {rest[0]}", switches)
@@ -289,7 +318,8 @@ def read_arguments(function: Callable[..., None], words: Sequence[str], prog: st
     kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
     with pointing_to(prog, "it"):
         free, values = read_words(words, flags_of(*kinds))
-        if len(free) != len(names) or not all(map(str.strip, free)):
+        most, least = len(names), len(names) - len(function.__defaults__ or ())
+        if not least <= len(free) <= most or not all(map(str.strip, free)):
             takes = " ".join(name.upper() for name in names) or "no word"
             came = " ".join(map(shown, free)) or "nothing"
             raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")

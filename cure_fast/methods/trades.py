@@ -57,7 +57,8 @@ TRADES = Method(
     name="trades",
     label="TRADES",
     title="TRADES: cross-entropy on natural images plus KL to the adversarial prediction",
-    paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019",
+    paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, "
+    "ICML 2019",
     settings=TradesSettings(),
     attack=kl_attack,
     loss=loss,

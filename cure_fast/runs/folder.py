@@ -297,12 +297,7 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
     Raises:
         InputError: with the fields that differ.
     """
-    stored, wanted = bound_fields(load_config(folder)), bound_fields(config)
-    changes = {
-        name: f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} asked for"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    }
+    changes = changes_to(folder, config)
     never = {*FIXED_FIELDS, *(f"settings.{name}" for name in find_method(config.method).fixed)}
     never |= {
         f"policies.{name}" for policy in config.policies for name in find_policy(policy).fixed
@@ -322,6 +317,16 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
     for line in changes.values():
         say(f"--override: {line}")
     return changes
+
+
+def changes_to(folder: Path, config: Config) -> dict[str, str]:
+    """Return a line for each field that decides what is trained and differs from the run's."""
+    stored, wanted = bound_fields(load_config(folder)), bound_fields(config)
+    return {
+        name: f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} asked for"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    }
 
 
 def bound_fields(config: Config) -> dict[str, Any]:

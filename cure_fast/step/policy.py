@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class Choice:
         name: what ``--method`` or ``--policies`` takes.
         label: name as papers write it, for reports.
         title: one line for ``cure-fast list``.
-        paper: authors, title, venue.
+        paper: authors, title, venue with the year.
         settings: default settings; the fields of their type are flags, those of a policy begin with
             its name.
         result: name of its network that is the run's result; None for the trained one.
@@ -134,6 +135,12 @@ class Choice:
     settings: MethodSettings = field(default_factory=MethodSettings)
     result: str | None = None
     fixed: tuple[str, ...] = ()
+
+    @property
+    def year(self) -> int | None:
+        """Year of the paper, or None where ``paper`` ends with none."""
+        found = re.search(r"\b(?:19|20)\d\d$", self.paper)
+        return int(found[0]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

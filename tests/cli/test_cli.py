@@ -14,6 +14,7 @@ import pytest
 import strange
 from cure_fast.cli.configure import read_config
 from cure_fast.cli.main import main
+from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from processes import finish, start
 
@@ -86,6 +87,29 @@ def test_list_names_everything(capsys):
         assert name in text
     for policy in POLICIES.values():
         assert f"  {policy.name} " in text and policy.title in text and policy.paper in text
+
+
+def test_list_of_methods_has_paper_cost_needs_and_result(capsys):
+    assert main(["list", "methods"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0]: " ".join(words) for words in lines if words}
+    assert rows["pgd_at"] == "pgd_at Madry et al., ICLR 2018 33 1.00 82.78 / 51.30 / 44.63 -"
+    assert "2024 43 1.30 86.76 / 54.92 / 49.69 a natural start, network revision" in rows["cure"]
+    assert "2024 3 to 43 1.30" in rows["cure_eff"] and METHODS.keys() <= rows.keys()
+
+
+def test_list_of_policies_counts_what_each_adds(capsys):
+    assert main(["list", "policies"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "awp Wu, Xia and Wang, NeurIPS 2020 36 1.09 AWP: " in text
+
+
+def test_list_of_recipes_has_those_of_methods_which_the_overview_names_once(capsys):
+    assert main(["list", "recipes"]) == 0
+    assert "  trades-cifar10-wrn34-10 " in capsys.readouterr().out
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert "trades-cifar10" not in text and "METHOD-DATA-MODEL" in text
 
 
 def test_show_prints_values_and_alternatives(capsys):

@@ -1,0 +1,313 @@
+"""The result of a comparison: tables in Markdown, CSV and LaTeX, and a scatter, of run folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from itertools import cycle, product
+from pathlib import Path
+from statistics import mean, stdev
+
+from cure_fast.config import Config
+from cure_fast.config.checks import format_pixel
+from cure_fast.errors import InputError
+from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.record import main_settings
+from cure_fast.files import replacing
+from cure_fast.methods import paper_row
+from cure_fast.report.record import Record
+from cure_fast.report.svg import Point, linear_axis, scatter
+from cure_fast.report.text import attack_name, data_name
+from cure_fast.step.method import PaperRow
+
+# What papers measure, as they call it.
+PAPERS = {"natural": "natural", "pgd20": "PGD-20", "cw20": "C&W", "aa": "AutoAttack"}
+# Settings of an attack in which two runs may differ: the seed, and what is a result.
+OF_THE_RUN = {"seed", "robust_after", "natural_correct"}
+STYLES = [*product(("circle", "square"), ("c1", "c2", "c3", "c4", "c5", "c0"))]
+SIGN = "\N{PLUS-MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """What is compared: its name, its configuration, and by seed its runs and what ended others."""
+
+    name: str
+    config: Config
+    records: dict[int, Record] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def results(self, attack: str) -> dict[int, AttackResult]:
+        """Return what the runs reached under an attack, by seed."""
+        scored = {s: r.results.models["trained"] for s, r in self.records.items() if r.results}
+        return {s: own.attacks[attack] for s, own in scored.items() if attack in own.attacks}
+
+    def accuracies(self, attack: str) -> list[float]:
+        """Return the same in percent, in the order of the seeds."""
+        return [score.accuracy for _, score in sorted(self.results(attack).items())]
+
+    def seconds(self, stage: str) -> float:
+        """Return how long the epochs of a stage took, a mean over the runs."""
+        runs = [sum(r.seconds or 0.0 for r in run.stage(stage)) for run in self.records.values()]
+        return mean(runs) if runs else 0.0
+
+    @property
+    def start(self) -> str:
+        """What the network started from."""
+        if self.config.model.init_from is not None:
+            return f"weights of {Path(self.config.model.init_from).name}"
+        epochs = self.config.pretrain.pretrain_epochs
+        return f"natural, {epochs} epochs" if epochs else "random"
+
+    @property
+    def engines(self) -> str:
+        """What computed the steps."""
+        return several(e.engine for run in self.records.values() for e in run.stage("train"))
+
+    @property
+    def devices(self) -> str:
+        """The processors or GPUs that the runs were on."""
+        began = [run.environment or {} for run in self.records.values()]
+        starts = [start for first in began for start in (first, *first.get("resumed", []))]
+        return several(s.get("gpu" if s.get("device") == "cuda" else "cpu") for s in starts)
+
+    @property
+    def published(self) -> PaperRow | None:
+        """What is published for its data set and model, else for CIFAR-10 and ResNet-18."""
+        data = replace(self.config.data, data="cifar10")
+        usual = replace(self.config, data=data, model=replace(self.config.model, model="resnet18"))
+        return paper_row(self.config) or paper_row(usual)
+
+
+def several(words: Iterable[str | None]) -> str:
+    """Return the words that there are, each once."""
+    return ", ".join(dict.fromkeys(word for word in words if word)) or "-"
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Return the standard deviation (n - 1), None for fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def spread(values: Sequence[float], sign: str) -> str:
+    """Return mean and standard deviation with a sign between, the mean alone for one value."""
+    apart = deviation(values)
+    told = f"{mean(values):.2f}" if values else "-"
+    return told if apart is None else f"{told} {sign} {apart:.2f}"
+
+
+def write_comparison(folder: Path, entrants: Sequence[Entrant], command: str) -> None:
+    """Write ``comparison.md``, ``.csv`` and ``.tex``, and ``scatter.svg``, each whole or not.
+
+    Raises:
+        InputError: if two runs were evaluated differently, and cannot stand in one table.
+    """
+    attacks = entrants[0].config.eval.attacks
+    for attack in attacks:
+        check_alike(attack, entrants)
+    written = {
+        "comparison.md": markdown(attacks, entrants, command),
+        "comparison.csv": table_csv(attacks, entrants),
+        "comparison.tex": table_tex(attacks, entrants),
+    }
+    if len(attacks) > 1 and "natural" in attacks:
+        written["scatter.svg"] = picture(entrants, robust_attack(attacks))
+    for name, text in written.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def check_alike(attack: str, entrants: Sequence[Entrant]) -> None:
+    """Raise ``InputError`` unless all results of an attack are of the same images and settings."""
+    seen: dict[str, str] = {}
+    for entrant in entrants:
+        for seed, result in entrant.results(attack).items():
+            own = {k: v for k, v in result.settings.items() if k not in OF_THE_RUN}
+            seen.setdefault(f"{result.count} images, {own}", f"{entrant.name}, seed {seed}")
+    if len(seen) > 1:
+        told = "; ".join(f"{who} with {what}" for what, who in seen.items())
+        raise InputError(
+            f"expected all runs evaluated alike under {attack}, got {told}. Delete results.json "
+            "and the folder evaluation of those that differ, and compare again."
+        )
+
+
+def robust_attack(attacks: Sequence[str]) -> str:
+    """Return the attack whose accuracy the scatter shows: the longest PGD, else the last."""
+    pgd = [name for name in attacks if name.startswith("pgd")]
+    others = [name for name in attacks if name != "natural"]
+    return max(pgd, key=lambda name: int(name[3:])) if pgd else others[-1]
+
+
+def scores(row: PaperRow) -> list[str]:
+    """Return the figures of a published row in the order of :data:`PAPERS`."""
+    values = [getattr(row, name) for name in PAPERS]
+    return ["-" if value is None else f"{value:.2f}" for value in values]
+
+
+def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) -> str:
+    """Return the page: results beside the papers', what each entry was given, what to know."""
+    config = entrants[0].config
+    results = [
+        ["entry", *map(attack_name, attacks), f"published {' / '.join(PAPERS.values())}", "of"]
+    ]
+    given = [["entry", "seeds", "start", "epochs", "start, s", "training, s", "engine", "device"]]
+    for entrant in entrants:
+        row = entrant.published
+        paper = ["-", "-"] if row is None else [" / ".join(scores(row)), row.row]
+        cells = [spread(entrant.accuracies(attack), SIGN) for attack in attacks]
+        results.append([entrant.name, *cells, *paper])
+        seconds = [f"{entrant.seconds(stage):,.0f}" for stage in ("pretrain", "train")]
+        seeds = ", ".join(map(str, sorted(entrant.records))) or "none"
+        budget = [seeds, entrant.start, str(entrant.config.optim.epochs), *seconds]
+        given.append([entrant.name, *budget, entrant.engines, entrant.devices])
+    return "\n".join(
+        [
+            f"# Comparison on {data_name(config.data.data)} with {config.model.model}\n",
+            f"`{command}`\n",
+            f"Recipe {config.name}. Accuracy in percent on test images "
+            f"({images(attacks, entrants)}), attacks within eps "
+            f"{format_pixel(main_settings(config)['eps'])}. {of_seeds(entrants)}\n",
+            *pipes(results),
+            "\nPublished figures are claims of papers, for their schedules, networks and data, and "
+            "of the method without the flags of an entry.\n",
+            *pipes(given),
+            "\nSeconds are sums over the epochs of a stage, a mean over seeds, of the wall clock: "
+            "they hold what else the machine did.\n",
+            *notes(entrants, attacks),
+        ]
+    )
+
+
+def images(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
+    """Return on how many images each attack was run, the first ones of the test set."""
+    found = {a: r.count for e in entrants for a in attacks for r in e.results(a).values()}
+    told = ", ".join(f"{attack_name(a)} {found[a]:,}" for a in attacks if a in found)
+    return told if len({*found.values()}) < 2 else f"{told}: compare down the columns"
+
+
+def of_seeds(entrants: Sequence[Entrant]) -> str:
+    """Return what the figures are over."""
+    if max(len(entrant.records) for entrant in entrants) < 2:
+        return "Of one seed each: there is no deviation, and no telling chance from difference."
+    return (
+        "Mean and standard deviation (n - 1) over seeds, which share the images; of one seed alone "
+        "there is no deviation."
+    )
+
+
+def notes(entrants: Sequence[Entrant], attacks: Sequence[str]) -> list[str]:
+    """Return a line on each run without a result, and on each result not to trust."""
+    found = []
+    for entrant in entrants:
+        found += [f"{entrant.name}, seed {s}: no result, {w}" for s, w in entrant.failures.items()]
+        for attack in attacks:
+            for seed, result in entrant.results(attack).items():
+                if not result.reliable:
+                    why = "; ".join(result.warnings) or "no reason was recorded"
+                    found.append(f"{entrant.name}, seed {seed}, {attack}: unreliable, {why}")
+    return [f"- {line}" for line in found] + [""] * bool(found)
+
+
+def pipes(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    told = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [told[0], "|" + "---|" * len(rows[0]), *told[1:]]
+
+
+def table_csv(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
+    """Return a line per entry: budget, mean, deviation and each seed's accuracy, the paper's."""
+    seeds = sorted({seed for e in entrants for seed in (*e.records, *e.failures)})
+    lines = []
+    for entrant in entrants:
+        line: dict[str, object] = {
+            "entry": entrant.name,
+            "method": entrant.config.method,
+            "policies": "+".join(entrant.config.policies),
+            "seeds": len(entrant.records),
+            "failed": len(entrant.failures),
+            "start": entrant.start,
+            "epochs": entrant.config.optim.epochs,
+            "pretrain_seconds": entrant.seconds("pretrain"),
+            "train_seconds": entrant.seconds("train"),
+            "engine": entrant.engines,
+            "device": entrant.devices,
+        }
+        for attack in attacks:
+            results, values = entrant.results(attack), entrant.accuracies(attack)
+            line[f"{attack}_mean"] = mean(values) if values else None
+            line[f"{attack}_std"] = deviation(values)
+            line |= {f"{attack}_s{s}": results[s].accuracy if s in results else None for s in seeds}
+            line[f"{attack}_images"] = next((r.count for r in results.values()), None)
+        row = entrant.published
+        line["paper_row"] = row.row if row else None
+        line |= {f"paper_{name}": getattr(row, name, None) for name in PAPERS}
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def table_tex(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
+    """Return the results beside the papers' rows as a tabular that needs no package."""
+    rows = [["entry", *map(attack_name, attacks), *(f"paper's {p}" for p in PAPERS.values())]]
+    for entrant in entrants:
+        cells = [spread(entrant.accuracies(attack), r"\pm") for attack in attacks]
+        row = entrant.published
+        papers = ["-"] * len(PAPERS) if row is None else scores(row)
+        rows.append([entrant.name, *cells, *papers])
+    head, *body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    return "\n".join(
+        [
+            *(f"% {e.name}: published for {e.published.row}" for e in entrants if e.published),
+            f"\\begin{{tabular}}{{{columns}}}",
+            *(r"\hline", head, r"\hline", *body, r"\hline"),
+            "\\end{tabular}\n",
+        ]
+    )
+
+
+def escaped(text: str) -> str:
+    """Return text as LaTeX takes it; a figure with its deviation in mathematics."""
+    if r"\pm" in text:
+        return f"${text}$"
+    text = re.sub(r"([\\{}&%$#_])", r"\\\1", text).replace(r"\\", r"\textbackslash ")
+    return text.replace("--", "-{}-")
+
+
+def picture(entrants: Sequence[Entrant], attack: str) -> str:
+    """Return natural against robust accuracy with deviations, as a file of its own."""
+    points = []
+    for entrant, (marker, style) in zip(entrants, cycle(STYLES), strict=False):
+        natural, robust = entrant.accuracies("natural"), entrant.accuracies(attack)
+        if natural and robust:
+            told = f"{entrant.name}: {spread(natural, SIGN)} natural, {spread(robust, SIGN)} robust"
+            place = mean(natural), mean(robust), deviation(natural) or 0.0, deviation(robust) or 0.0
+            points.append(Point(entrant.name, told, style, *place, marker=marker))
+    across = [p.x + side * p.x_error for p in points for side in (-1, 1)] or [0, 100]
+    up = [p.y + side * p.y_error for p in points for side in (-1, 1)] or [0, 100]
+    robust_title = f"accuracy in % under {attack_name(attack)}"
+    return scatter(
+        points,
+        linear_axis(max(across), "natural accuracy in %", low=min(across)),
+        linear_axis(max(up), robust_title, low=min(up)),
+        label=f"Natural accuracy against {robust_title}",
+        style=chart_style(),
+    )
+
+
+def chart_style() -> str:
+    """Return the rules of the page's style sheet for charts, in the light colours themselves."""
+    sheet = files("cure_fast.report").joinpath("style.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w-]+): ([^;]+);", sheet.partition("}")[0]))
+    rules = re.findall(
+        r"^\.(?:chart text|grid|axis|line (?:path|circle)|c\d)\b.*$", sheet, re.MULTILINE
+    )
+    return re.sub(r"var\(--([\w-]+)\)", lambda found: colours[found[1]], "\n".join(rules))

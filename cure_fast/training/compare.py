@@ -1,0 +1,229 @@
+"""Methods under one budget: each trained with several seeds, or taken over where it is finished."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cure_fast.config import Config
+from cure_fast.config.checks import check
+from cure_fast.console import say, warn
+from cure_fast.errors import (
+    CureFastError,
+    DivergedError,
+    InputError,
+    MemoryExhaustedError,
+    StoppedError,
+)
+from cure_fast.evaluation.record import main_settings, stored_record
+from cure_fast.files import file_hash
+from cure_fast.runs.environment import choose_device
+from cure_fast.runs.folder import changes_to, held, is_free
+from cure_fast.runs.log import read_rows
+from cure_fast.signals import StopSignals
+from cure_fast.training.job import train
+from cure_fast.training.stages import new_model
+from cure_fast.training.teachers import sources
+
+# Fields that decide what is measured, in which all that is compared is equal.
+MEASURED = ("attacks", "limit", "aa_limit", "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared: its name as it was written, and its configuration for any seed."""
+
+    name: str
+    config: Config
+
+    @property
+    def slug(self) -> str:
+        """What its run folders begin with."""
+        return re.sub(r"[^a-z0-9.+_]+", "-", self.name).strip("-")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries, each trained with the seeds from 0 below ``seeds``, and the folder of all runs.
+
+    Attributes:
+        command: the command line, for the record.
+    """
+
+    entries: Sequence[Entry]
+    seeds: int
+    folder: Path
+    command: str = ""
+
+    def run_folder(self, entry: Entry, seed: int) -> Path:
+        """Return where an entry's run with the seed is."""
+        return self.folder / f"{entry.slug}-s{seed}"
+
+    def config(self, entry: Entry, seed: int) -> Config:
+        """Return the configuration of an entry's run with the seed."""
+        run = replace(entry.config.run, seed=seed, out=str(self.run_folder(entry, seed)))
+        return replace(entry.config, run=run)
+
+    def runs(self) -> list[tuple[Entry, int]]:
+        """Return all runs, every entry with a seed before any with the next."""
+        return [(entry, seed) for seed in range(self.seeds) for entry in self.entries]
+
+
+def compare(comparison: Comparison, stop: StopSignals | None = None) -> None:
+    """Train and evaluate what is not finished yet, and write the tables after each run.
+
+    Raises:
+        InputError: if entries or folders do not fit, before anything is written.
+        StoppedError: after a signal; called again it goes on from there.
+        DivergedError, MemoryExhaustedError: at the end, if a run ended so; the others are done.
+    """
+    if stop is None:
+        with StopSignals() as stop:
+            return compare(comparison, stop)
+    check_comparison(comparison)
+    folder = comparison.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
+    with held(
+        folder,
+        busy="Wait for its end, or name another folder with --out.",
+        denied="Change that, or name another folder with --out.",
+    ):
+        failures = train_all(comparison, stop)
+    if failures:
+        told = [f"{name} with seed {seed}" for name, seed in failures]
+        raise type(next(iter(failures.values())))(
+            f"{len(told)} of {len(comparison.runs())} runs ended without a result: "
+            f"{', '.join(told)}. {folder / 'comparison.md'} says why and has the others."
+        )
+
+
+def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int], CureFastError]:
+    """Train and evaluate each run that is not finished, and write the tables after it.
+
+    Returns:
+        What ended a run without a result, by entry and seed.
+    """
+    # Drawing takes what training does not.
+    from cure_fast.report.comparison import Entrant, write_comparison
+    from cure_fast.report.record import read_record
+
+    entrants = {entry.name: Entrant(entry.name, entry.config) for entry in comparison.entries}
+    failures: dict[tuple[str, int], CureFastError] = {}
+    for number, (entry, seed) in enumerate(comparison.runs(), start=1):
+        folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
+        told = f"compare {number}/{len(comparison.runs())}: {entry.name}, seed {seed}"
+        finished = is_finished(folder, config)
+        say(f"{told}: finished earlier, in {folder}" if finished else told)
+        try:
+            if stop():
+                raise StoppedError("stopped by a signal")
+            if not finished:
+                train(config, resume=not is_free(folder), stop=stop)
+            entrants[entry.name].records[seed] = read_record(folder)
+        except StoppedError as error:
+            raise StoppedError(
+                f"stopped at {entry.name}, seed {seed}; the same command goes on from there."
+            ) from error
+        except (DivergedError, MemoryExhaustedError) as error:
+            failures[entry.name, seed] = error
+            entrants[entry.name].failures[seed] = str(error)
+            warn(f"{entry.name}, seed {seed}: {error}")
+        if not finished or number == len(comparison.runs()):
+            write_comparison(comparison.folder, [*entrants.values()], comparison.command)
+    say(f"comparison: {comparison.folder / 'comparison.md'}")
+    return failures
+
+
+def check_comparison(comparison: Comparison) -> None:
+    """Raise ``InputError`` where something is wrong that can be seen before training."""
+    entries, folder = comparison.entries, comparison.folder
+    check(0 < comparison.seeds <= 1000, "seeds", comparison.seeds, "a number from 1 to 1000")
+    for place, entry in enumerate(entries):
+        for other in entries[:place]:
+            if other.slug == entry.slug or other.config == entry.config:
+                raise InputError(
+                    f"--methods: expected entries that differ in method, policies or flags, and in "
+                    f"the name of their folders, got {other.name!r} and {entry.name!r}. Leave one "
+                    "of them out."
+                )
+        if differing := other_measure(entries[0].config, entry.config):
+            raise InputError(
+                f"--methods: expected entries that are evaluated alike, got {entry.name!r} with "
+                f"another {', '.join(differing)} than {entries[0].name!r}. Set it for all of them, "
+                "outside of --methods."
+            )
+        choose_device(entry.config.run.device)
+        sources(entry.config)
+        with torch.device("meta"):
+            new_model(entry.config, num_classes=2)
+    if (folder / "config.json").exists() or (folder.exists() and not folder.is_dir()):
+        raise InputError(
+            f"--out {folder}: expected a folder for the runs of a comparison, got "
+            f"{'the folder of a run' if folder.is_dir() else 'a file'}. Name another."
+        )
+    for entry, seed in comparison.runs():
+        check_run(comparison.run_folder(entry, seed), comparison.config(entry, seed))
+
+
+def check_run(folder: Path, config: Config) -> None:
+    """Raise ``InputError`` if a run that is there cannot be taken over into the comparison."""
+    if is_free(folder):
+        return
+    if changes := changes_to(folder, config):
+        raise InputError(
+            f"{folder}: expected a run of this configuration, got one with another: "
+            f"{'; '.join(changes.values())}. Repeat the flags that it was made with, or name "
+            "another folder with --out."
+        )
+    record = stored_record(folder / "results.json") or {"models": {}, "test_images": 0}
+    results = record["models"].get("trained", {"attacks": {}})["attacks"]
+    for attack, count in counts_asked(config, record["test_images"]).items():
+        if attack in results and results[attack]["count"] > count:
+            raise InputError(
+                f"{folder}: expected {attack} on {count:,} test images as for all, got results on "
+                f"{results[attack]['count']:,}. Take a higher --limit and --aa-limit."
+            )
+
+
+def other_measure(first: Config, second: Config) -> list[str]:
+    """Return the names of what two configurations measure differently."""
+    found = ["data"] * (first.data.data != second.data.data)
+    found += [name for name in MEASURED if getattr(first.eval, name) != getattr(second.eval, name)]
+    ours, theirs = main_settings(first), main_settings(second)
+    return found + [f"eval_{name}" for name in ("eps", "step_size") if ours[name] != theirs[name]]
+
+
+def counts_asked(config: Config, test_images: int) -> dict[str, int]:
+    """Return on how many of the test images each attack is asked for."""
+    limit = min(config.eval.limit or test_images, test_images)
+    counts = dict.fromkeys(config.eval.attacks, limit)
+    if "aa" in counts:
+        counts["aa"] = min(config.eval.aa_limit or limit, limit)
+    return counts
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Return whether a run has trained its last epoch and has all results that are asked for."""
+    record, weights = stored_record(folder / "results.json"), folder / "model.safetensors"
+    if record is None or not weights.exists():
+        return False
+    trained = record["models"].get("trained", {"attacks": {}})
+    rows = read_rows(folder / "metrics.jsonl")
+    epochs = [r["epoch"] for r in rows if (r["event"], r["stage"]) == ("epoch", "train")]
+    return (
+        max(epochs, default=0) >= config.optim.epochs
+        and all(record.get(name) == value for name, value in main_settings(config).items())
+        and trained.get("weights") == file_hash(weights)
+        and set(config.eval.networks) <= record["models"].keys()
+        and all(
+            trained["attacks"].get(attack, {"count": 0})["count"] >= count
+            for attack, count in counts_asked(config, record["test_images"]).items()
+        )
+    )

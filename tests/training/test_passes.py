@@ -1,0 +1,61 @@
+"""How much a method computes, counted by running it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cure_fast.methods import METHODS
+from cure_fast.policies import POLICIES
+from cure_fast.training.passes import Passes, counted, try_method
+
+
+@pytest.mark.parametrize(
+    ("method", "policies", "forward", "backward", "cost"),
+    [
+        ("natural", (), 1, 1, 3),
+        ("pgd_at", (), 11, 11, 33),
+        # The natural image once more, for the attack's target and for the loss.
+        ("trades", (), 13, 12, 37),
+        # Revision sees both images; each of the two losses of the score has a backward pass.
+        ("cure", (), 15, 14, 43),
+        # The loss of PGD-AT twice, once to perturb the weights.
+        ("pgd_at", ("awp",), 12, 12, 36),
+        ("pgd_at", ("ema",), 11, 11, 33),
+    ],
+)
+def test_passes_of_a_step(method, policies, forward, backward, cost):
+    trial = try_method(method, policies)
+    assert trial.first == trial.last == Passes(forward, backward)
+    assert trial.first.cost == cost and trial.model == "resnet-small"
+
+
+def test_a_method_that_changes_with_the_epoch_has_two_counts():
+    trial = try_method("cure_eff")
+    assert (trial.first.cost, trial.last.cost) == (3, 43) and trial.networks == ("revision",)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_counted(method):
+    trial = try_method(method)
+    assert 0 < trial.first.cost < 500 and trial.last.backward >= 1
+
+
+def test_passes_over_a_part_count_by_their_share_and_backward_passes_where_they_go():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    x = torch.ones(8, 3)
+    with counted([first, second], 8) as passes:
+        kept = first(x)
+        second(x[:2])
+        kept.sum().backward()
+    assert passes == Passes(1.25, 1.0)
+    first(x).sum().backward()
+    assert passes == Passes(1.25, 1.0)
+
+
+@pytest.mark.parametrize("choice", [*METHODS.values(), *POLICIES.values()], ids=lambda c: c.name)
+def test_every_paper_names_its_year(choice):
+    if choice.name == "natural":
+        assert choice.year is None
+    else:
+        assert choice.year is not None and 2010 < choice.year < 2100
