@@ -26,7 +26,11 @@ def print_all() -> None:
         "Policies (--policies A,B,..., with any method)": {
             name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()
         },
-        "Models (--model)": {name: info.title for name, info in MODELS.items()},
+        "Models (--model)": {
+            **{name: info.title for name, info in MODELS.items()},
+            "MODULE:FUNCTION": "your own: FUNCTION(num_classes=N) returns a torch.nn.Module from "
+            "images in [0, 1] to logits",
+        },
         "Data sets (--data)": {
             **{name: info.title for name, info in DATASETS.items()},
             "folder:PATH": "class-per-folder images in PATH/train and PATH/test, all of one size",

@@ -21,6 +21,7 @@ from cure_fast.files import user_path
 from cure_fast.loaders import Loader
 from cure_fast.methods import check_config
 from cure_fast.models import ImageClassifier
+from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device
@@ -124,11 +125,13 @@ def prepare(
     )
     loader = open_loader(config, data, device)
     say(f"loader: {loader.reason}")
-    model = new_model(config, len(data.train.classes))
+    model = new_model(config, len(data.train.classes), data.train.image_size)
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
-        load_into(model, read_weights(given), source=str(given))
+        load_into(model, model.adapted(read_weights(given)), source=str(given))
     teachers = read_teachers(config, len(data.train.classes), folder)
+    for name, teacher in teachers.items():
+        check_takes(teacher, data.train.image_size, f"teacher {name}")
     check_attacked(config, model, loader, teachers)
     return data, loader, model, teachers
 
