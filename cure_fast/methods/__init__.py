@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
+from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.idbh import IDBH
 from cure_fast.methods.mart import MART
@@ -34,6 +35,9 @@ METHODS: dict[str, Method] = {
         NMSE,
         PIAT_NMSE,
         IDBH,
+        AP_AT,
+        AP_TRADES,
+        AP_MART,
     )
 }
 

@@ -32,6 +32,9 @@ WRITTEN = {
     "preactresnet18": "PreActResNet-18",
     "wrn32-10": "WRN-32-10",
     "wrn34-10": "WRN-34-10",
+    "vit-base": "ViT-B",
+    "deit-small": "DeiT-S",
+    "convit-base": "ConViT-B",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
@@ -95,6 +98,7 @@ class Method(Choice):
             that change are asked of ``run.engine.number`` instead.
         rows: published results by (data set, model).
         uses_attack: False for a method that trains on natural images alone.
+        needs_attention: True for a method of transformers alone.
     """
 
     attack: Callable[[Run, Batch], Tensor]
@@ -108,3 +112,4 @@ class Method(Choice):
     phase: Callable[[Run], Hashable] = lambda run: None
     rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True
+    needs_attention: bool = False

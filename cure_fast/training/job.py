@@ -19,8 +19,8 @@ from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
 from cure_fast.files import user_path
 from cure_fast.loaders import Loader
-from cure_fast.methods import check_config
-from cure_fast.models import ImageClassifier
+from cure_fast.methods import check_config, find_method
+from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
@@ -69,7 +69,7 @@ def train(
     sources(config)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
-        new_model(config, num_classes=2)
+        check_attention(config, new_model(config, num_classes=2))
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
     try:
@@ -112,6 +112,16 @@ def train(
             remedy = f"continue with: cure-fast train {folder} --resume"
             raise StoppedError(f"{why}; {remedy}") from error
     return folder
+
+
+def check_attention(config: Config, model: ImageClassifier) -> None:
+    """Refuse a network without attention for a method of transformers."""
+    if find_method(config.method).needs_attention and not model.attention_branches:
+        sized = ", ".join(name for name, info in MODELS.items() if info.sized)
+        raise InputError(
+            f"--method {config.method}: expected a vision transformer ({sized}), got "
+            f"{config.model.model}. Choose another --model."
+        )
 
 
 def prepare(
