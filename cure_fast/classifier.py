@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -34,11 +34,14 @@ class ImageClassifier(nn.Module):
     """Base of all models: ``forward`` = normalise, then :meth:`logits`, in the chosen precision.
 
     Attributes:
-        stem_names: top-level modules before the first block (convolution, and its BatchNorm).
-        classifier_name: top-level module that maps features to logits, an ``nn.Linear``.
+        stem_names: modules before the first block (convolution, and its BatchNorm).
+        classifier_name: module that maps features to logits, an ``nn.Linear``.
         unused_modules: top-level modules that published weights may carry for this architecture
             though no forward pass ever calls them; loading leaves them out.
-        width: channels of the first stage, or the widening factor of a wide ResNet.
+        width: channels of the first stage, the widening factor of a wide ResNet, or the length of a
+            transformer's token; 0 where the network has no such number.
+        image_size: height and width in pixels of the images that it takes; ``None`` takes any.
+        patch: side in pixels of the patches that a transformer cuts images into, else ``None``.
         description: what it was built from, in the words of files of weights; see
             :func:`cure_fast.models.building.build_for_data`.
         stand_in: what computes the logits faster than the layers; ``None`` takes the layers.
@@ -46,9 +49,11 @@ class ImageClassifier(nn.Module):
             ``torch.float16`` run :meth:`logits` under autocast. Evaluation sets it to ``None``.
     """
 
-    stem_names: ClassVar[tuple[str, ...]]
-    classifier_name: ClassVar[str]
+    stem_names: tuple[str, ...]
+    classifier_name: str
     unused_modules: ClassVar[tuple[str, ...]] = ()
+    image_size: int | None = None
+    patch: int | None = None
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,6 +70,15 @@ class ImageClassifier(nn.Module):
         deterministic on a GPU.
         """
         raise NotImplementedError
+
+    @property
+    def attention_branches(self) -> list[nn.Module]:
+        """The modules whose output is a transformer's attention, one per block, or none."""
+        return []
+
+    def adapted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return first weights of another origin as this network names and shapes its own."""
+        return dict(weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, K], float32 or wider, of images [N, C, H, W] in [0, 1]."""

@@ -32,6 +32,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.images.shape[1]
+
     def subset(self, indices: NDArray[np.integer]) -> ImageSet:
         """Return the images at ``indices`` (integers [M], in this order) as a new set (a copy)."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])

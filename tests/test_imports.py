@@ -50,7 +50,7 @@ LIBRARIES = {
     "kernels": {"triton"},
     "loaders": {"torchvision", "sklearn", "PIL", "ffcv"},
     "config": set(),
-    "models": {"safetensors"},
+    "models": {"safetensors", "torchvision", "timm"},
     "step": set(),
     "policies": set(),
     "methods": set(),

@@ -82,6 +82,9 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
         config = find_recipe(recipe)
     with pointing_to(prog, "each flag"):
         _, given = read_words(words, {**OWN, "data": str, "model": str}, lambda name: None)
+    if given.get("model", config.model.model) != config.model.model:
+        # The width is that of the recipe's own model.
+        config = replace(config, model=replace(config.model, width=None))
     if "method" in given:
         config = select_method(config, given["method"])
     if given.get("regime") == "published":

@@ -22,7 +22,7 @@ from cure_fast.evaluation.results import (
 )
 from cure_fast.files import file_hash, user_path, write_json
 from cure_fast.loaders import read_dataset
-from cure_fast.models.building import load_model
+from cure_fast.models.building import check_takes, load_model
 from cure_fast.models.weights import read_metadata
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
@@ -121,7 +121,9 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     # The network takes out the mean of the images it was trained on, whatever it is tested on.
     metadata["data"] = metadata.get("data") or data
     metadata.setdefault("num_classes", str(len(test.classes)))
-    model = load_model(path, metadata)
+    metadata.setdefault("image_size", str(test.image_size))
+    model = load_model(path, metadata, trusted=args.model)
+    check_takes(model, test.image_size, str(path))
     eps = args.eps if args.eps is not None else stated_eps(path, metadata)
     settings = changed(EvalConfig(eval_step_size=eps / 10), args)
     seed = args.seed or 0

@@ -37,6 +37,14 @@ def recipes() -> dict[str, str]:
     return rows | {"METHOD-DATA-MODEL": f"as the method's authors train, for {known}"}
 
 
+def models() -> dict[str, str]:
+    """Return the models with a line on each."""
+    own = (
+        "your own: FUNCTION(num_classes=N) returns a torch.nn.Module from images in [0, 1] to logits"
+    )
+    return {**{name: info.title for name, info in MODELS.items()}, "MODULE:FUNCTION": own}
+
+
 def data_sets() -> dict[str, str]:
     """Return the data sets with a line on each."""
     folder = "class-per-folder images in PATH/train and PATH/test, all of one size"
@@ -51,7 +59,7 @@ TOPICS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
         "Policies (--policies A,B,..., with any method)",
         lambda: {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()},
     ),
-    "models": ("Models (--model)", lambda: {name: info.title for name, info in MODELS.items()}),
+    "models": ("Models (--model)", models),
     "data": ("Data sets (--data)", data_sets),
     "attacks": ("Attacks (--attacks A,B,...)", lambda: ATTACKS),
 }

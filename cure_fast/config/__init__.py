@@ -56,9 +56,11 @@ class ModelConfig(Checked):
     """The network and where its first weights come from."""
 
     model: str = "resnet18"
-    """Architecture; `cure-fast list` shows all."""
+    """Architecture; `cure-fast list` shows all. package.module:function calls that function of your
+    own with num_classes=N, for a torch.nn.Module from images in [0, 1] to logits."""
     width: Annotated[int, Bounds(1, 4096)] | None = None
-    """Channels of the first stage (widening factor for wide ResNets); None takes the published."""
+    """Channels of the first stage (widening factor for wide ResNets, length of a token for
+    transformers); None takes the published."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layer: 3x3 stride 1 (cifar), or 7x7 stride 2 and max-pool (imagenet), which is what
     the public CURE code builds for ResNet-50 and -101."""

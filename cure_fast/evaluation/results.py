@@ -74,7 +74,7 @@ def measure_run(
     pictures = torch.from_numpy(examples.images), torch.from_numpy(examples.labels)
     arrays = {"natural": examples.images.astype(np.float32) / 255, "labels": examples.labels}
     for key, target in targets_of(folder, config).items():
-        model = load_model(target.path)
+        model = load_model(target.path, trusted=config.model.model)
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         weights = file_hash(target.path)
         attacks = attack_model(

@@ -51,7 +51,8 @@ def read_source(target: Path) -> Source:
             f"does not say its {', '.join(missing)}. Load it with `cure-fast train RECIPE "
             "--init-from FILE` and export that run."
         )
-    model = load_model(path, metadata).eval()
+    trusted = None if config is None else config.model.model
+    model = load_model(path, metadata, trusted=trusted).eval()
     return Source(path, file_hash(path), model, metadata, config, results)
 
 
@@ -60,7 +61,7 @@ def describe(source: Source) -> dict[str, str]:
     model, known = source.model, source.metadata
     told = {
         **known,
-        "width": str(model.width),
+        "width": str(model.width or ""),
         "input": "images [N, 3, H, W], float32 in [0, 1], RGB",
         "output": f"logits [N, {known['num_classes']}], float32",
         "normalization": "none",

@@ -12,6 +12,7 @@ from cure_fast.errors import InputError
 from cure_fast.methods.ard import ARD
 from cure_fast.methods.awp import AWP_AT, AWP_TRADES
 from cure_fast.methods.cfa import CFA_AT, CFA_TRADES
+from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.hat import HAT
 from cure_fast.methods.iad import IAD, IAD2
@@ -58,6 +59,9 @@ METHODS: dict[str, Method] = {
         RAT,
         CFA_AT,
         CFA_TRADES,
+        AP_AT,
+        AP_TRADES,
+        AP_MART,
     )
 }
 

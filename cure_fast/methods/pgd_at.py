@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -12,9 +13,9 @@ from cure_fast.step.method import Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
-def attack(run: Run, batch: Batch) -> Tensor:
-    """Return PGD images that raise the cross-entropy."""
-    return run.pgd(batch.x, lambda logits: cross_entropy(logits, batch.y).sum())
+def attack(run: Run, batch: Batch, **other: Any) -> Tensor:
+    """Return PGD images that raise the cross-entropy; ``other`` goes to ``run.pgd``."""
+    return run.pgd(batch.x, lambda logits: cross_entropy(logits, batch.y).sum(), **other)
 
 
 def loss(run: Run, batch: Batch) -> Terms:

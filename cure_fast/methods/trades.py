@@ -10,6 +10,7 @@ BatchNorm's running statistics once more: ``natural_twice``.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ class TradesSettings(MethodSettings):
     Same loss and gradients, slower; BatchNorm's running statistics count natural images twice."""
 
 
-def kl_attack(run: Run, batch: Batch) -> Tensor:
-    """Return PGD images that raise KL(p(x) || p(x')), with p(x) fixed."""
+def kl_attack(run: Run, batch: Batch, **other: Any) -> Tensor:
+    """Return PGD images that raise KL(p(x) || p(x')), p(x) fixed; ``other`` goes to ``run.pgd``."""
     with torch.no_grad():
         kl = kl_divergence_from(run.model(batch.x))
-    return run.pgd(batch.x, lambda logits: kl(logits).sum())
+    return run.pgd(batch.x, lambda logits: kl(logits).sum(), **other)
 
 
 def loss(run: Run, batch: Batch) -> Terms:

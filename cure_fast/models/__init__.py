@@ -13,27 +13,37 @@ import torch
 from cure_fast.classifier import ImageClassifier, Normalize
 from cure_fast.errors import InputError
 
+from .own import call_factory, is_factory
 from .pointwise import protect_pointwise
 from .preact_resnet import PreActResNet, WideResNet
 from .resnet import BasicBlock, Bottleneck, ResNet
+from .small_stems import DenseNet121, MobileNetV2
+from .vit import VisionTransformer
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """An architecture, and the width that is published (see :attr:`ImageClassifier.width`).
 
-    ``build`` takes ``num_classes``, ``width`` and, where ``stems`` has several, ``stem``.
+    ``build`` takes ``num_classes``, ``width``, where ``stems`` has several, ``stem``, and, where
+    the network is ``sized``, for images of one size, ``image_size``.
     """
 
     title: str
     build: Callable[..., ImageClassifier]
     default_width: int
     stems: tuple[str, ...] = ("cifar",)
+    sized: bool = False
 
 
 def _resnet(layers: int, block: type[BasicBlock | Bottleneck], *depths: int) -> ModelInfo:
     build = partial(ResNet, block, depths)
     return ModelInfo(f"ResNet-{layers}, CIFAR stem", build, 64, ("cifar", "imagenet"))
+
+
+def _transformer(title: str, width: int, depth: int, heads: int, **options: bool) -> ModelInfo:
+    build = partial(VisionTransformer, depth, heads, **options)
+    return ModelInfo(f"{title}, patches of 4x4 (needs timm)", build, width, sized=True)
 
 
 MODELS: dict[str, ModelInfo] = {
@@ -56,6 +66,12 @@ MODELS: dict[str, ModelInfo] = {
         partial(ResNet, BasicBlock, (1, 1, 1)),
         16,
     ),
+    "densenet121": ModelInfo("DenseNet-121, CIFAR stem", DenseNet121, 32),
+    "mobilenetv2": ModelInfo("MobileNetV2, CIFAR stem", MobileNetV2, 32),
+    "vit-base": _transformer("ViT-B", 768, 12, 12),
+    "deit-small": _transformer("DeiT-S", 384, 12, 6),
+    "convit-base": _transformer("ConViT-B", 768, 12, 16, convolutional=True),
+    "vit-tiny": _transformer("ViT of four blocks for CPUs, images from 8x8", 64, 4, 4),
 }
 
 
@@ -66,22 +82,30 @@ def build_model(
     width: int | None = None,
     stem: str = "cifar",
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    image_size: int = 32,
 ) -> ImageClassifier:
     """Return the model with fresh float32 weights from torch's generator, in channels-last layout.
 
     Args:
-        name: a key of :data:`MODELS`.
+        name: a key of :data:`MODELS`, or ``package.module:function`` for what that function makes
+            (:func:`.own.call_factory`).
         num_classes: number of logits, at least 2.
         width: channels of the first stage, or widening factor of a wide ResNet; ``None`` takes the
             published.
         stem: first layer; ``imagenet`` is for the ResNets alone.
         normalize: mean and deviation of the three channels in [0, 1] units, for a normalising first
             layer; ``None`` takes images as they are.
+        image_size: height and width of the images in pixels, which vision transformers are built
+            for; others take any.
 
     Raises:
-        InputError: for an unknown name, a stem the model does not have, or a value out of range.
+        InputError: for an unknown name, a function that makes no network, a stem the model does not
+            have, or a value out of range.
     """
-    info = MODELS.get(name)
+    own = is_factory(name)
+    info = ModelInfo(name, partial(call_factory, name), 1) if own else MODELS.get(name)
+    if own and width is not None:
+        raise InputError(f"--width: expected none for {name}, got {width!r}. Leave it out.")
     if info is None:
         close = difflib.get_close_matches(name.lower(), MODELS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -97,8 +121,10 @@ def build_model(
         raise InputError(f"--width: expected a whole number of at least 1, got {width!r}.")
     if num_classes < 2:
         raise InputError(f"number of classes: expected at least 2, got {num_classes!r}.")
-    choice = {"stem": stem} if len(info.stems) > 1 else {}
-    model = info.build(num_classes=num_classes, width=width, **choice)
+    options = {"width": width, "stem": stem, "image_size": image_size}
+    taken = {"width": not own, "stem": len(info.stems) > 1, "image_size": info.sized}
+    chosen = {option: value for option, value in options.items() if taken[option]}
+    model = info.build(num_classes=num_classes, **chosen)
     if normalize is not None:
         mean, std = map(list, normalize)
         positive = all(map(math.isfinite, mean + std)) and all(value > 0 for value in std)

@@ -199,7 +199,10 @@ def _reasons(
     model: ImageClassifier, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """Yield a sentence for each setting by which weights with the right names can differ."""
-    classifier, stem = f"{model.classifier_name}.weight", f"{model.stem_names[0]}.weight"
+    names = model.classifier_name, *model.stem_names[:1]
+    if len(names) < 2 or not all(f"{name}.weight" in own for name in names):
+        return
+    classifier, stem = (f"{name}.weight" for name in names)
     # A tensor of the wrong rank fits no setting.
     if own[classifier].ndim == weights[classifier].ndim:
         classes, features = weights[classifier].shape

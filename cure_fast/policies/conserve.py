@@ -65,14 +65,14 @@ def maskable_parameters(
         InputError: if no tensor is left.
     """
     parameters = dict(model.named_parameters())
-    top = {name: name.split(".", 1)[0] for name in parameters}
-    stem = {name for name in parameters if top[name] in model.stem_names}
+    module = {name: name.rpartition(".")[0] for name in parameters}
+    stem = {name for name in parameters if module[name] in model.stem_names}
     if mask_layers == "block_conv1":
         chosen = set(block_first_convs(model)) | {n for n in stem if parameters[n].ndim == 4}
     elif mask_layers == "conv":
         chosen = {name for name, p in parameters.items() if p.ndim == 4}
     elif mask_layers == "all_but_classifier":
-        chosen = {name for name in parameters if top[name] != model.classifier_name}
+        chosen = {name for name in parameters if module[name] != model.classifier_name}
     else:
         chosen = set(parameters)
     if not mask_stem:

@@ -33,6 +33,9 @@ WRITTEN = {
     "preactresnet18": "PreActResNet-18",
     "wrn32-10": "WRN-32-10",
     "wrn34-10": "WRN-34-10",
+    "vit-base": "ViT-B",
+    "deit-small": "DeiT-S",
+    "convit-base": "ConViT-B",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
@@ -98,6 +101,7 @@ class Method(Choice):
         uses_attack: False for a method that trains on natural images alone.
         one_step: whether its attack has one step whatever ``--attack-steps`` says, so that each
             validation looks for catastrophic overfitting.
+        needs_attention: True for a method of transformers alone.
     """
 
     attack: Callable[[Run, Batch], Tensor]
@@ -112,6 +116,7 @@ class Method(Choice):
     rows: Mapping[tuple[str, str], PaperRow] = field(default_factory=dict)
     uses_attack: bool = True
     one_step: bool = False
+    needs_attention: bool = False
 
 
 def with_policies(

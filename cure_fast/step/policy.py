@@ -51,8 +51,12 @@ class Policy:
         self.state: dict[str, Tensor] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def before(self, run: Run, batch: Batch) -> None:
-        """Act before the attack, once per step, on the host: no engine captures or repeats it."""
+    def before(self, run: Run, batch: Batch) -> Batch | None:
+        """Act before the attack, once per step, on the host: no engine captures or repeats it.
+
+        What it returns is trained on in place of the batch: other images of the same shape, and
+        notes of the same names in each step.
+        """
 
     def around(self, run: Run, batch: Batch) -> AbstractContextManager[None]:
         """Return a context that spans the loss, the backward pass and the optimiser's step."""

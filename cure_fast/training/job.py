@@ -19,8 +19,9 @@ from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
 from cure_fast.files import user_path
 from cure_fast.loaders import Loader
-from cure_fast.methods import check_config
-from cure_fast.models import ImageClassifier
+from cure_fast.methods import check_config, find_method
+from cure_fast.models import MODELS, ImageClassifier
+from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device
@@ -67,7 +68,7 @@ def train(
     sources(config)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
-        new_model(config, num_classes=2)
+        check_attention(config, new_model(config, num_classes=2))
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
     try:
@@ -112,6 +113,16 @@ def train(
     return folder
 
 
+def check_attention(config: Config, model: ImageClassifier) -> None:
+    """Refuse a network without attention for a method of transformers."""
+    if find_method(config.method).needs_attention and not model.attention_branches:
+        sized = ", ".join(name for name, info in MODELS.items() if info.sized)
+        raise InputError(
+            f"--method {config.method}: expected a vision transformer ({sized}), got "
+            f"{config.model.model}. Choose another --model."
+        )
+
+
 def prepare(
     config: Config, device: torch.device, folder: Path
 ) -> tuple[Data, Loader, ImageClassifier, dict[str, ImageClassifier]]:
@@ -123,11 +134,13 @@ def prepare(
     )
     loader = open_loader(config, data, device)
     say(f"loader: {loader.reason}")
-    model = new_model(config, len(data.train.classes))
+    model = new_model(config, len(data.train.classes), data.train.image_size)
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
-        load_into(model, read_weights(given), source=str(given))
+        load_into(model, model.adapted(read_weights(given)), source=str(given))
     teachers = read_teachers(config, len(data.train.classes), folder)
+    for name, teacher in teachers.items():
+        check_takes(teacher, data.train.image_size, f"teacher {name}")
     check_attacked(config, model, loader, teachers)
     return data, loader, model, teachers
 

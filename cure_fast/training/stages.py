@@ -61,8 +61,11 @@ class Stage:
     teachers: Mapping[str, ImageClassifier] = field(default_factory=dict)
 
 
-def new_model(config: Config, num_classes: int) -> ImageClassifier:
-    """Return the configured network with weights drawn from the run's seed, on the CPU."""
+def new_model(config: Config, num_classes: int, image_size: int | None = None) -> ImageClassifier:
+    """Return the configured network with weights drawn from the run's seed, on the CPU.
+
+    ``image_size`` is the height and width of its images in pixels, None where not known yet.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return build_for_data(
@@ -72,6 +75,7 @@ def new_model(config: Config, num_classes: int) -> ImageClassifier:
             width=config.model.width,
             stem=config.model.stem,
             normalize=config.model.normalize,
+            image_size=image_size,
         )
 
 
@@ -112,7 +116,8 @@ def pretrain(stage: Stage) -> Path:
         if done.exists():
             say(f"start: naturally pre-trained earlier, {weights}")
         else:
-            model = new_model(staged, len(stage.data.train.classes))
+            train = stage.data.train
+            model = new_model(staged, len(train.classes), train.image_size)
             loader = open_loader(staged, stage.data, stage.device)
             natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
             train_stage(natural, model, loader)

@@ -95,7 +95,7 @@ def read_teachers(config: Config, num_classes: int, folder: Path) -> dict[str, I
     for name, source in sources(config).items():
         path = copy_of(folder, name) if is_kept(folder, name, source) else file_of(source)
         try:
-            teacher = load_model(path)
+            teacher = load_model(path, trusted=config.model.model)
         except InputError as error:
             raise InputError(f"teacher {name}: {error} {remedy(name)}") from error
         classes = int(teacher.description["num_classes"])

@@ -101,7 +101,8 @@ def next_step(run: TrainState, batch: Batch) -> tuple[float, Terms | None]:
         if "momentum" in group:
             group["momentum"] = momentum_at(optim, *place)
     for policy in run.policies:
-        policy.before(run, batch)
+        other = policy.before(run, batch)
+        batch = batch if other is None else other
     terms = run.engine.step(batch)
     run.batch += 1
     run.step += 1

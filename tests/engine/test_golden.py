@@ -19,10 +19,9 @@ import engine_runs as runs
 from cure_fast import attacks
 from cure_fast.config import Config
 from cure_fast.methods import METHODS, select_method
-from cure_fast.models import build_model
 from cure_fast.recipes import RECIPES, find_recipe
 from cure_fast.training.trainer import build_run
-from tiny_step import FixedLoader, teachers_like
+from tiny_step import FixedLoader, small_model, teachers_like
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +70,7 @@ FOUND: dict[str, list[float]] = {}
 def _losses(config, engine, dtype):
     config = replace(config, run=replace(config.run, engine=engine, log_every=1))
     torch.manual_seed(11)
-    model = build_model("resnet-small", num_classes=runs.CLASSES, width=4)
+    model = small_model(config.method, num_classes=runs.CLASSES)
     data = [(x.to(dtype), y) for x, y in runs.batches(PER_EPOCH)]
     taught = teachers_like(model.to(dtype), config.method)
     run = build_run(config, model.to(dtype), FixedLoader(data), CPU, taught)

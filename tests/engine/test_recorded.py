@@ -46,7 +46,8 @@ def is_recorded(run):
 def test_a_recorded_step_is_the_eager_one(method):
     """With stilled statistics, trained second networks, and gradients inside the loss."""
     settings = {"natural_share": 0.5} if method.startswith("cure_eff") else {}
-    both = pair(method, **settings)
+    kind = Transformer if method.startswith("ap_") else Plain
+    both = pair(method, kind, **settings)
     runs.assert_steps_equal(both, 2, signs=0.05)
     assert is_recorded(both.fast)
 

@@ -59,7 +59,9 @@ class Noisy(tiny_step.Tiny):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "rat"])
 @pytest.mark.parametrize("size", [2, 5, 6, 11])
 def test_passes_add_up_to_the_step_of_the_whole_batch(method, size):
-    whole, parts = (run_of(method) for _ in range(2))
+    # Each pass of A&P's warm-up drops others.
+    strong = {"ap_warmup": 0.0} if method.startswith("ap_") else {}
+    whole, parts = (run_of(method, **strong) for _ in range(2))
     parts.micro_batch_size = size
     for _ in range(3):
         expected = train_step(whole, whole.loader.batch(0))

@@ -9,7 +9,6 @@ import torch
 
 import tiny_step as tiny
 from cure_fast.methods import METHODS
-from cure_fast.models import build_model
 from cure_fast.runs.environment import choose_dtype
 from cure_fast.step.policy import Policy
 from cure_fast.step.train_step import train_step
@@ -114,7 +113,7 @@ def half_run(amp, method="cure", **settings):
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(12, 3, 8, 8, generator=generator)
     y = torch.randint(4, (12,), generator=generator)
-    model = build_model("resnet-small", num_classes=4, width=4)
+    model = tiny.small_model(method, num_classes=4)
     model.compute_dtype = choose_dtype(amp, CPU)
     return tiny.tiny_run(
         method, batches=[(x, y)], model=model, dtype=torch.float32, attack=None, **settings
@@ -126,7 +125,8 @@ def test_bf16_computes_in_half_and_keeps_float32(method):
     settings = {"natural_share": 0.0} if method.startswith("cure_eff") else {}
     run = half_run("bf16", method, **settings)
     seen = {"conv": set(), "logits": set()}
-    run.model.conv1.register_forward_hook(lambda *a: seen["conv"].add(a[2].dtype))
+    stem = run.model.get_submodule(run.model.stem_names[0])
+    stem.register_forward_hook(lambda *a: seen["conv"].add(a[2].dtype))
     run.model.register_forward_hook(lambda *a: seen["logits"].add(a[2].dtype))
     before = states(run)
     for _ in range(2):

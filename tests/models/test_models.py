@@ -26,11 +26,19 @@ PUBLISHED = {
     "wrn34-10": (191, 46_160_474),
     "wrn32-10": (191, 46_160_474),
     "wrn28-10": (155, 36_479_194),
+    # Those of ImageNet, less what stem and classifier have less.
+    "densenet121": (727, 7_978_856 - 990 * 1025 - (49 - 9) * 3 * 64),
+    "mobilenetv2": (314, 3_504_872 - 990 * 1281),
+    "vit-base": (152, 86_567_656 - 990 * 769 - (256 - 16) * 3 * 768 - (196 - 64) * 768),
+    "deit-small": (152, 22_050_664 - 990 * 385 - (256 - 16) * 3 * 384 - (196 - 64) * 384),
+    "convit-base": (180, 86_540_040 - 990 * 769 - (256 - 16) * 3 * 768 - (196 - 64) * 768),
 }
 # Widths that keep the tests small.
-NARROW = {name: 1 if name.startswith("wrn") else 4 for name in MODELS}
+HEADS = {"vit-base": 12, "deit-small": 6, "convit-base": 16}
+NARROW = {name: 1 if name.startswith("wrn") else HEADS.get(name, 4) for name in MODELS}
 # One per class of network and block; the others differ in depth alone.
 KINDS = ("resnet18", "resnet50", "preactresnet18", "wrn28-10", "resnet-small")
+OTHER_KINDS = ("densenet121", "mobilenetv2", "vit-tiny", "convit-base")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
@@ -94,10 +102,11 @@ def test_key_names_are_the_fields():
 def test_stem_and_classifier_names_are_modules_at_both_ends(name):
     model = described(name)
     parameters = [parameter for parameter, _ in model.named_parameters()]
-    stem = [p for p in parameters if p.split(".")[0] in model.stem_names]
-    assert stem == parameters[: len(stem)]
-    assert stem[0] == "conv1.weight"
-    assert not any("." in p.removesuffix(".weight").removesuffix(".bias") for p in stem)
+    stem = [p for p in parameters if p.rpartition(".")[0] in model.stem_names]
+    tokens = [p for p in parameters if p in ("net.cls_token", "net.pos_embed")]
+    assert tokens + stem == parameters[: len(tokens + stem)]
+    assert stem[0] == f"{model.stem_names[0]}.weight"
+    assert model.get_parameter(stem[0]).shape[1] == 3
     classifier = model.get_submodule(model.classifier_name)
     assert isinstance(classifier, torch.nn.Linear)
     assert parameters[-1] == f"{model.classifier_name}.bias"
@@ -124,8 +133,8 @@ def test_small_resnet_has_seven_convolutions_and_two_shortcuts():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_for_each_image_size(name):
-    model = narrow(name, num_classes=7).eval()
     for size in (8, 16, 32):
+        model = narrow(name, num_classes=7, image_size=size).eval()
         with torch.no_grad():
             logits = model(torch.rand(2, 3, size, size))
         assert logits.shape == (2, 7)
@@ -184,9 +193,9 @@ def test_weights_and_features_are_channels_last(name):
     assert layouts and all(layouts)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *OTHER_KINDS])
 def test_logits_of_an_image_do_not_depend_on_its_batch(name):
-    model = with_statistics(narrow(name)).double().eval()
+    model = with_statistics(narrow(name, image_size=16)).double().eval()
     images = torch.rand(5, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         together = model(images)
@@ -195,9 +204,9 @@ def test_logits_of_an_image_do_not_depend_on_its_batch(name):
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *OTHER_KINDS])
 def test_copy_after_a_forward_is_equal_and_its_own(name):
-    model = narrow(name)
+    model = narrow(name, image_size=16)
     images = torch.rand(4, 3, 16, 16)
     model(images).sum().backward()
     twin = copy.deepcopy(model)
@@ -212,9 +221,9 @@ def test_copy_after_a_forward_is_equal_and_its_own(name):
         assert not torch.equal(model(images), before)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *OTHER_KINDS])
 def test_two_forwards_then_one_backward(name):
-    model = narrow(name).double()
+    model = narrow(name, image_size=16).double()
     first, second = torch.rand(2, 3, 3, 16, 16, dtype=torch.float64)
     kept = first.clone()
     both = torch.autograd.grad(

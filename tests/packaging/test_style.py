@@ -16,7 +16,7 @@ LONG: dict[str, str] = {}
 # Slow to import, optional, or needed by one command only: inside the function that needs them.
 HEAVY = {
     *("matplotlib", "torchvision", "sklearn", "ffcv", "pyautoattack", "rich", "PIL"),
-    *("tensorboard", "tyro"),
+    *("tensorboard", "tyro", "timm"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 # A test checks something by an assert or a call whose name begins so, or by a helper that does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -130,6 +131,28 @@ def test_the_order_of_steps_and_of_the_end_of_an_epoch(engine, changed, small_ru
     ends = [[f"on_epoch_end {epoch}", *EPOCH_END[1:]] for epoch in (0, 1)]
     expected = [*STEP, *STEP, *ends[0], *STEP, *STEP, *ends[1]]
     assert seen(notes, engine) == seen(expected, engine)
+
+
+def test_policies_may_train_on_other_images(engine, changed, small_run):
+    class Darker(Policy):
+        def before(self, run, batch):
+            shade = batch.notes.get("shade", torch.ones(len(batch))) / 2
+            return replace(batch, x=batch.x / 2, notes={"shade": shade})
+
+    seen = []
+
+    def noted_loss(run, batch):
+        seen.append((batch.x, batch.notes["shade"]))
+        return loss(run, batch)
+
+    name = changed("natural", loss=noted_loss, policies=lambda run: (Darker(), Darker()))
+    run = small_run(name)
+    given = run.loader.batch(0)
+    kept = given.x.clone()
+    next_step(run, given)
+    ((x, shade),) = seen
+    assert torch.equal(x, given.x / 4) and torch.equal(shade, torch.full((8,), 0.25))
+    assert torch.equal(given.x, kept) and not given.notes
 
 
 def test_what_a_step_that_is_not_finite_calls(engine, changed, small_run):

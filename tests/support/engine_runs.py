@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, ModelConfig, OptimConfig, RunConfig
-from cure_fast.methods import select_method
+from cure_fast.methods import find_method, select_method
 from cure_fast.models import ImageClassifier, build_model
 from cure_fast.step.state import TrainState as Run
 from cure_fast.training.trainer import build_run, next_step
@@ -28,7 +28,7 @@ from tiny_step import FixedLoader, teachers_like
 
 CPU = torch.device("cpu")
 CLASSES = 10
-WIDTHS = {"resnet18": 2, "preactresnet18": 2, "wrn28-10": 1, "resnet-small": 4}
+WIDTHS = {"resnet18": 2, "preactresnet18": 2, "wrn28-10": 1, "resnet-small": 4, "vit-tiny": 8}
 NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
 # A relative difference that rounding explains. Float32 rounds by 6e-8; a gradient sums over a
@@ -65,7 +65,7 @@ def make_run(
     method: str = "cure",
     engine: str = "fast",
     *,
-    model: str | nn.Module = "resnet-small",
+    model: str | ImageClassifier | None = None,
     without: Sequence[str] = (),
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     data: list[tuple[Tensor, Tensor]] | None = None,
@@ -83,7 +83,7 @@ def make_run(
     Args:
         method: as ``--method`` takes it.
         engine: as ``--engine`` takes it.
-        model: a name, or a network.
+        model: a name, or a network; for methods of transformers a small one of those.
         without: as ``--engine-without`` takes it.
         normalize: mean and deviation of a normalising first layer.
         data: batches of an epoch.
@@ -113,9 +113,12 @@ def make_run(
     config = replace(config, policies={**config.policies, **(policies or {})})
     if settings:
         config = replace(config, settings=replace(config.settings, **settings))
+    if model is None:
+        model = "vit-tiny" if find_method(method).needs_attention else "resnet-small"
     if isinstance(model, str):
         torch.manual_seed(1)
-        model = build_model(model, num_classes=CLASSES, width=WIDTHS[model], normalize=normalize)
+        options = {"width": WIDTHS[model], "normalize": normalize, "image_size": 8}
+        model = build_model(model, num_classes=CLASSES, **options)
     model.to(device)
     model.compute_dtype = dtype
     data = batches() if data is None else data

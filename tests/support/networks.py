@@ -123,3 +123,9 @@ def network(kind: type[ImageClassifier]) -> ImageClassifier:
     """Return a network with the same weights each time."""
     torch.manual_seed(1)
     return kind().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def dense(num_classes: int) -> ImageClassifier:
+    """Return a network as ``--model networks:dense`` asks for it."""
+    assert num_classes == CLASSES
+    return Dense()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cure_fast.methods import find_method
 from cure_fast.models.weights import read_weights
 from tiny_job import stable_rows
 
@@ -27,7 +28,8 @@ def tiny_words(*more: str, method: str = "cure", out: str = "run") -> list[str]:
         "--attacks natural,pgd2 --limit 24 --eval-step-size 0.1 --loader resident --log-every 1 "
         f"--device cpu --no-tensorboard --cache cache --out {out}"
     )
-    return [*words.split(), *more]
+    kind = ["--model", "vit-tiny"] if find_method(method).needs_attention else []
+    return [*words.split(), *kind, *more]
 
 
 def checkpoints(folder: Path) -> list[int]:

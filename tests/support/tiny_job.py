@@ -40,6 +40,8 @@ def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
         ),
     )
     config = select_method(config, method)
+    if find_method(method).needs_attention:
+        config = replace(config, model=replace(config.model, model="vit-tiny"))
     if names := find_method(method).teachers:
         files = {
             n: teacher_file(tmp_path / f"{n}.safetensors", seed=k) for k, n in enumerate(names)

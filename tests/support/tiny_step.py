@@ -12,7 +12,7 @@ from torch import nn
 from cure_fast.batch import Batch
 from cure_fast.config import AttackConfig, Config, OptimConfig, RunConfig
 from cure_fast.methods import find_method, select_method
-from cure_fast.models import ImageClassifier
+from cure_fast.models import ImageClassifier, build_model
 from cure_fast.training.trainer import build_run
 
 CHANNELS, HIDDEN, CLASSES = 5, 7, 4
@@ -25,16 +25,24 @@ class Block(nn.Module):
 
 
 class Tiny(ImageClassifier):
-    """Three 1x1 layers with tanh on 1x1 images: the twin of the NumPy transcription."""
+    """Three 1x1 layers with tanh on 1x1 images: the twin of the NumPy transcription.
+
+    To methods of transformers, the middle layer is attention and an image one patch.
+    """
 
     stem_names = ("conv1",)
     classifier_name = "linear"
+    patch = 1
 
     def __init__(self):
         super().__init__(HIDDEN)
         self.conv1 = nn.Conv2d(CHANNELS, HIDDEN, 1)
         self.layer1 = nn.Sequential(Block())
         self.linear = nn.Linear(HIDDEN, CLASSES)
+
+    @property
+    def attention_branches(self):
+        return [self.layer1[0].conv1]
 
     def logits(self, x):
         h = torch.tanh(self.conv1(x))
@@ -75,6 +83,13 @@ class Normalised(Tiny):
     def logits(self, x):
         h = self.norm(torch.tanh(self.conv1(x)))
         return self.linear(torch.tanh(self.layer1[0].conv1(h)).flatten(1))
+
+
+def small_model(method, *, num_classes):
+    """A small network of the kind that the method trains, for images of 8x8."""
+    if find_method(method).needs_attention:
+        return build_model("vit-tiny", num_classes=num_classes, width=8, image_size=8)
+    return build_model("resnet-small", num_classes=num_classes, width=4)
 
 
 def poisoned(batch):
