@@ -9,10 +9,10 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
+from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.ard import ARD
 from cure_fast.methods.awp import AWP_AT, AWP_TRADES
 from cure_fast.methods.cfa import CFA_AT, CFA_TRADES
-from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.hat import HAT
 from cure_fast.methods.iad import IAD, IAD2
@@ -22,8 +22,8 @@ from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
-from cure_fast.methods.seat import SEAT
 from cure_fast.methods.rat import RAT
+from cure_fast.methods.seat import SEAT
 from cure_fast.methods.st_at import ST_AT
 from cure_fast.methods.te import TE, TE_TRADES
 from cure_fast.methods.trades import TRADES
