@@ -39,7 +39,7 @@ def recipes() -> dict[str, str]:
 
 def models() -> dict[str, str]:
     """Return the models with a line on each."""
-    own = "your own: FUNCTION(num_classes=N) returns a torch.nn.Module from images to logits"
+    own = "your own: FUNCTION(num_classes=N) returns a module from images to logits"
     return {**{name: info.title for name, info in MODELS.items()}, "MODULE:FUNCTION": own}
 
 
