@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cure_fast.cli.listing import print_all
+from cure_fast.cli.listing import listing
 from cure_fast.cli.main import main
 from cure_fast.recipes import RECIPES, find_recipe
 from cure_fast.training.schedules import lr_at
@@ -69,7 +69,7 @@ def test_it_differs_from_the_papers_recipe_in_nothing_else() -> None:
 
 
 def test_it_is_listed_as_not_measured(capsys) -> None:
-    print_all()
+    print(listing())
     (line,) = [line for line in capsys.readouterr().out.splitlines() if f" {NAME} " in line]
     assert line.endswith("accuracy not measured yet.")
 

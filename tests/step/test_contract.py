@@ -116,7 +116,7 @@ def test_every_method_keeps_it_with_every_policy(method, policy):
     assert_keeps_the_contract(method, [policy])
 
 
-@pytest.mark.parametrize("pair", permutations(POLICIES, 2), ids="+".join)
+@pytest.mark.parametrize("pair", [*permutations(POLICIES, 2)], ids="+".join)
 def test_policies_keep_it_in_pairs(pair):
     results = [POLICIES[name].result for name in pair]
     if None not in results:

@@ -15,6 +15,7 @@ from cure_fast.errors import StoppedError
 from cure_fast.methods.pgd_at import attack, loss
 from cure_fast.policies.average import EmaSettings
 from cure_fast.step.policy import Policy, Wanted
+from cure_fast.training import trainer
 from cure_fast.training.trainer import fit, next_step
 
 STEP = [
@@ -107,6 +108,12 @@ def seen(notes, engine):
     first = notes.index("on_step") if "on_step" in notes and engine == "fast" else len(notes)
     recorded = ("attack", "loss", "gradients")
     return notes[:first] + [name for name in notes[first:] if name not in recorded]
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch):
+    """The watch over a run's first steps attacks a batch once more, after its step."""
+    monkeypatch.setattr(trainer, "watch_step", lambda *given, **named: None)
 
 
 def fit_noting(run, notes, *, validate=None):
