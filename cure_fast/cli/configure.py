@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cure_fast.cli.words import flags_of, pointing_to, read_words
 from cure_fast.config import Config
-from cure_fast.config.checks import shown
+from cure_fast.config.checks import listed, shown
 from cure_fast.config.values import sections, with_values
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, check_config, publish, select_method
@@ -108,7 +108,7 @@ def of_others(config: Config, name: str) -> str:
     if policies:
         names = ",".join((*config.policies, *policies))
         return f"{flag}: expected --policies {names} with it, got it without; add that."
-    methods = ", ".join(m for m, other in METHODS.items() if name in vars(other.settings))
+    methods = listed(m for m, other in METHODS.items() if name in vars(other.settings))
     if methods:
         return (
             f"{flag}: expected with --method {methods}, got it with {config.method}; leave it out."

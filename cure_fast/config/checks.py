@@ -20,6 +20,8 @@ T = TypeVar("T")
 LARGEST = 2**63 - 1
 # The lowest bound of a number above 0.
 POSITIVE = math.ulp(0.0)
+# Names that a message lists.
+MOST = 16
 # Characters of a value that a message repeats.
 SHOWN = 80
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
@@ -48,12 +50,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Perhaps you meant {bare[near[0]]}." if near else ""
 
 
+def listed(names: Iterable[str]) -> str:
+    """Return names with commas between, of many the first ones."""
+    names = list(names)
+    more = f" and {len(names) - MOST} more (`cure-fast list` shows them)"
+    return ", ".join(names[:MOST]) + (more if len(names) > MOST else "")
+
+
 def find(flag: str, table: Mapping[str, T], name: str, *, expected: str = "one of") -> T:
-    """Return the entry called ``name``, or raise ``InputError`` with the flag and all entries."""
+    """Return the entry called ``name``, or raise ``InputError`` with the flag and the entries."""
     if name in table:
         return table[name]
     raise InputError(
-        f"{flag}: expected {expected} {', '.join(table)}, got {shown(name)}.{nearest(name, table)}"
+        f"{flag}: expected {expected} {listed(table)}, got {shown(name)}.{nearest(name, table)}"
     )
 
 

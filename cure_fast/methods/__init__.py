@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from cure_fast.config import Config
-from cure_fast.config.checks import check, find
+from cure_fast.config.checks import check, find, listed
 from cure_fast.errors import InputError
 from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.ard import ARD
@@ -96,7 +96,7 @@ def publish(config: Config) -> Config:
         known = [name for name, other in METHODS.items() if other.published]
         raise InputError(
             f"--regime: expected recipe for --method {config.method}, got 'published', which is "
-            f"for {', '.join(known)}. Leave it out."
+            f"for {listed(known)}. Leave it out."
         )
     return found(config)
 
