@@ -61,6 +61,7 @@ class Loader(ABC):
         reason: one line that says which loader this is and why it was chosen.
         batch_size: images per batch.
         set_size: images of the set, each with its place below that.
+        image_shape: channels, height and width of an image.
         num_images: images delivered in an epoch, which can be one less.
         batches_per_epoch: batches delivered in an epoch.
     """
@@ -99,6 +100,8 @@ class Loader(ABC):
                 f"in each epoch, as BatchNorm cannot train on it"
             )
         self.set_size = count
+        height, width, channels = image_set.images.shape[1:]
+        self.image_shape = (channels, height, width)
 
     @contextmanager
     def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Iterator[Batch]]:

@@ -58,7 +58,10 @@ def test_images_end_inside_whatever_their_start(steps):
 
 def test_the_presets_of_public_codes_start_unclamped():
     unclamped = {m for m in METHODS if not select_method(Config(), m).attack.clamp_start}
-    assert unclamped == {"trades", "mart", "cure_official", "cure_eff_official"}
+    assert unclamped == {
+        *("trades", "mart", "cure_official", "cure_eff_official"),
+        *("mail_at", "mail_trades", "fgsm_pgi"),
+    }
 
 
 @pytest.mark.parametrize("clamp_start", [False, True])

@@ -50,6 +50,7 @@ class FixedLoader:
         self.batches = batches
         self.batch_size = len(batches[0][1])
         self.num_images = self.set_size = sum(len(y) for _, y in batches)
+        self.image_shape = tuple(batches[0][0].shape[1:])
         self.batches_per_epoch = len(batches)
 
     def __iter__(self):
