@@ -131,6 +131,19 @@ def tiny_run(
     return build_run(config, model, loader, torch.device("cpu"), teachers_like(model, method))
 
 
+def near_boundaries(run, count=48):
+    """Images that few steps of an attack misclassify, some none; one in four begins so.
+
+    It shifts the logits of the run's network, which prefers one class.
+    """
+    x = torch.rand(count, CHANNELS, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        run.model.linear.bias -= run.model(x).mean(dim=0)
+        y = run.model(x).argmax(dim=1)
+    y[::4] = (y[::4] + 1) % CLASSES
+    return batch_of(x, y)
+
+
 def teachers_like(model, method):
     """Networks like the model with other weights, for each teacher of the method."""
     generator = torch.Generator().manual_seed(17)
