@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import engine_runs as runs
 import tiny_step
+from cure_fast.engine import fast
 from cure_fast.errors import InputError
 from cure_fast.methods import check_config
 from cure_fast.recipes import find_recipe
@@ -117,7 +118,8 @@ def test_before_its_burn_in_is_over_it_is_pgd_at():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_weighted_steps_of_the_fast_engine_are_the_eager_ones():
+def test_weighted_steps_of_the_fast_engine_are_the_eager_ones(monkeypatch):
+    monkeypatch.setattr(fast, "ON_GPU", ("graph", *fast.COMPILED))  # Records the loss.
     runs.assert_steps_equal(runs.pair("gairat", data=runs.batches(1), **WEIGHED), 2)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import engine_runs as runs
 import tiny_step
+from cure_fast.engine import fast
 from cure_fast.recipes import find_recipe
 from cure_fast.training.schedules import lr_at
 
@@ -83,7 +84,8 @@ def test_harder_images_weigh_more():
 @pytest.mark.parametrize("norm", ["const3", "batch"])
 @pytest.mark.parametrize("method", ["mail_at", "mail_trades"])
 @pytest.mark.usefixtures("one_thread")
-def test_weighted_steps_of_the_fast_engine_are_the_eager_ones(method, norm):
+def test_weighted_steps_of_the_fast_engine_are_the_eager_ones(method, norm, monkeypatch):
+    monkeypatch.setattr(fast, "ON_GPU", ("graph", *fast.COMPILED))  # Records the loss.
     both = runs.pair(method, mail_burn_in=0.0, mail_norm=norm, data=runs.batches(1))
     runs.assert_steps_equal(both, 2)
 
