@@ -62,6 +62,7 @@ class Loader(ABC):
         batch_size: images per batch.
         set_size: images of the set, each with its place below that.
         num_classes: classes of the set, each with its label below that.
+        image_shape: channels, height and width of an image.
         num_images: images delivered in an epoch, which can be one less.
         batches_per_epoch: batches delivered in an epoch.
     """
@@ -100,6 +101,8 @@ class Loader(ABC):
                 f"in each epoch, as BatchNorm cannot train on it"
             )
         self.set_size, self.num_classes = count, len(image_set.classes)
+        height, width, channels = image_set.images.shape[1:]
+        self.image_shape = (channels, height, width)
 
     @contextmanager
     def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Iterator[Batch]]:

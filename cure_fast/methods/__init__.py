@@ -18,7 +18,16 @@ from cure_fast.methods.hat import HAT
 from cure_fast.methods.iad import IAD, IAD2
 from cure_fast.methods.idbh import IDBH
 from cure_fast.methods.kd_swa import KD_SWA
+from cure_fast.methods.alp import ALP, ALP_MIX
+from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
+from cure_fast.methods.fat import FAT, FAT_MART, FAT_TRADES
+from cure_fast.methods.fgsm_pgi import FGSM_PGI
+from cure_fast.methods.fgsm_rs import FGSM_RS
+from cure_fast.methods.gairat import GAIRAT
+from cure_fast.methods.idbh import IDBH
+from cure_fast.methods.mail import MAIL_AT, MAIL_TRADES
 from cure_fast.methods.mart import MART
+from cure_fast.methods.n_fgsm import N_FGSM
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
 from cure_fast.methods.pgd_at import PGD_AT
@@ -62,6 +71,17 @@ METHODS: dict[str, Method] = {
         AP_AT,
         AP_TRADES,
         AP_MART,
+        ALP,
+        ALP_MIX,
+        FAT,
+        FAT_TRADES,
+        FAT_MART,
+        MAIL_AT,
+        MAIL_TRADES,
+        GAIRAT,
+        FGSM_RS,
+        N_FGSM,
+        FGSM_PGI,
     )
 }
 

@@ -82,8 +82,8 @@ class Method(Choice):
     """A training method as a record of functions.
 
     Attributes:
-        attack: from (run, batch) to adversarial images inside the eps-ball and [0, 1]; called with
-            the model in ``attack_mode``. It may leave notes in the batch.
+        attack: from (run, batch) to adversarial images inside [0, 1] and, unless its file says so,
+            the eps-ball; called with the model in ``attack_mode``. It may leave notes in the batch.
         loss: from (run, batch) to :data:`Terms`; called once per pass over a part of the batch.
         networks: builds further networks, which checkpoints store. Those whose parameters take
             gradients are trained by the run's optimiser, with the model.

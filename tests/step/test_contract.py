@@ -18,7 +18,7 @@ from cure_fast.step.policy import Policy
 from cure_fast.training.trainer import next_step
 
 # Radius of the images in units of eps, where a method leaves the ball by design.
-RADIUS: dict[str, float] = {}
+RADIUS = {"n_fgsm": 3.0}
 STEPS = 4  # two epochs of two batches
 BATCHES = tiny_step.tiny_batches(2)
 FOUND = {"natural": 50.0, "robust": 40.0, "robust_by_class": [40.0] * 4}

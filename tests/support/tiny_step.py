@@ -58,6 +58,7 @@ class FixedLoader:
         self.batches, self.num_classes = batches, num_classes
         self.batch_size = len(batches[0][1])
         self.num_images = self.set_size = sum(len(y) for _, y in batches)
+        self.image_shape = tuple(batches[0][0].shape[1:])
         self.batches_per_epoch = len(batches)
 
     def __iter__(self):
@@ -143,6 +144,19 @@ def tiny_run(
     model = model.to(dtype)
     loader = FixedLoader(batches or tiny_batches(4, dtype=dtype))
     return build_run(config, model, loader, torch.device("cpu"), teachers_like(model, method))
+
+
+def near_boundaries(run, count=48):
+    """Images that few steps of an attack misclassify, some none; one in four begins so.
+
+    It shifts the logits of the run's network, which prefers one class.
+    """
+    x = torch.rand(count, CHANNELS, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        run.model.linear.bias -= run.model(x).mean(dim=0)
+        y = run.model(x).argmax(dim=1)
+    y[::4] = (y[::4] + 1) % CLASSES
+    return batch_of(x, y)
 
 
 def teachers_like(model, method):
