@@ -9,22 +9,20 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find, listed
 from cure_fast.errors import InputError
+from cure_fast.methods.alp import ALP, ALP_MIX
 from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.ard import ARD
 from cure_fast.methods.awp import AWP_AT, AWP_TRADES
 from cure_fast.methods.cfa import CFA_AT, CFA_TRADES
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
-from cure_fast.methods.hat import HAT
-from cure_fast.methods.iad import IAD, IAD2
-from cure_fast.methods.idbh import IDBH
-from cure_fast.methods.kd_swa import KD_SWA
-from cure_fast.methods.alp import ALP, ALP_MIX
-from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.fat import FAT, FAT_MART, FAT_TRADES
 from cure_fast.methods.fgsm_pgi import FGSM_PGI
 from cure_fast.methods.fgsm_rs import FGSM_RS
 from cure_fast.methods.gairat import GAIRAT
+from cure_fast.methods.hat import HAT
+from cure_fast.methods.iad import IAD, IAD2
 from cure_fast.methods.idbh import IDBH
+from cure_fast.methods.kd_swa import KD_SWA
 from cure_fast.methods.mail import MAIL_AT, MAIL_TRADES
 from cure_fast.methods.mart import MART
 from cure_fast.methods.n_fgsm import N_FGSM

@@ -40,16 +40,15 @@ class AlpSettings(MethodSettings):
 
 def loss(run: Run, batch: Batch) -> Terms:
     """Return CE(x', y), or its mean with CE(x, y), plus weight * MSE(z(x), z(x'))."""
-    settings = run.settings
     logits, logits_adv = run.model(batch.x), run.model(batch.x_adv)
     ce = adversarial_ce = cross_entropy(logits_adv, batch.y).mean()
     apart = (logits_adv - logits).square()
-    pairing = apart.mean() if settings.alp_reduce == "mean" else apart.sum(dim=1).mean()
+    pairing = apart.mean() if run.settings.alp_reduce == "mean" else apart.sum(dim=1).mean()
     terms = {"adversarial_ce": adversarial_ce, "pairing": pairing}
-    if settings.alp_ce == "mix":
+    if run.settings.alp_ce == "mix":
         terms["natural_ce"] = cross_entropy(logits, batch.y).mean()
         ce = (terms["natural_ce"] + adversarial_ce) / 2
-    return {"total": ce + settings.alp_weight * pairing, **terms}
+    return {"total": ce + run.settings.alp_weight * pairing, **terms}
 
 
 def mix(config: Config) -> Config:

@@ -43,18 +43,17 @@ def attack(run: Run, batch: Batch) -> Tensor:
 
 def loss(run: Run, batch: Batch) -> Terms:
     """Return CE(x, y) + beta * KL(p(x) || p(x')) + gamma * CE(helper, argmax g(x'))."""
-    settings = run.settings
-    helper = batch.x + settings.helper_length * (batch.x_adv - batch.x)
+    helper = batch.x + run.settings.helper_length * (batch.x_adv - batch.x)
     seen = run.teachers["natural"](batch.x_adv).argmax(dim=1)
     logits, logits_adv, logits_helper = (run.model(x) for x in (batch.x, batch.x_adv, helper))
     natural_ce = cross_entropy(logits, batch.y).mean()
-    if settings.robust_loss == "kl":
+    if run.settings.robust_loss == "kl":
         robust = kl_divergence(logits, logits_adv).mean()
     else:
         robust = cross_entropy(logits_adv, batch.y).mean()
     helper_ce = cross_entropy(logits_helper, seen).mean()
     return {
-        "total": natural_ce + settings.beta * robust + settings.gamma * helper_ce,
+        "total": natural_ce + run.settings.beta * robust + run.settings.gamma * helper_ce,
         "natural_ce": natural_ce,
         "robust": robust,
         "helper_ce": helper_ce,
