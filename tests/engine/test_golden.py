@@ -73,7 +73,7 @@ def _losses(config, engine, dtype):
     model = small_model(config.method, num_classes=runs.CLASSES)
     data = [(x.to(dtype), y) for x, y in runs.batches(PER_EPOCH)]
     taught = teachers_like(model.to(dtype), config.method)
-    run = build_run(config, model.to(dtype), FixedLoader(data), CPU, taught)
+    run = build_run(config, model.to(dtype), FixedLoader(data, runs.CLASSES), CPU, taught)
     assert run.engine.name == engine
     real = attacks.start_point
 
