@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import engine_runs as runs
 import tiny_step
 from cure_fast.methods import publish, select_method
 from cure_fast.recipes import find_recipe
@@ -105,6 +106,13 @@ def test_a_step_trains_the_model_alone():
     assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before[0].items())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not torch.equal(before[1]["conv1.weight"], run.model.conv1.weight)
+
+
+def test_the_fast_engine_takes_its_schedule():
+    optim = {"schedule": "onecycle-cosine", "nesterov": True, "lr": 0.21}
+    both = runs.pair("hat", data=runs.batches(2), optim=optim)
+    runs.assert_steps_equal(both, 4)
+    assert both.fast.engine.name == "fast"
 
 
 def test_the_published_set_up():
