@@ -51,7 +51,12 @@ HEALTHY = Seen(
         ({"right": 12}, 200, "12 of 128 natural images of the batch are classified right: no"),
         ({"right": 12}, 100, None),
         ({"right": 13}, 200, None),
-        ({"right": 18, "predicted": 128}, 200, "classified right, all as one class: no better"),
+        ({"right": 18, "predicted": 116}, 200, "right, nearly all as one class: no better"),
+        ({"right": 18, "predicted": 114}, 200, None),
+        # Most labels are of one class.
+        ({"right": 120, "predicted": 118, "common": 116}, 200, None),
+        # Of 64 images chance gets 6 right, and a network that has learnt a little sometimes too.
+        ({"right": 5, "attacked": 4, "count": 64, "common": 9}, 200, None),
         # Of a hundred classes chance gets one image right, which says nothing.
         ({"right": 1, "classes": 100, "common": 5}, 200, None),
         ({"right": 1, "classes": 100, "common": 5, "predicted": 128}, 200, "all as one class"),
