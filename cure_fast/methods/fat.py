@@ -33,7 +33,7 @@ class FatSettings(MethodSettings):
     fat_tau: Whole = 0
     """Steps that an image takes after it was misclassified, 0 or more; --attack-steps is PGD."""
     fat_growth: tuple[float, ...] = (50 / 120, 90 / 120)
-    """Shares of the run, 0 to 1, after each of which --fat-tau is one more."""
+    """Shares of the run, 0 to 1, after each of which --fat-tau is one more; 1 keeps it."""
     fat_noise: Weight = 0.0
     """Deviation of the noise that each step adds, in pixel units, 0 or more (FAT: 0.001)."""
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from cure_fast.batch import Batch
 from cure_fast.config import Config, MethodSettings
-from cure_fast.config.checks import Share, check
+from cure_fast.config.checks import Bounds, Share, check
 from cure_fast.losses import cross_entropy
 from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.policy import Policy
@@ -30,8 +31,9 @@ from cure_fast.step.run import Run, Terms
 class GairatSettings(MethodSettings):
     """GAIRAT."""
 
-    gairat_lambda: float = -1.0
-    """Lifts all weights before they are normalised: the higher, the more equal they are."""
+    gairat_lambda: Annotated[float, Bounds(-100, 100)] = -1.0
+    """Lifts all weights before they are normalised, -100 to 100: the higher, the more equal they
+    are."""
     gairat_burn_in: Share = 59 / 120
     """Share of the run, 0 to 1, in whose epochs all weights are 1."""
 

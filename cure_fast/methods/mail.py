@@ -15,18 +15,21 @@ epoch 76. Its MAIL-MART, whose constants it does not tell, is left out.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
-from cure_fast.config.checks import Share, Weight
+from cure_fast.config.checks import Bounds, Share, Weight
 from cure_fast.losses import cross_entropy, kl_divergence, margin
 from cure_fast.methods.pgd_at import attack
 from cure_fast.methods.trades import kl_attack, unclamped_start
 from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
+
+# Where margins lie in [-1, 1].
+Bias = Annotated[float, Bounds(-10, 10)]
 
 
 class MailSettings(MethodSettings):
@@ -34,8 +37,8 @@ class MailSettings(MethodSettings):
 
     mail_slope: Weight = 10.0
     """How steeply weights rise with the margin, 0 or more (AT: 10, TRADES: 2)."""
-    mail_bias: float = -0.5
-    """What is added to margins, which lie in [-1, 1] (AT: -0.5, TRADES: 0)."""
+    mail_bias: Bias = -0.5
+    """What is added to margins, which lie in [-1, 1]; -10 to 10 (AT: -0.5, TRADES: 0)."""
     mail_norm: Literal["const3", "batch"] = "const3"
     """Weights times 3 (const3, official code), or brought to a mean of 1 over the images of a pass
     (batch, paper)."""
@@ -48,8 +51,8 @@ class MailTradesSettings(MailSettings):
 
     mail_slope: Weight = 2.0
     """How steeply weights rise with the margin, 0 or more."""
-    mail_bias: float = 0.0
-    """What is added to margins, which lie in [-1, 1]."""
+    mail_bias: Bias = 0.0
+    """What is added to margins, which lie in [-1, 1]; -10 to 10."""
     beta: Weight = 5.0
     """Weight of the KL term, 0 or more."""
 

@@ -122,6 +122,7 @@ def test_batches_hold_the_images_of_the_order(make, make_images, kind) -> None:
     assert (x.permute(0, 2, 3, 1).numpy() == expected).all()
     assert (y.numpy() == images.labels[order]).all()
     assert (index.numpy() == order).all() and loader.set_size == 67
+    assert loader.image_shape == batches[0].x.shape[1:]
     for batch in batches:
         assert batch.x.dtype == torch.float32 and batch.y.dtype == batch.index.dtype == torch.int64
         assert batch.x.is_contiguous(memory_format=torch.channels_last)
