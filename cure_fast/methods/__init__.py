@@ -12,6 +12,7 @@ from cure_fast.errors import InputError
 from cure_fast.methods.act import ACT
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.idbh import IDBH
+from cure_fast.methods.las_at import LAS_AT
 from cure_fast.methods.lbgat import LBGAT
 from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
         IDBH,
         ACT,
         LBGAT,
+        LAS_AT,
     )
 }
 

@@ -47,7 +47,8 @@ class ActSettings(MethodSettings):
 @contextmanager
 def still_statistics(network: nn.Module) -> Iterator[None]:
     """Let passes in training mode leave BatchNorm's running statistics as they are."""
-    tracking = [m for m in network.modules() if getattr(m, "track_running_stats", False)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    tracking = [norm for norm in norms if norm.track_running_stats]
     for module in tracking:
         module.track_running_stats = False
     try:
@@ -105,8 +106,6 @@ ACT = Method(
             **EPS_031,
         ),
     },
-    rows=paper_rows(
-        "ACT", ("cifar10", "resnet18", " (CURE's Table 1)", 84.33, 55.83, None, None)
-    ),
+    rows=paper_rows("ACT", ("cifar10", "resnet18", " (CURE's Table 1)", 84.33, 55.83, None, None)),
     preset=unclamped_start,
 )

@@ -13,6 +13,8 @@ adversarial ones, also where beta is 0: its BatchNorm statistics are of both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -55,12 +57,17 @@ def architecture_beside(run: Run, chosen: str | None) -> str | None:
     return "resnet18" if chosen is None and wide else chosen
 
 
-def check_guide(config: Config) -> None:
-    """Raise ``InputError`` for an unknown guide, or one without the stem of --stem."""
-    known = {name: info for name, info in MODELS.items() if config.model.stem in info.stems}
-    assert isinstance(config.settings, LbgatSettings)
-    if config.settings.guide is not None:
-        find("--guide", known, config.settings.guide)
+def check_architecture(setting: str) -> Callable[[Config], None]:
+    """Return a check that a setting names an architecture with the stem of --stem, or none."""
+
+    def check(config: Config) -> None:
+        chosen = getattr(config.settings, setting)
+        if chosen is not None:
+            stem = config.model.stem
+            known = {name: info for name, info in MODELS.items() if stem in info.stems}
+            find(f"--{setting}", known, chosen)
+
+    return check
 
 
 LBGAT = Method(
@@ -78,7 +85,7 @@ LBGAT = Method(
             model=architecture_beside(run, run.settings.guide),
         )
     },
-    check=check_guide,
+    check=check_architecture("guide"),
     # The rate of the first epoch is a fifth of the next ones'.
     published={
         "*": set_up(

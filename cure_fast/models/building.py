@@ -84,12 +84,12 @@ def build_like(
 ) -> ImageClassifier:
     """Return a further network for the images of another, on the CPU and in its precision.
 
-    Its weights are drawn anew, and unlike those of any run's own network: what the run's ``seed``,
-    0 or more, decides. Torch's random numbers go on as if nothing had been drawn.
+    Torch's random numbers go on as if nothing had been drawn.
 
     Args:
         network: what it is like. Without a description, as of one's own making, it is copied and
             its layers draw their weights again.
+        seed: of the run, 0 or more; decides the weights, which no run's own network begins with.
         model: its architecture in the published width; None takes the network's own.
         num_classes: number of its logits; None takes the network's own.
     """
