@@ -101,8 +101,8 @@ class Strategist(Policy):
         network.compute_dtype = None
         self.strategy = Strategy(network, [*map(len, chosen)]).to(run.device).eval()
         self.networks = {"strategy": self.strategy}
+        # Without momentum it has no state that a checkpoint would have to hold.
         self.optimizer = torch.optim.SGD(self.strategy.parameters(), lr=settings.strategy_lr)
-        self.optimizers = {"strategy": self.optimizer}
         self.reward = torch.zeros((), device=run.device)
         self.state = {"reward": self.reward}
 

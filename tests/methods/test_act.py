@@ -112,6 +112,19 @@ def test_the_attack_raises_a_mean_and_a_sum():
     torch.testing.assert_close(*pairs, rtol=1e-10, atol=1e-15)
 
 
+def test_the_objective_of_a_batch_is_the_sum_of_its_parts():
+    """Without statistics of the parts in the way."""
+    run = tiny_step.tiny_run("act")
+    batch = run.loader.batch(0)
+    logits = torch.randn(12, tiny_step.CLASSES, dtype=torch.float64)
+    whole = objective_of(run, batch)[0](logits)
+    parts = [
+        objective_of(run, part)[0](logits[:6] if n == 0 else logits[6:])
+        for n, part in enumerate(batch.split(2))
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+
+
 def test_the_natural_network_stays_in_training_mode_and_its_statistics_move_once_per_step():
     run = act_run()
     natural = run.networks["natural"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_no_image_moves_further_than_its_steps_lead(steps, length):
     rows = batch.notes["steps"] == steps
     moved = (x_adv - start).abs().flatten(1).amax(dim=1)[rows]
     assert len(moved) and (moved <= steps * length * UNIT + 1e-7).all()
-    assert moved.max() > (steps - 1) * length * UNIT
+    assert moved.max() > (steps - 0.5) * length * UNIT
 
 
 # The plan.
@@ -230,6 +231,8 @@ def test_the_reward_is_the_official_one(seed):
     for _ in range(10 * seed):
         train_step(run, planned(run, 0))
     run.lr, attack = 0.05, run.config.attack
+    # So much decay that it tells.
+    run.config = replace(run.config, optim=replace(run.config.optim, weight_decay=5.0))
     trial = trial_of(run, 0)
     before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()])
     generator = run.generators["attack"].clone_state()
@@ -372,11 +375,12 @@ def test_a_stopped_run_goes_on_with_the_same_plans_and_lessons(engine):
         for run in (whole, stopped):
             next_step(run, run.loader.batch(number))
     resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    assert float(resumed.policy(Strategist).reward) > 0
     next_step(whole, whole.loader.batch(3))
     next_step(resumed, resumed.loader.batch(3))
     assert whole.engine.name == engine
     assert equal(whole.state_dict(), resumed.state_dict())
-    assert not equal(start, strategies(whole)) and float(whole.policy(Strategist).reward) > 0
+    assert not equal(start, strategies(whole))
 
 
 def test_the_fast_engine_is_taught_and_attacked_as_the_eager_one():

@@ -63,11 +63,15 @@ def test_one_optimiser_moves_both_networks_and_their_statistics(beta):
         weight_decay=optim.weight_decay,
     )
     run.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    ways_back = []
+    run.model.register_forward_hook(lambda *given: ways_back.append(given[2].requires_grad))
     for batch in run.loader:
         train_step(run, batch)
         # Adversarial images first: it shows in the running statistics.
         x_adv = seen[-2]
         assert torch.equal(seen[-1], batch.x) and not torch.equal(x_adv, batch.x)
+        # Where the natural images count for statistics alone, they cost no way back.
+        assert ways_back[-2:] == [True, beta > 0]
         out_adv, out_natural, out = robust(x_adv), robust(batch.x), guide(batch.x)
         optimizer.zero_grad()
         official_loss(out_adv, out_natural, out, batch.y, beta).backward()
