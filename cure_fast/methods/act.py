@@ -31,7 +31,7 @@ from cure_fast.config.checks import POSITIVE, Bounds, Share
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.methods.trades import unclamped_start
 from cure_fast.models.building import build_like
-from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
+from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -97,7 +97,7 @@ ACT = Method(
     loss=loss,
     networks=lambda run: {"natural": build_like(run.model, seed=run.config.run.seed)},
     published={
-        "*": set_up(
+        "*": SetUp(
             "NeurAI-Lab/ACT",
             milestones=(59 / 200, 119 / 200, 159 / 200),
             lr_factors=(0.2, 0.04, 0.008),
@@ -106,6 +106,6 @@ ACT = Method(
             **EPS_031,
         ),
     },
-    rows=paper_rows("ACT", ("cifar10", "resnet18", " (CURE's Table 1)", 84.33, 55.83, None, None)),
+    rows=rows("ACT", ("cifar10", "resnet18", " (CURE's Table 1)", 84.33, 55.83, None, None)),
     preset=unclamped_start,
 )

@@ -36,7 +36,7 @@ from cure_fast.config.checks import POSITIVE, Bounds, Count, check
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.lbgat import architecture_beside, check_architecture
 from cure_fast.models.building import build_like
-from cure_fast.step.method import Method, paper_rows, set_up
+from cure_fast.step.method import Method, SetUp, rows
 from cure_fast.step.policy import Policy
 from cure_fast.step.run import Run, Terms
 from cure_fast.step.state import Statistics
@@ -228,12 +228,10 @@ LAS_AT = Method(
     policies=lambda run: (Strategist(run),),
     check=check_architecture("strategy"),
     published={
-        "*": set_up(
+        "*": SetUp(
             "jiaxiaojunQAQ/LAS-AT", epochs=110, milestones=(99 / 110, 104 / 110), start="uniform"
         ),
     },
     fixed=("strategy", "strategy_eps", "strategy_steps", "strategy_step_sizes"),
-    rows=paper_rows(
-        "LAS-AT", ("cifar10", "resnet18", " (CURE's Table 1)", 82.39, 53.70, 51.96, 49.94)
-    ),
+    rows=rows("LAS-AT", ("cifar10", "resnet18", " (CURE's Table 1)", 82.39, 53.70, 51.96, 49.94)),
 )

@@ -25,7 +25,7 @@ from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.methods.trades import kl_attack, unclamped_start
 from cure_fast.models import MODELS
 from cure_fast.models.building import build_like
-from cure_fast.step.method import EPS_031, Method, paper_rows, set_up
+from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.run import Run, Terms
 
 
@@ -88,7 +88,7 @@ LBGAT = Method(
     check=check_architecture("guide"),
     # The rate of the first epoch is a fifth of the next ones'.
     published={
-        "*": set_up(
+        "*": SetUp(
             "dvlab-research/LBGAT",
             epochs=100,
             weight_decay=2e-4,
@@ -99,7 +99,7 @@ LBGAT = Method(
     },
     fixed=("guide",),
     # Within 0.031, by its official code.
-    rows=paper_rows(
+    rows=rows(
         "LBGAT",
         ("cifar10", "wrn34-10", " (Table of its README, beta 0)", 88.22, None, None, 52.86),
         ("cifar100", "wrn34-10", " (Table of its README, beta 0)", 70.25, None, None, 27.16),

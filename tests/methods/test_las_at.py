@@ -196,6 +196,7 @@ def official_reward(model, batch, lr, weight_decay, generator, *, steps, step_si
     labels[torch.arange(len(y)), y] = share
     (-labels * F.log_softmax(student(batch.x_adv), dim=-1)).sum(dim=-1).mean().backward()
     optimizer.step()
+    taught = copy.deepcopy(dict(student.named_parameters()))
     highest, found = torch.zeros(len(y), dtype=x.dtype), torch.zeros_like(x)
     for _ in range(2):
         delta = torch.empty_like(x).uniform_(-EPS, EPS, generator=generator)
@@ -215,7 +216,7 @@ def official_reward(model, batch, lr, weight_decay, generator, *, steps, step_si
     with torch.no_grad():
         robust = (student(x + found).argmax(dim=1) == y).sum() / len(y)
         natural = (student(x).argmax(dim=1) == y).sum() / len(y)
-    return first, robust, natural, x + found
+    return first, robust, natural, taught, x + found
 
 
 def trial_of(run, number):
@@ -224,7 +225,7 @@ def trial_of(run, number):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_reward_is_the_official_one(seed):
+def test_the_reward_is_the_official_one(seed, monkeypatch):
     torch.manual_seed(seed)
     # Half-trained, so that some images are classified rightly and some are not.
     run = las_run(model=tiny_step.Normalised(), true_share=0.8)
@@ -232,15 +233,22 @@ def test_the_reward_is_the_official_one(seed):
         train_step(run, planned(run, 0))
     run.lr, attack = 0.05, run.config.attack
     # So much decay that it tells.
-    run.config = replace(run.config, optim=replace(run.config.optim, weight_decay=5.0))
+    run.config = replace(run.config, optim=replace(run.config.optim, weight_decay=0.5))
+    students, real = [], las_at.strongest
+
+    def kept(run, batch, student):
+        students.append(copy.deepcopy(dict(student.named_parameters())))
+        return real(run, batch, student)
+
+    monkeypatch.setattr(las_at, "strongest", kept)
     trial = trial_of(run, 0)
     before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()])
     generator = run.generators["attack"].clone_state()
-    fooled, robust, natural, _ = official_reward(
+    fooled, robust, natural, taught, _ = official_reward(
         run.model,
         trial,
         0.05,
-        run.config.optim.weight_decay,
+        0.5,
         generator,
         steps=attack.attack_steps,
         step_size=attack.step_size,
@@ -248,6 +256,8 @@ def test_the_reward_is_the_official_one(seed):
     )
     found = las_at.reward_of(run, trial)
     assert found.ndim == 0
+    for name, weight in taught.items():
+        torch.testing.assert_close(students[0][name], weight, rtol=1e-10, atol=1e-13, msg=name)
     assert float(found) == pytest.approx(float(fooled + 4 * robust + 2 * natural), rel=1e-6)
     assert equal(before, [run.model.state_dict(), run.optimizer.state_dict()])
     assert run.model.training and all(p.grad is None for p in run.model.parameters())
