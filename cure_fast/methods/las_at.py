@@ -227,11 +227,12 @@ LAS_AT = Method(
     loss=loss,
     policies=lambda run: (Strategist(run),),
     check=check_architecture("strategy"),
-    published={
-        "*": SetUp(
+    published=dict.fromkeys(
+        ("*/wrn*", "*"),
+        SetUp(
             "jiaxiaojunQAQ/LAS-AT", epochs=110, milestones=(99 / 110, 104 / 110), start="uniform"
         ),
-    },
+    ),
     fixed=("strategy", "strategy_eps", "strategy_steps", "strategy_step_sizes"),
     rows=rows("LAS-AT", ("cifar10", "resnet18", " (CURE's Table 1)", 82.39, 53.70, 51.96, 49.94)),
 )

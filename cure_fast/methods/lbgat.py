@@ -87,8 +87,9 @@ LBGAT = Method(
     },
     check=check_architecture("guide"),
     # The rate of the first epoch is a fifth of the next ones'.
-    published={
-        "*": SetUp(
+    published=dict.fromkeys(
+        ("*/wrn*", "*"),
+        SetUp(
             "dvlab-research/LBGAT",
             epochs=100,
             weight_decay=2e-4,
@@ -96,7 +97,7 @@ LBGAT = Method(
             lr_factors=(0.2, 1.0, 0.1, 0.01),
             **EPS_031,
         ),
-    },
+    ),
     fixed=("guide",),
     # Within 0.031, by its official code.
     rows=rows(

@@ -110,13 +110,14 @@ def build_like(
 
 def _redrawn(network: ImageClassifier, num_classes: int | None) -> ImageClassifier:
     """Return a copy on the CPU with weights drawn anew, and another number of logits if asked."""
-    further = copy.deepcopy(network).cpu()
+    # Drawn in float32: other types draw other numbers.
+    further = copy.deepcopy(network).cpu().float()
     last = further.get_submodule(network.classifier_name)
     assert isinstance(last, nn.Linear)
     if num_classes is not None:
-        last = nn.Linear(last.in_features, num_classes, dtype=last.weight.dtype)
+        last = nn.Linear(last.in_features, num_classes)
         further.set_submodule(network.classifier_name, last)
     for module in further.modules():
         if isinstance(draw := getattr(module, "reset_parameters", None), Callable):
             draw()
-    return further
+    return further.to(next(network.parameters()).dtype)

@@ -60,6 +60,12 @@ def test_it_may_have_other_logits_and_shares_the_precision(make):
     assert linear.out_features == 9 and linear.weight.dtype is drawn(network)[0].dtype
 
 
+def test_it_draws_the_same_weights_in_every_precision():
+    single, double = build_like(own().float(), seed=0), build_like(own(), seed=0)
+    for a, b in zip(single.parameters(), double.parameters(), strict=True):
+        assert torch.equal(a.double(), b) and (a.dtype, b.dtype) == (torch.float32, torch.float64)
+
+
 def test_a_network_of_ones_own_begins_with_fresh_statistics():
     assert not build_like(own(), seed=0).norm.running_mean.any()
 
