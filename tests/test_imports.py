@@ -38,8 +38,8 @@ NARROW = {
     },
     "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
     "methods": {
-        *("attacks", "batch", "classifier", "config", "errors", "kernels", "losses", "policies"),
-        "step",
+        *("attacks", "batch", "classifier", "config", "errors", "kernels", "losses", "models"),
+        *("policies", "step"),
     },
     "engine": {"batch", "classifier", "config", "console", "errors", "kernels", "step"},
     "recipes": {"config", "errors", "loaders", "methods", "models", "step"},

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find, listed
 from cure_fast.errors import InputError
+from cure_fast.methods.act import ACT
 from cure_fast.methods.alp import ALP, ALP_MIX
 from cure_fast.methods.ap import AP_AT, AP_MART, AP_TRADES
 from cure_fast.methods.ard import ARD
@@ -23,6 +24,8 @@ from cure_fast.methods.hat import HAT
 from cure_fast.methods.iad import IAD, IAD2
 from cure_fast.methods.idbh import IDBH
 from cure_fast.methods.kd_swa import KD_SWA
+from cure_fast.methods.las_at import LAS_AT
+from cure_fast.methods.lbgat import LBGAT
 from cure_fast.methods.mail import MAIL_AT, MAIL_TRADES
 from cure_fast.methods.mart import MART
 from cure_fast.methods.n_fgsm import N_FGSM
@@ -80,6 +83,9 @@ METHODS: dict[str, Method] = {
         FGSM_RS,
         N_FGSM,
         FGSM_PGI,
+        ACT,
+        LBGAT,
+        LAS_AT,
     )
 }
 

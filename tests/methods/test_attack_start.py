@@ -58,8 +58,17 @@ def test_images_end_inside_whatever_their_start(steps):
 
 def test_the_presets_of_public_codes_start_unclamped():
     unclamped = {m for m in METHODS if not select_method(Config(), m).attack.clamp_start}
-    trades = {"trades", "awp_trades", "te_trades", "cfa_trades", "mail_trades", "rat", "hat"}
-    others = {"mart", "mail_at", "st_at", "fgsm_pgi", "cure_official", "cure_eff_official"}
+    trades = {
+        "trades",
+        "awp_trades",
+        "te_trades",
+        "cfa_trades",
+        "mail_trades",
+        "rat",
+        "hat",
+        "lbgat",
+    }
+    others = {"mart", "mail_at", "st_at", "act", "fgsm_pgi", "cure_official", "cure_eff_official"}
     assert unclamped == trades | others
 
 
