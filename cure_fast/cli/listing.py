@@ -139,7 +139,7 @@ def usual_cost() -> float:
 
 def cost(method: Method, *policies: str, usual: float) -> tuple[str, str, str]:
     """Return passes per step, their number relative to ``usual``, and what the method needs."""
-    from cure_fast.training.passes import TRIED, try_method
+    from cure_fast.training.passes import PLAIN, try_method
 
     needs = [f"{name} teacher" for name in method.teachers]
     starts = (own.values.get("pretrain_epochs") for own in method.published.values())
@@ -149,7 +149,7 @@ def cost(method: Method, *policies: str, usual: float) -> tuple[str, str, str]:
     except InputError as error:
         return "-", "-", ", ".join([*needs, f"not counted here: {error}"])
     needs += [f"network {name}" for name in trial.networks]
-    needs += [f"--model {trial.model} or its like"] * (trial.model != next(iter(TRIED)))
+    needs += [f"--model {trial.model} or its like"] * (trial.model != PLAIN)
     first, last = trial.first.cost, trial.last.cost
     told = f"{last:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
     return told, f"{last / usual:.2f}", ", ".join(needs) or "-"

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cure_fast.classifier import ImageClassifier
 from cure_fast.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from cure_fast.errors import InputError
 from cure_fast.loaders import ImageSet
 from cure_fast.methods import check_config, find_method, select_method
-from cure_fast.models import MODELS
 from cure_fast.policies import select_policies
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader
 from cure_fast.training.stages import new_model
 from cure_fast.training.trainer import build_run, next_step
 
-# Networks to count on, of which a method's first that runs is taken: width, and size of the images.
-TRIED = {"resnet-small": (2, 8), "vit-tiny": (16, 32)}
+# Networks to count on, the second for methods of transformers: width, and size of the images.
+PLAIN, TRANSFORMER = "resnet-small", "vit-tiny"
+TRIED = {PLAIN: (2, 8), TRANSFORMER: (16, 32)}
 CLASSES, BATCH = 10, 4
 
 
@@ -63,19 +63,13 @@ def try_method(name: str, policies: Sequence[str] = ()) -> Trial:
     Teachers are copies of the network.
 
     Raises:
-        InputError: if the method runs with none of the networks tried.
+        InputError: if the method cannot run here, as without timm.
     """
-    tried = [model for model in TRIED if model in MODELS]
-    for model in tried:
-        config = trial_config(name, policies, model)
-        try:
-            check_config(config)
-            runs = [trial_run(config, epoch) for epoch in (0, config.optim.epochs - 1)]
-            return Trial(model, tuple(runs[0].networks), *map(count_passes, runs))
-        except InputError:
-            if model == tried[-1]:
-                raise
-    raise AssertionError("there is no network to try")
+    model = TRANSFORMER if find_method(name).needs_attention else PLAIN
+    config = trial_config(name, policies, model)
+    check_config(config)
+    runs = [trial_run(config, epoch) for epoch in (0, config.optim.epochs - 1)]
+    return Trial(model, tuple(runs[0].networks), *map(count_passes, runs))
 
 
 def trial_config(name: str, policies: Sequence[str], model: str) -> Config:
@@ -98,7 +92,7 @@ def trial_run(config: Config, epoch: int) -> TrainState:
     images = ImageSet("cifar10", pixels, labels, tuple(map(str, range(CLASSES))), "random")
     device = torch.device("cpu")
     loader = open_loader(config, Data(images, images, images), device)
-    model = new_model(config, CLASSES)
+    model = new_model(config, CLASSES, size)
     teachers = {name: copy.deepcopy(model) for name in find_method(config.method).teachers}
     run = build_run(config, model, loader, device, teachers)
     run.epoch, run.step = epoch, epoch * loader.batches_per_epoch
@@ -106,29 +100,28 @@ def trial_run(config: Config, epoch: int) -> TrainState:
 
 
 def count_passes(run: TrainState) -> Passes:
-    """Train on one batch and return the passes of the run's networks."""
-    networks = [*run.all_networks.values(), *run.teachers.values()]
-    with run.loader.epoch(run.epoch) as batches, counted(networks, BATCH) as passes:
+    """Train on one batch and return the passes of all networks, copies that a step makes too."""
+    with run.loader.epoch(run.epoch) as batches, counted(BATCH) as passes:
         next_step(run, next(iter(batches)))
     return passes
 
 
 @contextmanager
-def counted(networks: list[nn.Module], batch: int) -> Iterator[Passes]:
-    """Count passes of networks from images [N, ...] to [N, ...] in the block, in batches."""
+def counted(batch: int) -> Iterator[Passes]:
+    """Count passes of classifiers in the block, in batches of so many images."""
     passes = Passes()
 
     def backward(gradient: Tensor) -> None:
         passes.backward += len(gradient) / batch
 
     def forward(network: nn.Module, inputs: object, output: Tensor) -> None:
-        passes.forward += len(output) / batch
-        if output.requires_grad:
-            output.register_hook(backward)
+        if isinstance(network, ImageClassifier):
+            passes.forward += len(output) / batch
+            if output.requires_grad:
+                output.register_hook(backward)
 
-    hooks = [network.register_forward_hook(forward) for network in dict.fromkeys(networks)]
+    hook = nn.modules.module.register_module_forward_hook(forward)
     try:
         yield passes
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
