@@ -207,6 +207,8 @@ def check_config(config: Config) -> None:
     """Raise ``InputError`` where settings contradict one another."""
     settings = config.settings
     assert isinstance(settings, CureSettings)
+    own = f"policies that --method {config.method} has not itself (--percentile is of its mask)"
+    check("rgp" not in config.policies, "policies", "rgp", own)
     wanted = settings.natural_share > 0
     check(
         wanted == (natural_epochs(config) > 0) and natural_epochs(config) < config.optim.epochs,

@@ -1,4 +1,8 @@
-"""CURE's conserving step: which weights may move, decided by robust gradient prominence."""
+"""CURE's conserving step: which weights may move, decided by robust gradient prominence.
+
+CURE scores weights by two gradients of its loss. The policy ``rgp`` takes the mask to any method:
+its score is the magnitude of the gradient that updates, as in mode ``rgp`` of the authors' code.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Bounds, Share
 from cure_fast.errors import InputError
 from cure_fast.kernels import Selection, rgp_mask_
-from cure_fast.step.policy import Policy, Wanted
+from cure_fast.step.policy import Policy, PolicyInfo, Wanted
 from cure_fast.step.run import Run, Terms
 
 # Title and caption of the chart of the epochs' ``updated``.
@@ -264,3 +268,30 @@ class Conserve(Policy):
                 state["kept"].to(device),
                 torch.zeros(count, dtype=torch.int32, device=device),
             )
+
+
+class RgpSettings(MethodSettings):
+    """CURE's mask for any method."""
+
+    rgp_percentile: Annotated[float, Bounds(0, 100)] = 30.0
+    """Percent of each tensor's weights to conserve in a step, 0 to 100: the smallest gradients."""
+    rgp_layers: Literal["all_but_classifier", "block_conv1", "conv", "all"] = "all_but_classifier"
+    """Tensors to mask: all but the classifier, each block's first convolution, all convolutions, or
+    all."""
+
+
+def build_rgp(run: Run, settings: RgpSettings) -> Policy:
+    """Return the mask by the magnitude of the gradient that updates."""
+    chosen = ConserveSettings(percentile=settings.rgp_percentile, mask_layers=settings.rgp_layers)
+    return Conserve(run.model, chosen, active=lambda run: True, by_update=True)
+
+
+RGP = PolicyInfo(
+    name="rgp",
+    label="RGP",
+    title="RGP: CURE's mask; weights whose gradient is smallest in their tensor are conserved",
+    paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
+    settings=RgpSettings(),
+    build=build_rgp,
+    fixed=("rgp_layers",),
+)

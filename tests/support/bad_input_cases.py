@@ -97,6 +97,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --policies none,awp", "expected none or some of"),
         ("train quickstart --awp-gamma 0.01", "expected --policies awp with it"),
         ("train quickstart --policies piat --awp-gamma 0.01", "expected --policies piat,awp"),
+        ("train quickstart --policies rgp", "has not itself"),
         ("train quickstart --policies awp --awp-gamma -1", "at least 0"),
         ("train quickstart --policies piat --piat-buffers mean", "interpolate, keep"),
         ("train quickstart --method trades --policies ema --networks ema", "no network 'ema'"),
