@@ -37,7 +37,9 @@ NARROW = {
         *("attacks", "batch", "classifier", "config", "console", "errors", "kernels", "loaders"),
     },
     "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
-    "methods": {"batch", "config", "errors", "losses", "policies", "step"},
+    "methods": {
+        *("batch", "classifier", "config", "errors", "losses", "models", "policies", "step"),
+    },
     "engine": {"batch", "classifier", "config", "console", "errors", "kernels", "step"},
     "recipes": {"config", "errors", "loaders", "methods", "models", "step"},
 }

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS
 from cure_fast.models import ImageClassifier, build_model
 from cure_fast.models.weights import load_into, read_metadata, read_weights
+
+# Added to a run's seed: no run draws its own network from such a one. The CPU's generator takes
+# 32 bits of it.
+FURTHER = 2**31
 
 
 def build_for_data(
@@ -64,3 +73,51 @@ def load_model(path: Path, metadata: Mapping[str, str] | None = None) -> ImageCl
     )
     load_into(model, read_weights(path), source=str(path))
     return model
+
+
+def build_like(
+    network: ImageClassifier,
+    *,
+    seed: int,
+    model: str | None = None,
+    num_classes: int | None = None,
+) -> ImageClassifier:
+    """Return a further network for the images of another, on the CPU and in its precision.
+
+    Torch's random numbers go on as if nothing had been drawn.
+
+    Args:
+        network: what it is like. Without a description, as of one's own making, it is copied and
+            its layers draw their weights again.
+        seed: of the run, 0 or more; decides the weights, which no run's own network begins with.
+        model: its architecture in the published width; None takes the network's own.
+        num_classes: number of its logits; None takes the network's own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(FURTHER + seed)
+        if network.description:
+            told = network.description.items()
+            words: dict[str, Any] = {k: int(v) if v.isdecimal() else v or None for k, v in told}
+            words |= {} if model is None else {"model": model, "width": None}
+            words |= {} if num_classes is None else {"num_classes": num_classes}
+            further = build_for_data(**words)
+        else:
+            assert model is None, "no description says what another architecture is to take"
+            further = _redrawn(network, num_classes)
+    further.compute_dtype = network.compute_dtype
+    return further
+
+
+def _redrawn(network: ImageClassifier, num_classes: int | None) -> ImageClassifier:
+    """Return a copy on the CPU with weights drawn anew, and another number of logits if asked."""
+    # Drawn in float32: other types draw other numbers.
+    further = copy.deepcopy(network).cpu().float()
+    last = further.get_submodule(network.classifier_name)
+    assert isinstance(last, nn.Linear)
+    if num_classes is not None:
+        last = nn.Linear(last.in_features, num_classes)
+        further.set_submodule(network.classifier_name, last)
+    for module in further.modules():
+        if isinstance(draw := getattr(module, "reset_parameters", None), Callable):
+            draw()
+    return further.to(next(network.parameters()).dtype)
