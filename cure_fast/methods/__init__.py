@@ -9,8 +9,11 @@ from fnmatch import fnmatch
 from cure_fast.config import Config
 from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
+from cure_fast.methods.act import ACT
 from cure_fast.methods.cure import CURE, CURE_EFF, CURE_EFF_OFFICIAL, CURE_OFFICIAL, CURE_PAPER
 from cure_fast.methods.idbh import IDBH
+from cure_fast.methods.las_at import LAS_AT
+from cure_fast.methods.lbgat import LBGAT
 from cure_fast.methods.mart import MART
 from cure_fast.methods.natural import NATURAL
 from cure_fast.methods.nmse import NMSE, PIAT_NMSE
@@ -34,6 +37,9 @@ METHODS: dict[str, Method] = {
         NMSE,
         PIAT_NMSE,
         IDBH,
+        ACT,
+        LBGAT,
+        LAS_AT,
     )
 }
 

@@ -102,6 +102,7 @@ class Run:
         epoch: 0-based epoch under way.
         batch: 0-based batch of the epoch that comes next, or is under way.
         step: 0-based step of the run that comes next, or is under way.
+        lr: learning rate of the step under way.
     """
 
     config: Config
@@ -116,6 +117,7 @@ class Run:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    lr: float = 0.0
     engine: Engine = field(init=False)
 
     @property

@@ -94,7 +94,7 @@ def build_optimizer(optim: OptimConfig, parameters: Iterable[Tensor]) -> torch.o
 def next_step(run: TrainState, batch: Batch) -> tuple[float, Terms | None]:
     """Train on one batch and advance; return the learning rate and what the engine returns."""
     optim, place = run.config.optim, (run.progress, 1 / run.total_steps)
-    lr = lr_at(optim, *place)
+    lr = run.lr = lr_at(optim, *place)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
         if "momentum" in group:

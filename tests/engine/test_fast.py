@@ -262,8 +262,11 @@ def test_a_step_stays_on_the_device(case, without, monkeypatch):
             patch.setattr(workspace.Workspace, "__init__", refuse)
             patch.setattr(tables, "upload", refuse)
             run.engine.prepared.numbers.send()
+            batch = run.loader.batch(0)
+            for policy in run.policies:
+                policy.before(run, batch)
             with OnDevice():
-                run.engine.prepared.compute(run.loader.batch(0))
+                run.engine.prepared.compute(batch)
         assert persistent(run) == before
 
 

@@ -80,7 +80,11 @@ def _losses(config, engine, dtype):
 
     def start_point(x, *, eps, start, clamp_start, generator):
         # In float32, as other dtypes draw other numbers.
-        noise = torch.empty(x.shape).uniform_(-eps, eps, generator=generator)
+        if isinstance(eps, torch.Tensor):
+            noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator)
+            noise *= eps.view(-1, 1, 1, 1)
+        else:
+            noise = torch.empty(x.shape).uniform_(-eps, eps, generator=generator)
         return real(x, eps=eps, start=noise.to(x.dtype), clamp_start=clamp_start)
 
     with pytest.MonkeyPatch.context() as patch:

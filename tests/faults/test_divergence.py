@@ -49,13 +49,12 @@ def test_a_batch_with_nan_moves_nothing(method):
     # Where the revision model moves first: see the next test.
     still = {"revision_rate": 0.0} if method == "cure_paper" else {}
     run = tiny_step.tiny_run(method, model=tiny_step.Normalised(), **still)
-    train_step(run, run.loader.batch(0))
+    next_step(run, run.loader.batch(0))
     before = moving(run)
-    batch = run.loader.batch(1)
-    assert train_step(run, tiny_step.poisoned(batch)) is None
+    assert next_step(run, tiny_step.poisoned(run.loader.batch(1)))[1] is None
     assert equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 1)
     assert all(p.grad is None for p in run.model.parameters()) and not run.gradients
-    assert train_step(run, batch) is not None
+    assert next_step(run, run.loader.batch(1))[1] is not None
     assert not equal(before, moving(run)) and (run.skipped, run.skipped_in_row) == (1, 0)
 
 

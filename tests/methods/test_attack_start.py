@@ -58,7 +58,8 @@ def test_images_end_inside_whatever_their_start(steps):
 
 def test_the_presets_of_public_codes_start_unclamped():
     unclamped = {m for m in METHODS if not select_method(Config(), m).attack.clamp_start}
-    assert unclamped == {"trades", "mart", "cure_official", "cure_eff_official"}
+    public = {"trades", "mart", "cure_official", "cure_eff_official", "act", "lbgat"}
+    assert unclamped == public
 
 
 @pytest.mark.parametrize("clamp_start", [False, True])

@@ -199,6 +199,8 @@ def objective_of(run, batch):
         received.append(objective)
         return images
 
+    for policy in run.policies:
+        policy.before(run, batch)
     run.pgd = spy
     with attack_mode(run.model, run.config.attack.attack_mode):
         run.method.attack(run, batch)

@@ -13,6 +13,7 @@ from cure_fast.models import build_model
 from cure_fast.runs.environment import choose_dtype
 from cure_fast.step.policy import Policy
 from cure_fast.step.train_step import train_step
+from cure_fast.training.trainer import next_step
 
 CPU = torch.device("cpu")
 CURE = (
@@ -130,7 +131,7 @@ def test_bf16_computes_in_half_and_keeps_float32(method):
     run.model.register_forward_hook(lambda *a: seen["logits"].add(a[2].dtype))
     before = states(run)
     for _ in range(2):
-        terms = train_step(run, run.loader.batch(0))
+        _, terms = next_step(run, run.loader.batch(0))
         assert all(t.dtype is torch.float32 and torch.isfinite(t) for t in terms.values())
     assert seen == {"conv": {torch.bfloat16}, "logits": {torch.float32}}
     after = states(run)

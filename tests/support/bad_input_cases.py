@@ -76,6 +76,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --method trades --networks raw", "no network 'raw'"),
         ("train quickstart --method natural --regime published", "--regime"),
         ("train quickstart --regime publish", "Perhaps you meant published"),
+        ("train quickstart --method lbgat --guide resnet19", "Perhaps you meant resnet18"),
+        ("train quickstart --method las_at --strategy-steps 0,3", "numbers from 1 to 1000"),
     ],
     "Policies": [
         ("train quickstart --policies pait", "Perhaps you meant piat"),
