@@ -102,8 +102,8 @@ MAIL_AT = Method(
     published={
         "*": SetUp(
             "QizhouWang/MAIL",
-            schedule="mart",
             epochs=120,
+            milestones=(75 / 120, 90 / 120, 100 / 120),
             lr=0.01,
             weight_decay=3.5e-3,
             **EPS_031,

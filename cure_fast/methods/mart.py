@@ -64,7 +64,7 @@ MART = Method(
             "YisenWang/MART, wide ResNets",
             epochs=90,
             weight_decay=7e-4,
-            milestones=(75 / 90,),
+            milestones=(74 / 90, 89 / 90),
             beta=6.0,
             **EPS_031,
         ),

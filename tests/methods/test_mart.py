@@ -82,8 +82,8 @@ def test_a_certain_prediction_has_a_finite_loss_and_gradients(certain):
 @pytest.mark.parametrize(
     ("model", "beta", "decay", "rates"),
     [
-        ("resnet18", 5.0, 3.5e-3, {0: 0.01, 74: 0.01, 75: 1e-3, 90: 1e-4, 100: 1e-5, 119: 1e-5}),
-        ("wrn34-10", 6.0, 7e-4, {0: 0.1, 74: 0.1, 75: 0.01, 89: 0.01}),
+        ("resnet18", 5.0, 3.5e-3, {0: 0.01, 73: 0.01, 74: 1e-3, 89: 1e-4, 99: 1e-5, 119: 1e-5}),
+        ("wrn34-10", 6.0, 7e-4, {0: 0.1, 73: 0.1, 74: 0.01, 88: 0.01, 89: 1e-3}),
     ],
 )
 def test_the_published_set_up(model, beta, decay, rates):
