@@ -125,7 +125,7 @@ def test_show_prints_policies_and_their_settings(capsys):
     assert main([*words, "--awp-gamma", "0.01"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "policy: piat (PIAT: " in text and "policy: awp (AWP: " in text
-    assert "awp --awp-gamma 0.01 --awp-warmup 0" in text
+    assert "awp --awp-gamma 0.01 [given] --awp-warmup 0" in text
     assert "--piat-buffers interpolate or keep" in text
 
 

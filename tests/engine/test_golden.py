@@ -99,9 +99,10 @@ def stored():
 def test_every_method_and_recipe_has_its_losses(stored):
     assert list(stored) == CASES
     assert all(len(values) == STEPS for values in stored.values())
-    # They learn; cure_eff_official's loss has another term once its warm-up is over.
+    # They learn; cure_eff_official's loss has another term once its warm-up is over, and ARD's
+    # teacher, at temperature 30, says the same of all images.
     learned = {case for case in CASES if sum(stored[case][-4:]) < sum(stored[case][:4])}
-    assert learned == {*CASES} - {"method cure_eff_official"}
+    assert learned == {*CASES} - {"method cure_eff_official", "method ard"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,6 +115,8 @@ def test_the_eager_engine_has_the_stored_losses(case, stored):
 # sign of a pixel's gradient or a mask flips by float32's rounding, in either engine, six small
 # images feel it: 1.1e-2 at most.
 ROUNDING, FLIPPED = 1e-5, 0.05
+# ARD's KL of 1e-4 is a difference of logarithms that are alike to four digits: 8e-4 measured.
+FIRST = {"method ard": 2e-3}
 
 
 def off(case):
@@ -122,9 +125,13 @@ def off(case):
     return (torch.tensor(losses(case, "fast", torch.float32)) / golden - 1).abs()
 
 
-@pytest.mark.parametrize("case", CASES)
+# They draw noise of their own, in float32 other numbers than in float64.
+OWN_NOISE = ("method n_fgsm", "method st_at")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OWN_NOISE])
 def test_the_fast_engine_follows_them(case):
-    assert off(case)[0] < ROUNDING and off(case).max() < FLIPPED
+    assert off(case)[0] < FIRST.get(case, ROUNDING) and off(case).max() < FLIPPED
 
 
 def test_few_runs_of_the_fast_engine_leave_them_by_more_than_rounding():

@@ -171,7 +171,8 @@ def test_a_frozen_rate_stops_the_moves_at_the_start_of_the_decay(start, moves):
 
 
 OBJECTIVES = [
-    *((name, {}) for name, method in METHODS.items() if method.uses_attack),
+    # ST-AT climbs from two points at once, by a loop of its own.
+    *((n, {}) for n, method in METHODS.items() if method.uses_attack and n != "st_at"),
     ("cure", {"inner": "ce"}),
     ("cure", {"inner": "ce_kl", "inner_kl_weight": 0.4}),
 ]

@@ -165,7 +165,9 @@ def teachers_like(model, method):
     teachers = {name: copy.deepcopy(model) for name in find_method(method).teachers}
     for teacher in teachers.values():
         for weight in teacher.parameters():
-            weight.data += 0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            # In one type, as others draw other numbers.
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.data += 0.1 * drawn.to(weight.dtype)
     return teachers
 
 
