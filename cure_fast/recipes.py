@@ -129,8 +129,9 @@ def published_recipe(name: str) -> Recipe | None:
     The method is written with hyphens, as in ``piat-nmse-cifar10-resnet18``.
     """
     for method in METHODS.values():
-        data, hyphen, model = name.removeprefix(f"{method.name.replace('_', '-')}-").partition("-")
-        if not hyphen or data not in DATASETS or model not in MODELS:
+        prefix = f"{method.name.replace('_', '-')}-"
+        data, _, model = name.removeprefix(prefix).partition("-")
+        if not name.startswith(prefix) or data not in DATASETS or model not in MODELS:
             continue
         config = Config(
             name=name,
@@ -171,14 +172,16 @@ RECIPES = {
 
 
 def published_recipes() -> list[str]:
-    """Return the names of those for CIFAR-10, with the networks that set-ups are known for."""
+    """Return the names of those for CIFAR-10: of ResNet-18, and of what has a set-up or row."""
     names = []
     for method in METHODS.values():
+        found = {}
         for model in ("resnet18", "wrn34-10", "vit-base"):
-            known = f"*/{model[:3]}*" in method.published or model == "resnet18"
-            name = f"{method.name.replace('_', '-')}-cifar10-{model}"
-            if known and published_recipe(name):
-                names.append(name)
+            config = Config(method=method.name, model=ModelConfig(model=model))
+            own, known = set_up_of(config), ("cifar10", model) in method.rows
+            if own and (known or own not in found.values()):
+                found[model] = own
+        names += [f"{method.name.replace('_', '-')}-cifar10-{model}" for model in found]
     return names
 
 

@@ -201,3 +201,4 @@ def print_config(config: Config, base: Config, published: bool) -> None:
             elif value != usual:
                 told = f"[recipe] {told}"
             print(f"  {flag:<26} {as_word(value):<22} {told}".rstrip())
+    print("\nWhat names no source is the default.")

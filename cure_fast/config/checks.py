@@ -162,7 +162,7 @@ def format_pixel(value: float) -> str:
 def as_word(value: object) -> str:
     """Return a value as a command line takes it; floats of many decimals as fractions of 255."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(as_word, value))
     if isinstance(value, float):
         return format_pixel(value) if len(f"{value:.9g}") > 8 else f"{value:g}"
     return str(value)

@@ -165,9 +165,16 @@ def networks_in(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.safetensors")} - {"model", "start", LAST}
 
 
-def check_networks(wanted: Iterable[str], having: Collection[str]) -> None:
-    """Raise ``InputError`` for a network in ``wanted`` that is not in ``having``."""
+def check_networks(wanted: Iterable[str], having: Collection[str], result: str = "model") -> None:
+    """Raise ``InputError`` for a network in ``wanted`` that is not in ``having``.
+
+    ``result`` is the one that the run is evaluated by anyway.
+    """
     for name in wanted:
+        if name == result:
+            raise InputError(
+                f"--networks: {name} is the run's result, which is attacked anyway; leave it out."
+            )
         if name not in having:
             known = f"it has {', '.join(sorted(having))}" if having else "it has no further one"
             raise InputError(f"--networks: this run has no network {name!r}; {known}.")

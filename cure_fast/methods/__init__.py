@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from cure_fast.config import Config
-from cure_fast.config.checks import check, find, listed
+from cure_fast.config.checks import check, find
 from cure_fast.errors import InputError
 from cure_fast.methods.act import ACT
 from cure_fast.methods.alp import ALP, ALP_MIX
@@ -117,10 +117,11 @@ def publish(config: Config) -> Config:
     """
     found = set_up_of(config)
     if found is None:
-        known = [name for name, other in METHODS.items() if other.published]
+        known = find_method(config.method).published
+        place = f"--method {config.method} on {config.data.data} with {config.model.model}"
         raise InputError(
-            f"--regime: expected recipe for --method {config.method}, got 'published', which is "
-            f"for {listed(known)}. Leave it out."
+            f"--regime: expected recipe for {place}, got 'published', which is known for "
+            f"{', '.join(known) or 'none'} (DATA/MODEL). Leave it out."
         )
     return found(config)
 

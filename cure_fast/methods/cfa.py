@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from cure_fast.batch import Batch
-from cure_fast.config import Config, MethodSettings
+from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Count, Weight
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.methods.trades import unclamped_start
 from cure_fast.policies.fawa import FAWA
-from cure_fast.step.method import Method, SetUp, rows
+from cure_fast.step.method import Method, SetUp, rows, with_policies
 from cure_fast.step.policy import Policy
 from cure_fast.step.run import Run, Terms
 
@@ -137,17 +137,15 @@ def trades_loss(run: Run, batch: Batch) -> Terms:
     return {"total": total, "natural_ce": ce.mean(), "kl": kl.mean()}
 
 
-def with_fawa(config: Config) -> Config:
-    """Return ``config`` with the paper's average of weights among its policies."""
-    return replace(config, policies={"fawa": FAWA.settings, **config.policies})
-
-
 # As in PGD-AT's own code, images are normalised and padded by their mirror image.
 code = partial(SetUp, "PKU-ML/CFA", normalize="dataset", crop_padding=4, crop_mode="reflect")
 wide = {"epochs": 100, "milestones": (75 / 100, 90 / 100)}
 at = {"start": "uniform", "attack_mode": "train"}
 
-CFA_AT = Method(
+# The paper's average of weights.
+OWN = {"fawa": FAWA.settings}
+
+CFA = Method(
     name="cfa_at",
     label="CFA",
     title="CFA: PGD-AT with a radius for each class, and the average of fair epochs (--policies "
@@ -159,6 +157,11 @@ CFA_AT = Method(
     policies=lambda run: (Classes(run),),
     phase=by_class,
     published={"*/wrn*": code(**at, **wide), "*": code(**at, schedule="rice")},
+)
+CFA_AT = with_policies(
+    CFA,
+    name="cfa_at",
+    policies=OWN,
     # The tables do not say of which form they are; their natural accuracy is that of this one.
     rows=rows(
         "CFA",
@@ -168,10 +171,9 @@ CFA_AT = Method(
         ("cifar10", "wrn32-10", " (PIAT's Table II)", 86.44, 57.84, None, 52.96),
         ("cifar100", "wrn32-10", " (PIAT's Table II)", 63.37, 33.89, None, 28.98),
     ),
-    preset=with_fawa,
 )
-CFA_TRADES = replace(
-    CFA_AT,
+CFA_TRADES = with_policies(
+    replace(CFA, name="cfa_trades", preset=unclamped_start),
     name="cfa_trades",
     label="CFA-TRADES",
     title="CFA: TRADES with radius and weight for each class, and the average of fair epochs",
@@ -182,6 +184,5 @@ CFA_TRADES = replace(
         "*/wrn*": code(clamp_start=False, **wide),
         "*": code(clamp_start=False, schedule="rice"),
     },
-    rows={},
-    preset=lambda config: unclamped_start(with_fawa(config)),
+    policies=OWN,
 )

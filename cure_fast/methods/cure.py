@@ -350,7 +350,7 @@ CURE_EFF_OFFICIAL = replace(
     name="cure_eff_official",
     label="CURE_Eff (public code's objective)",
     title="CURE_Eff with the objective of the authors' code, without its aliasing fault",
-    published={"*": SetUp("NeurAI-Lab/CURE, train_warmup.py", clamp_start=False)},
+    published={"*": SetUp("NeurAI-Lab/CURE, train_warmup.py", **EPS_031)},
     rows=EFFICIENT_ROWS,
     preset=lambda config: _set(
         _efficient(unclamped_start(config)), objective="rgp", revision=False

@@ -6,6 +6,7 @@ Arxiv 2106.04928. With A_i = p_T(y_i | x'_i)^beta of the robust teacher T, not d
 - IAD-II takes A_i KL_i(p_T(x') || p_S(x')) + (1 - A_i) KL_i(p_S(x) || p_S(x')) for the robust
   teacher's term of a loss like KD's, of whose teachers the other one is trained naturally.
 
+Temperatures squared weigh both parts of the latter, the student's own KL too, which has none.
 Before ``--iad-start`` all A_i are 1. Gradients go through p_S(x). Official code ZFancy/IAD, whose
 IAD-I passes the natural images a second time for p_S(x): same loss, but BatchNorm's running
 statistics count them twice. The paper lets A_i weigh IAD-I's teacher too: ``iad_weight_teacher``.

@@ -8,7 +8,6 @@ CIFAR-100 by up to 15 degrees; here they are not. The policy ``swa`` comes with 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from cure_fast.config.checks import POSITIVE, Bounds, Share, check
 from cure_fast.losses import cross_entropy
 from cure_fast.methods.pgd_at import attack
 from cure_fast.policies.swa import SWA
-from cure_fast.step.method import Method, SetUp, rows
+from cure_fast.step.method import Method, SetUp, rows, with_policies
 from cure_fast.step.run import Run, Terms
 
 
@@ -71,7 +70,7 @@ smoothened = partial(
     attack_mode="train",
 )
 
-KD_SWA = Method(
+KD = Method(
     name="kd_swa",
     label="KD",
     title="KD+SWA: two teachers smooth the logits, and --policies swa averages the weights",
@@ -81,8 +80,12 @@ KD_SWA = Method(
     attack=attack,
     loss=loss,
     teachers=("natural", "robust"),
-    preset=lambda config: replace(config, policies={"swa": SWA.settings, **config.policies}),
     published={"cifar*/*": smoothened(val_images=5000), "*": smoothened()},
+)
+KD_SWA = with_policies(
+    KD,
+    name="kd_swa",
+    policies={"swa": SWA.settings},
     rows=rows(
         "SWA + KD",
         ("cifar10", "preactresnet18", ", best epoch (CURE's Table 3)", 84.51, None, None, 49.87),

@@ -23,6 +23,7 @@ What is not finite teaches it nothing.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -101,6 +102,7 @@ class Strategist(Policy):
         network.compute_dtype = None
         self.strategy = Strategy(network, [*map(len, chosen)]).to(run.device).eval()
         self.networks = {"strategy": self.strategy}
+        self.period = settings.strategy_every
         # Without momentum it has no state that a checkpoint would have to hold.
         self.optimizer = torch.optim.SGD(self.strategy.parameters(), lr=settings.strategy_lr)
         self.reward = torch.zeros((), device=run.device)
@@ -217,6 +219,14 @@ def strongest(run: Run, batch: Batch, student: ImageClassifier) -> Tensor:
     return images
 
 
+official = partial(
+    SetUp,
+    "jiaxiaojunQAQ/LAS-AT, wide ResNets",
+    epochs=110,
+    milestones=(99 / 110, 104 / 110),
+    start="uniform",
+)
+
 LAS_AT = Method(
     name="las_at",
     label="LAS-AT",
@@ -227,12 +237,7 @@ LAS_AT = Method(
     loss=loss,
     policies=lambda run: (Strategist(run),),
     check=check_architecture("strategy"),
-    published=dict.fromkeys(
-        ("*/wrn*", "*"),
-        SetUp(
-            "jiaxiaojunQAQ/LAS-AT", epochs=110, milestones=(99 / 110, 104 / 110), start="uniform"
-        ),
-    ),
+    published={"*/wrn*": official(), "*": official()},
     fixed=("strategy", "strategy_eps", "strategy_steps", "strategy_step_sizes"),
     rows=rows("LAS-AT", ("cifar10", "resnet18", " (CURE's Table 1)", 82.39, 53.70, 51.96, 49.94)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cure_fast.batch import Batch
 from cure_fast.losses import cross_entropy
-from cure_fast.step.method import Method
+from cure_fast.step.method import Method, SetUp
 from cure_fast.step.run import Run, Terms
 
 
@@ -22,4 +22,6 @@ NATURAL = Method(
     attack=lambda run, batch: batch.x,
     loss=loss,
     uses_attack=False,
+    # CURE's start and, in most codes, the natural teacher.
+    published={"*": SetUp("the common schedule of natural training, as in NeurAI-Lab/CURE")},
 )

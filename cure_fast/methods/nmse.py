@@ -4,8 +4,8 @@ L = CE(x', y) + mu * mean[(1 - p_y(x)) * ||u(x') - u(x)||^2], where u are the lo
 length, so that the distance is 2 - 2 cos in [0, 4]. Arxiv 2303.13955 and 2511.00836.
 
 The paper's code is not public. Its text leaves open whether gradients go through the weight
-1 - p_y(x) and through u(x); here they go through both, as in later public code of the same group
-(MiJia128/SADD), which has mu = 4.
+1 - p_y(x) and through u(x); by default they go through both, as in later public code of the same
+group (MiJia128/SADD), which has mu = 4.
 """
 
 from __future__ import annotations
@@ -28,14 +28,20 @@ class NmseSettings(MethodSettings):
     mu: Weight = 4.0
     """Weight of the distance, 0 or more (4 in later code of the same group; the paper's own number
     is not legible, and its results hardly change around it)."""
+    nmse_detach_weight: bool = False
+    """Stop the gradient through the weight 1 - p_y(x)."""
+    nmse_detach_natural: bool = False
+    """Stop the gradient through u(x), so that the adversarial logits alone move."""
 
 
 def loss(run: Run, batch: Batch) -> Terms:
     """Return CE(x', y) + mu * mean[(1 - p_y(x)) * ||u(x') - u(x)||^2], u the unit logits."""
     logits, logits_adv = run.model(batch.x), run.model(batch.x_adv)
     adversarial_ce = cross_entropy(logits_adv, batch.y).mean()
-    apart = (F.normalize(logits_adv, dim=1) - F.normalize(logits, dim=1)).square().sum(dim=1)
-    true = logits.softmax(dim=1).gather(1, batch.y[:, None]).squeeze(1)
+    natural = logits.detach() if run.settings.nmse_detach_natural else logits
+    weighing = logits.detach() if run.settings.nmse_detach_weight else logits
+    apart = (F.normalize(logits_adv, dim=1) - F.normalize(natural, dim=1)).square().sum(dim=1)
+    true = weighing.softmax(dim=1).gather(1, batch.y[:, None]).squeeze(1)
     nmse = ((1 - true) * apart).mean()
     total = adversarial_ce + run.settings.mu * nmse
     return {"total": total, "adversarial_ce": adversarial_ce, "nmse": nmse}

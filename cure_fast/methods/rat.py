@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cure_fast.batch import Batch
-from cure_fast.config import MethodSettings
+from cure_fast.config import Config, MethodSettings
 from cure_fast.config.checks import Share, Weight, check
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.methods.trades import unclamped_start
@@ -132,6 +132,13 @@ def loss(run: Run, batch: Batch) -> Terms:
     return {"total": total, "natural_ce": natural_ce, "soft": by_targets, "kl": kl}
 
 
+def check_mode(config: Config) -> None:
+    """Raise ``InputError`` for an attack in training mode."""
+    mode = config.attack.attack_mode
+    wanted = "eval with --method rat, whose noisy copy is attacked in evaluation mode"
+    check(mode == "eval", "attack_mode", mode, wanted)
+
+
 RAT = Method(
     name="rat",
     label="RAT",
@@ -141,6 +148,7 @@ RAT = Method(
     attack=attack,
     loss=loss,
     policies=lambda run: (Noisy(run),),
+    check=check_mode,
     published={"*": SetUp("Alexkael/Randomized-Adversarial-Training", clamp_start=False)},
     # Of SVHN a table has more under AutoAttack than under PGD, which cannot be of one network.
     rows=rows(

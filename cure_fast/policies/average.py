@@ -111,20 +111,22 @@ def estimate_statistics(run: Run, network: nn.Module) -> None:
     if not norms:
         return
     momenta, before = [norm.momentum for norm in norms], random_state()
-    # What draws, such as dropout, passes images on as it will when the network is evaluated.
-    with attack_mode(network, "eval"), run.loader.epoch(run.epoch) as batches:
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-        seen = 0
-        for batch in batches:
-            seen += len(batch)
+    try:
+        # What draws, such as dropout, passes images on as it will when the network is evaluated.
+        with attack_mode(network, "eval"), run.loader.epoch(run.epoch) as batches:
             for norm in norms:
-                norm.momentum = len(batch) / seen
-            network(batch.x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    restore_random_state(before)
+                norm.train()
+                norm.reset_running_stats()
+            seen = 0
+            for batch in batches:
+                seen += len(batch)
+                for norm in norms:
+                    norm.momentum = len(batch) / seen
+                network(batch.x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        restore_random_state(before)
 
 
 class EmaSettings(MethodSettings):

@@ -9,6 +9,7 @@ import torch
 from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Share
 from cure_fast.kernels import ema_update_
+from cure_fast.policies.average import estimate_statistics
 from cure_fast.step.policy import Policy, PolicyInfo
 from cure_fast.step.run import Run
 
@@ -18,11 +19,16 @@ class PiatSettings(MethodSettings):
 
     piat_share: Share | None = None
     """Share of the weights that the epoch began with, 0 to 1; None takes (n+1)/(n+10)."""
-    piat_buffers: Literal["interpolate", "keep"] = "interpolate"
-    """BatchNorm statistics: interpolated too, or kept as the epoch left them."""
+    piat_skip_first: bool = False
+    """Leave the first epoch's weights as they are: the ones before it are drawn at random."""
+    piat_buffers: Literal["interpolate", "keep", "estimate"] = "interpolate"
+    """BatchNorm statistics: interpolated too, kept as the epoch left them, or estimated anew on the
+    epoch's natural training images."""
 
     def share(self, epoch: int) -> float:
         """Return the share of the former weights at the end of the 0-based ``epoch``."""
+        if self.piat_skip_first and epoch == 0:
+            return 0.0
         return (epoch + 1) / (epoch + 10) if self.piat_share is None else self.piat_share
 
 
@@ -46,6 +52,8 @@ class Interpolate(Policy):
         ema_update_(self.former, self.tensors, decay=self.settings.share(run.epoch))
         for tensor, interpolated in zip(self.tensors, self.former, strict=True):
             tensor.copy_(interpolated)
+        if self.settings.piat_buffers == "estimate":
+            estimate_statistics(run, run.model)
 
     def epoch_metrics(self, run: Run) -> dict[str, Any]:
         """Return the share of the former weights."""

@@ -134,8 +134,8 @@ def with_policies(
         base.check(config)
         for policy in policies:
             given = ",".join(config.policies) or "none"
-            without = f"(--method {base.name} goes without)"
-            wanted = f"{policy} among --policies with --method {name} {without}"
+            without = "" if base.name == name else f" (--method {base.name} goes without)"
+            wanted = f"{policy} among --policies with --method {name}{without}"
             check(policy in config.policies, "policies", given, wanted)
 
     own = {"name": name, "preset": preset, "check": check_policies, "rows": {}}

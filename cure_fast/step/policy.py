@@ -39,12 +39,14 @@ class Policy:
     Attributes:
         moves_weights: whether :meth:`around` or :meth:`on_step` changes weights of the trained
             network, of which the fast engine then makes its copies anew.
+        period: after how many steps it has done once all that it does.
         networks: its own networks by name, which checkpoints store and no optimiser moves.
         state: its own tensors by name, changed in place, which checkpoints store.
         optimizers: what moves its own networks, by name, with states that checkpoints store.
     """
 
     moves_weights: bool = True
+    period: int = 1
 
     def __init__(self) -> None:
         self.networks: dict[str, nn.Module] = {}

@@ -37,7 +37,7 @@ from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
-from cure_fast.training.teachers import copy_name, keep_teachers, read_teachers, sources
+from cure_fast.training.teachers import check_sources, copy_name, keep_teachers, read_teachers
 from cure_fast.training.trainer import build_run
 
 
@@ -65,12 +65,12 @@ def train(
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
-    sources(config)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
         check_attention(config, new_model(config, num_classes=2))
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
+    check_sources(config, named)
     try:
         with stop.at_once():
             data, loader, model, teachers = prepare(config, device, named)
@@ -156,7 +156,7 @@ def check_attacked(
     nets = run.all_networks
     names = {file for file, name in run.files.items() if isinstance(nets[name], ImageClassifier)}
     names |= {copy_name(name) for name in teachers}
-    check_networks(config.eval.networks, names - {"model"})
+    check_networks(config.eval.networks, names - {"model"}, run.result)
 
 
 def check_unfinished(run: TrainState, changes: Iterable[str]) -> None:

@@ -100,10 +100,17 @@ def trial_run(config: Config, epoch: int) -> TrainState:
 
 
 def count_passes(run: TrainState) -> Passes:
-    """Train on one batch and return the passes of all networks, copies that a step makes too."""
-    with run.loader.epoch(run.epoch) as batches, counted(BATCH) as passes:
-        next_step(run, next(iter(batches)))
-    return passes
+    """Return the passes of a step, of all networks and of copies that it makes.
+
+    They are the mean of as many steps as policies take to do once all that they do.
+    """
+    steps = max((policy.period for policy in run.policies), default=1)
+    with counted(BATCH) as passes:
+        for _ in range(steps):
+            with run.loader.epoch(run.epoch) as batches:
+                next_step(run, next(iter(batches)))
+            run.batch = 0
+    return Passes(passes.forward / steps, passes.backward / steps)
 
 
 @contextmanager

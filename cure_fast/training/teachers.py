@@ -82,6 +82,13 @@ def is_kept(folder: Path, name: str, source: str) -> bool:
     return True
 
 
+def check_sources(config: Config, folder: Path) -> None:
+    """Refuse a teacher that is neither there nor kept, and a file that became another."""
+    for name, source in sources(config).items():
+        if not is_kept(folder, name, source) and not file_of(source).exists():
+            raise InputError(f"teacher {name}: {file_of(source)} is not there. {remedy(name)}")
+
+
 def read_teachers(config: Config, num_classes: int, folder: Path) -> dict[str, ImageClassifier]:
     """Return the method's teachers on the CPU, from the run's own copies where it has them.
 

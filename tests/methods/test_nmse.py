@@ -43,6 +43,24 @@ def test_loss_and_gradients_follow_the_formula(mu):
         assert a.abs().max() > 1e-4 or mu == 0
 
 
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("natural", [False, True])
+def test_gradients_stop_where_asked(weight, natural):
+    logits, logits_adv = (t.requires_grad_() for t in torch.randn(2, 8, 10, dtype=torch.float64))
+    y = torch.randint(10, (8,))
+    stops = {"nmse_detach_weight": weight, "nmse_detach_natural": natural}
+    found = ours(logits, logits_adv, y, **stops)["nmse"]
+    unit, unit_adv = (t / t.norm(dim=1, keepdim=True) for t in (logits, logits_adv))
+    p = logits.softmax(1)[torch.arange(8), y]
+    p, unit = p.detach() if weight else p, unit.detach() if natural else unit
+    expected = ((1 - p) * (unit_adv - unit).square().sum(1)).mean()
+    inputs = (logits, logits_adv)
+    whole = {"materialize_grads": True, "allow_unused": True}
+    pairs = (torch.autograd.grad(total, inputs, **whole) for total in (found, expected))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+
+
 def test_the_distance_is_of_directions_and_at_most_four():
     logits, logits_adv = torch.randn(2, 16, 10, dtype=torch.float64)
     y = torch.arange(16) % 10

@@ -97,6 +97,21 @@ def test_piat_interpolates_statistics_or_keeps_the_epochs(buffers):
     assert not torch.allclose(former["norm.running_mean"], last["norm.running_mean"])
 
 
+def test_piat_may_leave_the_first_epoch_alone_and_estimate_statistics_anew():
+    run, plain = both({"piat": PiatSettings(piat_skip_first=True, piat_buffers="estimate")})
+    trained(run)
+    trained(plain)
+    for own, other in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(own, other)
+    x = torch.cat([batch.x for batch in run.loader])
+    seen = torch.tanh(run.model.conv1(x))
+    torch.testing.assert_close(run.model.norm.running_mean, seen.mean(dim=(0, 2, 3)))
+    trained(run)
+    trained(plain)
+    moved = zip(run.model.parameters(), plain.model.parameters(), strict=True)
+    assert any(not torch.equal(own, other) for own, other in moved)
+
+
 @pytest.mark.parametrize("after", [3, 4])
 def test_a_run_stopped_before_the_end_of_an_epoch_interpolates_once(after):
     """Also where the stop came after its last step."""
