@@ -358,7 +358,11 @@ def test_a_run_that_has_not_ended_has_no_last_epoch(tmp_path, monkeypatch):
     ("policies", "networks", "told"),
     [
         ((), ("raw",), "--networks: this run has no network 'raw'; it has no further one."),
-        (("ema",), ("raw", "ema"), "this run has no network 'ema'; it has raw."),
+        (
+            ("ema",),
+            ("raw", "ema"),
+            "ema is the run's result, which is attacked anyway; leave it out.",
+        ),
     ],
 )
 def test_networks_that_the_run_will_not_have_are_refused_before_anything_is_written(
