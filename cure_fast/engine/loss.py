@@ -149,15 +149,7 @@ class Loss:
         with self._standing_in():
             terms = run.method.loss(run, batch)
             for name, (of, parameters) in wanted_gradients(run).items():
-                leaves = self._leaves_of(parameters)
-                further = torch.autograd.grad(
-                    of(terms),
-                    leaves,
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                run.gradients[name] = list(further)
+                run.gradients[name] = self.within(of(terms), parameters)
             grads = torch.autograd.grad(terms["total"], trained, allow_unused=True)
         batch.join([batch])
         detached = {name: term.detach() for name, term in terms.items()}

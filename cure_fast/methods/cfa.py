@@ -28,8 +28,9 @@ from torch import Tensor
 from cure_fast.batch import Batch
 from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Count, Weight
-from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
-from cure_fast.methods.trades import unclamped_start
+from cure_fast.losses import cross_entropy, kl_divergence
+from cure_fast.methods import pgd_at
+from cure_fast.methods.trades import kl_attack, unclamped_start
 from cure_fast.policies.fawa import FAWA
 from cure_fast.step.method import Method, SetUp, rows, with_policies
 from cure_fast.step.policy import Policy
@@ -107,8 +108,7 @@ def radius(run: Run, batch: Batch) -> float | Tensor:
 
 def attack(run: Run, batch: Batch) -> Tensor:
     """Return PGD images, within the radius of each image's class, that raise CE(x', y)."""
-    eps = radius(run, batch)
-    return run.pgd(batch.x, lambda logits: cross_entropy(logits, batch.y).sum(), eps=eps)
+    return pgd_at.attack(run, batch, eps=radius(run, batch))
 
 
 def loss(run: Run, batch: Batch) -> Terms:
@@ -121,9 +121,7 @@ def loss(run: Run, batch: Batch) -> Terms:
 
 def trades_attack(run: Run, batch: Batch) -> Tensor:
     """Return PGD images, within the radius of each image's class, that raise KL(p(x) || p(x'))."""
-    with torch.no_grad():
-        kl = kl_divergence_from(run.model(batch.x))
-    return run.pgd(batch.x, lambda logits: kl(logits).sum(), eps=radius(run, batch))
+    return kl_attack(run, batch, eps=radius(run, batch))
 
 
 def trades_loss(run: Run, batch: Batch) -> Terms:

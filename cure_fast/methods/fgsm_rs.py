@@ -19,8 +19,7 @@ from torch import Tensor
 from cure_fast.batch import Batch
 from cure_fast.config import Config, MethodSettings
 from cure_fast.config.checks import Weight, check
-from cure_fast.losses import cross_entropy
-from cure_fast.methods.pgd_at import loss
+from cure_fast.methods import pgd_at
 from cure_fast.step.method import Method, SetUp
 from cure_fast.step.run import Run
 
@@ -35,7 +34,7 @@ class FgsmSettings(MethodSettings):
 def attack(run: Run, batch: Batch) -> Tensor:
     """Return images one step up the cross-entropy."""
     step = run.settings.fgsm_step * run.config.attack.eps
-    return run.pgd(batch.x, lambda logits: cross_entropy(logits, batch.y).sum(), step_size=step)
+    return pgd_at.attack(run, batch, step_size=step)
 
 
 def single_step(config: Config) -> Config:
@@ -70,7 +69,7 @@ FGSM_RS = Method(
     paper="Wong, Rice and Kolter, Fast is better than free, ICLR 2020",
     settings=FgsmSettings(),
     attack=attack,
-    loss=loss,
+    loss=pgd_at.loss,
     check=check_steps,
     preset=single_step,
     published={
