@@ -17,7 +17,7 @@ from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.changing import ChangingList
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState, Undo
-from cure_fast.step.train_step import fitting, train_step
+from cure_fast.step.train_step import fitting, loss_of, train_step
 
 from .selector import Selectors
 
@@ -78,7 +78,7 @@ class Engine:
         def compute(pieces: int) -> list[Tensor]:
             sums: list[Tensor] = []
             for part in batch.split(pieces):
-                total = len(part) / len(batch) * run.method.loss(run, part)["total"]
+                total = len(part) / len(batch) * loss_of(run, part)["total"]
                 grads = torch.autograd.grad(
                     run.scaler.scale(total), parameters, allow_unused=True, materialize_grads=True
                 )

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from cure_fast.batch import Batch
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
-from cure_fast.step.train_step import wanted_gradients
+from cure_fast.step.train_step import loss_of, wanted_gradients
 
 from .copies import Copies, standing_in
 from .recorded import Named, Recorded
@@ -75,7 +75,7 @@ class Loss:
 
         def compute(batch: Batch) -> Named:
             with self._standing_in():
-                total = self.run.method.loss(self.run, batch)["total"]
+                total = loss_of(self.run, batch)["total"]
                 grads = self.within(total, parameters)
             named: Named = {("grad", place): grad for place, grad in enumerate(grads)}
             return {("term", "total"): total.detach(), **named}
@@ -147,7 +147,7 @@ class Loss:
         run = self.run
         trained = self._leaves_of(run.trained_parameters)
         with self._standing_in():
-            terms = run.method.loss(run, batch)
+            terms = loss_of(run, batch)
             for name, (of, parameters) in wanted_gradients(run).items():
                 run.gradients[name] = self.within(of(terms), parameters)
             grads = torch.autograd.grad(terms["total"], trained, allow_unused=True)

@@ -18,7 +18,6 @@ the paper's: the most negative sums rather than the smallest magnitudes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -32,14 +31,15 @@ from cure_fast.config.checks import Share, Weight, check
 from cure_fast.losses import cross_entropy, kl_divergence, kl_divergence_from
 from cure_fast.methods import natural, pgd_at
 from cure_fast.methods.trades import kl_attack, unclamped_start
-from cure_fast.policies.average import Average, frozen_copy
+from cure_fast.policies.average import frozen_copy
 from cure_fast.policies.conserve import Conserve, ConserveSettings
+from cure_fast.policies.revision import Revise, RevisingSettings
 from cure_fast.step.method import EPS_031, Method, SetUp, rows
 from cure_fast.step.policy import Policy
 from cure_fast.step.run import Run, Terms
 
 
-class CureSettings(ConserveSettings):
+class CureSettings(ConserveSettings, RevisingSettings):
     """CURE. Where paper and public code differ, the help names both choices."""
 
     beta: Weight = 5.0
@@ -62,23 +62,6 @@ class CureSettings(ConserveSettings):
     """Weight of KL in the attack's ce_kl objective (Algorithm 1 calls it alpha)."""
     natural_target: Literal["attached", "detached"] = "attached"
     """Let the KL's gradient flow through p(x) (paper and code), or stop it there."""
-    revision_rate: Share = 0.2
-    """Probability of a revision update in a step, 0 to 1 (paper and code: 0.2)."""
-    revision_decay: Share = 0.999
-    """Share of the revision model that stays in an update, 0 to 1 (paper and code: 0.999)."""
-    revision_warmup: bool = True
-    """Bound that share by 1 - 1/(t+1) in step t (code; the paper has no such bound)."""
-    revision_rate_decay: Literal["none", "freeze", "halve", "cosine"] = "none"
-    """Decay of the rate: none (code's default), 0 after revision_decay_start (freeze), halved in
-    each step after it (code's ema_dynamic), or cosine over the run. The paper gives no rule."""
-    revision_decay_start: Share = 0.5
-    """Share of the run after which freeze and halve act (code: epoch 100 of 200)."""
-    revision_order: Literal["after", "before"] = "after"
-    """Revision update after the optimiser's step (code), or before the loss (Algorithm 1)."""
-    revision_buffers: Literal["own", "average"] = "own"
-    """BatchNorm statistics of the revision model: from its own forwards (code), or averaged."""
-    revision_mode: Literal["train", "eval"] = "train"
-    """BatchNorm of the revision model: batch statistics (code), or running ones."""
     natural_share: Share = 0.0
     """Share of the epochs, 0 to 1, that train naturally before CURE (CURE_Eff, code: 0.4)."""
 
@@ -130,7 +113,7 @@ def attack(run: Run, batch: Batch) -> Tensor:
 
 
 def loss(run: Run, batch: Batch) -> Terms:
-    """Return the terms of Eq. 5 and 8 and their total."""
+    """Return the terms of Eq. 5 and their total; revision adds that of Eq. 8."""
     if naturally(run):
         return natural.loss(run, batch)
     settings, x, x_adv, y = run.settings, batch.x, batch.x_adv, batch.y
@@ -147,24 +130,7 @@ def loss(run: Run, batch: Batch) -> Terms:
         total = settings.alpha * natural_ce + (1 - settings.alpha) * scored
     else:
         total = natural_ce + settings.beta * kl
-    if settings.revision:
-        terms["consistency"] = consistency(run, batch, logits, logits_adv)
-        total = total + settings.gamma * terms["consistency"]
     return {"total": total, **terms}
-
-
-def consistency(run: Run, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
-    """Return KL(p_rev(x) || p(x)) + KL(p_rev(x') || p(x')) (Eq. 8), batch mean."""
-    revision = run.networks["revision"]
-    revision.train(run.settings.revision_mode == "train")
-    with torch.no_grad():
-        taught, taught_adv = revision(batch.x), revision(batch.x_adv)
-    return kl_divergence(taught, logits).mean() + kl_divergence(taught_adv, logits_adv).mean()
-
-
-def networks(run: Run) -> dict[str, nn.Module]:
-    """Return the revision model, a copy of the network with its own storage."""
-    return {"revision": frozen_copy(run.model)} if run.settings.revision else {}
 
 
 class WarmStart(Policy):
@@ -176,39 +142,23 @@ class WarmStart(Policy):
 
     moves_weights = False
 
+    def __init__(self, revision: nn.Module) -> None:
+        super().__init__()
+        self.revision = revision
+
     def before(self, run: Run, batch: Batch) -> None:
         """Copy parameters and buffers before the first step after the warm-up."""
         if run.batch == 0 and run.epoch == natural_epochs(run.config):
-            run.networks["revision"].load_state_dict(run.model.state_dict())
-
-
-def rate_at(run: Run) -> float:
-    """Return the probability of a revision update at the current step."""
-    if naturally(run):
-        return 0.0
-    rate, decay = run.settings.revision_rate, run.settings.revision_rate_decay
-    start = run.settings.revision_decay_start
-    if decay == "cosine":
-        return rate * (1 + math.cos(math.pi * run.progress)) / 2
-    if decay == "none" or run.progress < start:
-        return rate
-    past = run.position - int(start * run.total_steps) + 1
-    return 0.0 if decay == "freeze" else rate * 0.5 ** min(past, 1000)
-
-
-def decay_at(run: Run) -> float:
-    """Return the share of the revision model that stays in a move at the current step."""
-    decay = run.settings.revision_decay
-    # The public code's bound counts steps from 1.
-    return min(1 - 1 / (run.step + 2), decay) if run.settings.revision_warmup else decay
+            self.revision.load_state_dict(run.model.state_dict())
 
 
 def check_config(config: Config) -> None:
     """Raise ``InputError`` where settings contradict one another."""
     settings = config.settings
     assert isinstance(settings, CureSettings)
-    own = f"policies that --method {config.method} has not itself (--percentile is of its mask)"
-    check("rgp" not in config.policies, "policies", "rgp", own)
+    for policy, flag in (("rgp", "percentile is of its mask"), ("revision", "gamma weighs it")):
+        own = f"policies that --method {config.method} has not itself (--{flag})"
+        check(policy not in config.policies, "policies", policy, own)
     wanted = settings.natural_share > 0
     check(
         wanted == (natural_epochs(config) > 0) and natural_epochs(config) < config.optim.epochs,
@@ -216,37 +166,23 @@ def check_config(config: Config) -> None:
         settings.natural_share,
         f"a share of --epochs {config.optim.epochs} that leaves at least one epoch on each side",
     )
-    check(
-        settings.revision_mode == "train" or settings.revision_buffers == "average",
-        "revision_mode",
-        settings.revision_mode,
-        "--revision-buffers average with it: without train-mode forwards its own would never move",
-    )
 
 
 def policies(run: Run) -> tuple[Policy, ...]:
     """Return the conserving mask and the revision, as far as they are switched on."""
     settings = run.settings
     chosen: list[Policy] = []
+
+    def active(run: Run) -> bool:
+        return not naturally(run)
+
     if settings.rgp:
         by_update = settings.objective == "rgp" or settings.update == "prominence"
         scored = replace(settings, score="abs") if settings.objective == "rgp" else settings
-        chosen.append(
-            Conserve(run.model, scored, active=lambda run: not naturally(run), by_update=by_update)
-        )
+        chosen.append(Conserve(run.model, scored, active=active, by_update=by_update))
     if settings.revision:
-        if natural_epochs(run.config):
-            chosen.append(WarmStart())
-        chosen.append(
-            Average(
-                "revision",
-                run.networks["revision"],
-                decay=decay_at,
-                rate=rate_at,
-                buffers=settings.revision_buffers,
-                order=settings.revision_order,
-            )
-        )
+        revise = Revise(frozen_copy(run.model), settings, weight=settings.gamma, active=active)
+        chosen += [WarmStart(revise.network), revise] if natural_epochs(run.config) else [revise]
     return tuple(chosen)
 
 
@@ -268,7 +204,6 @@ CURE = Method(
     settings=CureSettings(),
     attack=attack,
     loss=loss,
-    networks=networks,
     policies=policies,
     check=check_config,
     phase=naturally,

@@ -13,10 +13,13 @@ from cure_fast.policies.awp import AWP
 from cure_fast.policies.conserve import RGP, UPDATED
 from cure_fast.policies.fawa import FAWA
 from cure_fast.policies.piat import PIAT
+from cure_fast.policies.revision import REVISION
 from cure_fast.policies.swa import SWA
 from cure_fast.step.policy import PolicyInfo
 
-POLICIES: dict[str, PolicyInfo] = {info.name: info for info in (PIAT, AWP, EMA, SWA, FAWA, RGP)}
+POLICIES: dict[str, PolicyInfo] = {
+    info.name: info for info in (PIAT, AWP, EMA, SWA, FAWA, RGP, REVISION)
+}
 
 # Title and caption of the charts of what policies record of each tensor, by its name in the rows.
 BY_TENSOR: dict[str, tuple[str, str]] = {"updated": UPDATED}

@@ -64,6 +64,15 @@ class Policy:
         """Return a context that spans the loss, the backward pass and the optimiser's step."""
         return nullcontext()
 
+    def on_loss(
+        self, run: Run, batch: Batch, terms: Terms, logits: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Add terms of its own to those of the method's loss, and what it weighs to ``total``.
+
+        Called in each pass over a part of the batch, in which ``logits`` gives the trained
+        network's of the images: those that the method's loss computed, else it computes them.
+        """
+
     def wants(self, run: Run) -> dict[str, Wanted]:
         """Return which gradients it wants besides the total's.
 

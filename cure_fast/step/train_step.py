@@ -9,11 +9,12 @@ update is of the same batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cure_fast.batch import Batch
 from cure_fast.classifier import attack_mode
@@ -87,7 +88,7 @@ def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
     sums: Terms = {}
     parts = batch.split(pieces)
     for part in parts:
-        terms = state.method.loss(state, part)
+        terms = loss_of(state, part)
         share = len(part) / len(batch)
         if share < 1:
             terms = {name: share * term for name, term in terms.items()}
@@ -105,6 +106,38 @@ def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
     batch.join(parts)
     return sums
+
+
+def loss_of(state: TrainState, batch: Batch) -> Terms:
+    """Return the terms of the method's loss, with those that policies add."""
+    with passes_of(state.model) as passes:
+        terms = state.method.loss(state, batch)
+
+        def logits(images: Tensor) -> Tensor:
+            for given, found in passes:
+                if given is images and found.requires_grad:
+                    return found
+            return state.model(images)
+
+        for policy in state.policies:
+            policy.on_loss(state, batch, terms, logits)
+    return terms
+
+
+@contextmanager
+def passes_of(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Note the training-mode passes through a network in the block: images and logits."""
+    passes: list[tuple[Tensor, Tensor]] = []
+
+    def note(model: nn.Module, given: tuple[Tensor], logits: Tensor) -> None:
+        if model.training:
+            passes.append((given[0], logits))
+
+    hook = model.register_forward_hook(note)
+    try:
+        yield passes
+    finally:
+        hook.remove()
 
 
 def wanted_gradients(state: TrainState) -> dict[str, Wanted]:

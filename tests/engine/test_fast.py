@@ -13,6 +13,7 @@ import engine_runs as runs
 from cure_fast.engine.copies import HALF_LAYERS
 from cure_fast.kernels import TensorList, tables, workspace
 from cure_fast.methods import METHODS
+from cure_fast.policies import POLICIES
 from cure_fast.step.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +89,13 @@ def test_a_model_that_normalises_is_computed_alike(method, model):
 def test_every_form_of_sgd_is_the_eager_one(optim):
     both = runs.pair("trades", optim=optim, data=runs.batches(1))
     runs.assert_steps_equal(both, 3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_the_eager_one(policy):
+    chosen = {policy: POLICIES[policy].settings}
+    both = runs.pair("pgd_at", policies=chosen, data=runs.batches(1))
+    runs.assert_steps_equal(both, 2)
 
 
 WITHOUT = [("fuse",), ("fuse", "copies")]

@@ -14,6 +14,7 @@ from cure_fast.engine import fast
 from cure_fast.engine.loss import Loss
 from cure_fast.methods import METHODS
 from cure_fast.policies.awp import AWP
+from cure_fast.policies.revision import REVISION
 from cure_fast.step.policy import Policy
 from networks import Dense, Odd, Plain, Transformer, network
 
@@ -87,6 +88,15 @@ def test_weights_are_perturbed_by_the_gradients_of_the_recorded_loss():
     both = pair("cure", policies={"awp": replace(AWP.settings, awp_gamma=0.05)})
     runs.assert_steps_equal(both, 2)
     assert len(both.fast.engine.prepared.loss.recorded) == 2
+
+
+@pytest.mark.parametrize("method", ["pgd_at", "trades"])
+def test_what_policies_add_to_the_loss_is_recorded(method):
+    """With the logits of the method's own loss, or passes of the policy's."""
+    settings = replace(REVISION.settings, revision_rate=0.9, revision_decay=0.5)
+    both = pair(method, policies={"revision": settings})
+    runs.assert_steps_equal(both, 3)
+    assert is_recorded(both.fast) and both.fast.policies[0].moves > 0
 
 
 # What a loss may hold.

@@ -12,10 +12,9 @@ import torch
 import tiny_step as tiny
 from cure_fast.classifier import attack_mode
 from cure_fast.methods import METHODS
-from cure_fast.methods.cure import rate_at
 from cure_fast.models import build_model
 from cure_fast.policies.average import Average
-from cure_fast.step.train_step import train_step
+from cure_fast.step.train_step import loss_of, train_step
 from cure_fast.training.trainer import next_step
 
 DECAY = 0.9
@@ -48,8 +47,9 @@ def buffers(model):
 
 
 @pytest.mark.parametrize("order", ["after", "before"])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("how", ["own", "average"])
+@pytest.mark.parametrize(
+    ("how", "mode"), [("own", "train"), ("average", "train"), ("average", "eval")]
+)
 def test_batch_statistics_of_the_revision_model(how, mode, order):
     run = norm_run(
         revision_buffers=how,
@@ -117,9 +117,11 @@ def mean_kl(p_logits, q_logits):
     return float((p * np.log(p / q)).sum(axis=1).mean())
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_consistency_takes_batch_or_running_statistics(mode):
-    run = norm_run(revision_mode=mode, revision_rate=0.5, revision_decay=DECAY)
+@pytest.mark.parametrize(("mode", "how"), [("train", "own"), ("eval", "average")])
+def test_consistency_takes_batch_or_running_statistics(mode, how):
+    run = norm_run(
+        revision_mode=mode, revision_buffers=how, revision_rate=0.5, revision_decay=DECAY
+    )
     for batch in [*run.loader][:2]:
         next_step(run, batch)
     batch = run.loader.batch(2)
@@ -132,7 +134,7 @@ def test_consistency_takes_batch_or_running_statistics(mode):
         revision.train(name == "train")
         with torch.no_grad():
             values[name] = sum(mean_kl(revision(images), model(images)) for images in (x, x_adv))
-    terms = run.method.loss(run, batch.attacked(x_adv))
+    terms = loss_of(run, batch.attacked(x_adv))
     assert float(terms["consistency"].detach()) == pytest.approx(values[mode], rel=1e-9)
     assert values["train"] != pytest.approx(values["eval"], rel=1e-2)
 
@@ -152,7 +154,7 @@ def test_the_rate_of_each_step(decay, rates):
     for step, rate in enumerate(rates):
         run.epoch, run.batch = divmod(step, run.loader.batches_per_epoch)
         run.step = step
-        assert rate_at(run) == pytest.approx(rate, abs=1e-12)
+        assert run.settings.rate_at(run) == pytest.approx(rate, abs=1e-12)
         assert run.policy(Average).epoch_metrics(run)["revision"]["rate"] == pytest.approx(
             rate, abs=1e-12
         )

@@ -19,13 +19,13 @@ from cure_fast.training import trainer
 from cure_fast.training.trainer import fit, next_step
 
 STEP = [
-    *("before", "attack", "around in", "loss", "gradients"),
+    *("before", "attack", "around in", "loss", "on_loss", "gradients"),
     *("on_grads", "update", "around out", "on_step"),
 ]
 EPOCH_END = ["on_epoch_end", "validate model", "on_validation", "validate ema", "save"]
 # What decides on the host leaves hooks out; what decides on the device calls them all the same.
 SKIPPED = {
-    "eager": ["before", "attack", "around in", "loss", "gradients", "around out"],
+    "eager": ["before", "attack", "around in", "loss", "on_loss", "gradients", "around out"],
     "fast": [name for name in STEP if name != "update"],
 }
 
@@ -56,6 +56,9 @@ class Noting(Policy):
         self.note("around in")
         yield
         self.note("around out")
+
+    def on_loss(self, run, batch, terms, logits):
+        self.note("on_loss")
 
     def wants(self, run):
         return {"adversarial_ce": Wanted(itemgetter("adversarial_ce"), self.weights)}
@@ -106,7 +109,7 @@ def noting_run(changed, small_run):
 def seen(notes, engine):
     """Leave out what the fast engine takes from its recording of the first step."""
     first = notes.index("on_step") if "on_step" in notes and engine == "fast" else len(notes)
-    recorded = ("attack", "loss", "gradients")
+    recorded = ("attack", "loss", "on_loss", "gradients")
     return notes[:first] + [name for name in notes[first:] if name not in recorded]
 
 

@@ -23,6 +23,10 @@ from tiny_step import CHANNELS, Tiny
         # The loss of PGD-AT twice, once to perturb the weights.
         ("pgd_at", ("awp",), 12, 12, 36),
         ("pgd_at", ("ema",), 11, 11, 33),
+        # The revision model sees both images; TRADES has passed them through the trained one.
+        ("trades", ("revision",), 15, 12, 39),
+        # PGD-AT has not the natural one.
+        ("pgd_at", ("revision",), 14, 12, 38),
     ],
 )
 def test_passes_of_a_step(method, policies, forward, backward, cost):
