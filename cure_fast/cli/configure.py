@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cure_fast.cli.words import flags_of, pointing_to, read_words
+from cure_fast.cli.flags import flags_of, pointing_to, read_flags, split_flags
 from cure_fast.config import Config
-from cure_fast.config.checks import listed, shown
+from cure_fast.config.checks import listed
 from cure_fast.config.values import sections, with_values
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, check_config, publish, select_method
@@ -46,24 +46,22 @@ def read_config(
     parts = sections(config)
     flags = {**OWN, **flags_of(*map(type, parts.values())), **switches}
     with pointing_to(prog, "each flag"):
-        free, values = read_words(words, flags, partial(of_others, config))
-        if free:
-            raise InputError(
-                f"expected flags after {recipe}, each with its value; got {shown(free[0])}."
-            )
+        values = read_flags(words, flags, partial(of_others, config))
         config = replace(with_values(config, values), name=values.get("name", config.name))
         check_config(config)
     return config, {name: values[name] for name in switches if name in values}
 
 
-def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
-    """Return the recipe's or run's own with the flags of ``OWN``, which decide what others are."""
+def start_of(recipe: str) -> Config:
+    """Return the configuration of a recipe or run folder; of no text, what a recipe starts from."""
+    if not recipe:
+        return select_method(Config(), Config.method)
     folder = Path(recipe) if recipe.strip() else None
     # The functions of os.path take any text, those of Path raise for one that is no path.
     if folder and os.path.lexists(folder / "config.json"):
         config = load_config(folder)
-        config = replace(config, run=replace(config.run, out=recipe))
-    elif folder and not recipe_called(recipe) and os.path.isdir(folder):
+        return replace(config, run=replace(config.run, out=recipe))
+    if folder and not recipe_called(recipe) and os.path.isdir(folder):
         if os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
             raise InputError(
                 f"{recipe}: expected a run folder, which holds config.json, got a folder without. "
@@ -73,15 +71,19 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
             f"{recipe}: expected a run folder, got one that may not be opened; change its "
             "permissions, or name another."
         )
-    elif not recipe_called(recipe) and os.path.lexists(recipe):
+    if not recipe_called(recipe) and os.path.lexists(recipe):
         raise InputError(
-            f"{recipe}: expected a recipe or a run folder, got a file. Name the folder of a run, "
-            "or start from weights with --init-from."
+            f"{recipe}: expected a recipe, a run folder or a configuration (.toml, .json), got "
+            "another file. To start from weights, name them with --init-from."
         )
-    else:
-        config = find_recipe(recipe)
+    return find_recipe(recipe)
+
+
+def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
+    """Return the recipe's or run's own with the flags of ``OWN``, which decide what others are."""
+    config = start_of(recipe)
     with pointing_to(prog, "each flag"):
-        _, given = read_words(words, {**OWN, "data": str, "model": str}, lambda name: None)
+        given, _ = split_flags(words, {**OWN, "data": str, "model": str})
     if given.get("model", config.model.model) != config.model.model:
         # The width is that of the recipe's own model.
         config = replace(config, model=replace(config.model, width=None))
@@ -94,8 +96,7 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
             config = replace(config, **{name: part})
         config = publish(config)
     if "policies" in given:
-        names = given["policies"]
-        config = select_policies(config, [] if names == ("none",) else names)
+        config = select_policies(config, given["policies"])
     return config
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, ClassVar, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
@@ -258,7 +258,12 @@ class MethodSettings(Checked):
     """Settings of a method or a policy; each has its own, whose fields are flags.
 
     Classes derived from it are frozen dataclasses without a decorator of their own.
+
+    Attributes:
+        main: fields that help shows with the method; the others it shows last. Empty for all.
     """
+
+    main: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)

@@ -48,14 +48,11 @@ def folder(tmp_path, monkeypatch):
     ids=" ".join,
 )
 def test_help(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 0 and "usage: cure-fast" in capsys.readouterr().out
+    assert main(words) == 0 and "Usage: cure-fast" in capsys.readouterr().out
 
 
 def test_every_flag_has_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "quickstart", "--help"])
+    assert main(["train", "quickstart", "--help"]) == 0
     text = capsys.readouterr().out
     config = read_config("quickstart", [], "x", {})[0]
     for section in ("settings", "data", "model", "pretrain", "attack", "optim", "eval", "run"):
@@ -66,10 +63,14 @@ def test_every_flag_has_help(capsys):
 
 
 def test_help_shows_the_flags_of_the_policies_that_are_named(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "quickstart", "--policies", "awp,piat", "--help"])
+    assert main(["train", "quickstart", "--policies", "awp,piat", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "policies.awp options" in text and "--awp-gamma" in text and "--piat-share" in text
+    assert (
+        "Policy awp" in text
+        and "Policy piat" in text
+        and "--awp-gamma" in text
+        and "--piat-share" in text
+    )
 
 
 def test_list_names_everything(capsys):
@@ -173,7 +174,7 @@ WRONG = {
     "eval nowhere": "nowhere",
     "eval .": "config.json",
     "report .": "config.json",
-    "fly": "train",
+    "fly": "train, compare",
     "data write nothing": "digits",
 }
 
