@@ -14,13 +14,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 
 import cure_fast
+from cure_fast.cli.ahead import GoOnError
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
@@ -35,6 +38,9 @@ from cure_fast.errors import (
     is_out_of_memory,
 )
 from cure_fast.signals import Interrupted, StopSignals
+
+if TYPE_CHECKING:
+    from cure_fast.training.compare import Comparison
 
 HELP = {"-h", "--help"}
 # Commands whose output is all that they do: a reader that has had enough of it is no failure.
@@ -226,35 +232,34 @@ def tree(config: Config | None = None) -> App:
     return app
 
 
-def dispatch(words: Sequence[str]) -> None:
-    """Run the command that ``words`` name."""
+def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
+    """Return what ``words`` ask for, read and checked; None where that was help, which is printed.
+
+    Raises:
+        InputError: for words that are wrong.
+    """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
     if words[0] in CONFIGURED:
-        run_configured(words[0], words[1:])
-        return
+        return prepare_configured(words[0], words[1:])
     known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
     with pointing_to(f"cure-fast {known}".rstrip(), "it" if known else "the commands"):
         with in_a_line():
             run, bound, _ = tree().parse_args(words)
-        # Help has been printed when it returns, and there is nothing more to do.
-        prepared = run(*bound.args, **bound.kwargs)
-    if prepared is not None:
-        prepared()
+        return run(*bound.args, **bound.kwargs)
 
 
-def run_configured(command: str, words: Sequence[str]) -> None:
-    """Run a command with a recipe, whose flags hang on what is named."""
-    from cure_fast.cli.config_file import as_toml, expanded
+def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], object] | None:
+    """Return what a command with a recipe is to do, whose flags hang on what is named."""
+    from cure_fast.cli.config_file import expanded
     from cure_fast.cli.configure import base_config, read_config
-    from cure_fast.recipes import published_recipe, recipe_called
+    from cure_fast.recipes import recipe_called
 
     prog = f"cure-fast {command}"
     switches = {k: v for k, v in parameters(COMMANDS[command]).items() if k != "recipe"}
     # `train --resume RUN` is what one writes who thinks of the switch first.
-    first = list(
-        takewhile({f"--{k}" for k, v in switches.items() if v is bool}.__contains__, words)
-    )
+    alone = {f"--{name}" for name, kind in switches.items() if kind is bool}
+    first = list(takewhile(alone.__contains__, words))
     recipe, *rest = [*words[len(first) :], *first] or [""]
     named = recipe and not recipe.startswith("-")
     if HELP & set(words):
@@ -263,7 +268,7 @@ def run_configured(command: str, words: Sequence[str]) -> None:
         about = f"{prog} {recipe}: {known.about}\n\n{EXIT_CODES}" if named and known else EXIT_CODES
         config = base_config(base, rest, prog)
         application(prog, COMMANDS[command], config=config, about=about).help_print([])
-        return
+        return None
     if not named:
         came = f"got {shown(recipe)} first" if recipe else "got nothing"
         raise InputError(
@@ -274,36 +279,63 @@ def run_configured(command: str, words: Sequence[str]) -> None:
     recipe, rest = expanded(recipe, rest)
     if command == "compare":
         from cure_fast.cli.compare import read_comparison
-        from cure_fast.training.compare import compare as run_comparison
 
-        run_comparison(read_comparison(recipe, rest, prog, switches))
-        return
+        return partial(run_comparison, read_comparison(recipe, rest, prog, switches))
     config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
-        from cure_fast.cli.listing import print_config
-
-        base = base_config(recipe, rest, prog)
-        regime, _ = split_flags(rest, {"regime": str})
-        official = "published" in regime.values() or published_recipe(recipe) is not None
-        if given.get("toml"):
-            print(as_toml(config, recipe))
-        elif given.get("json"):
-            print(json.dumps(to_dict(config), indent=2))
-        else:
-            print_config(config, base, official)
-        return
+        return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
     if given.get("override") and not given.get("resume"):
         raise InputError(
             "--override: expected --resume with it, got --override alone. "
             "Add --resume to continue a run, or leave --override out."
         )
-    from cure_fast.training.job import train as run_job
-
-    run_job(config, **given)
+    return partial(run_training, config, **given)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+def run_comparison(comparison: Comparison) -> None:
+    """Train and evaluate what is compared."""
+    from cure_fast.training.compare import compare
+
+    compare(comparison)
+
+
+def run_training(config: Config, *, resume: bool = False, override: bool = False) -> None:
+    """Train what was configured."""
+    from cure_fast.training.job import train
+
+    train(config, resume=resume, override=override)
+
+
+def print_shown(
+    config: Config, base: Config, recipe: str, words: Sequence[str], given: Mapping[str, bool]
+) -> None:
+    """Print a configuration as it was asked for."""
+    from cure_fast.cli.config_file import as_toml
+    from cure_fast.cli.listing import print_config
+    from cure_fast.recipes import published_recipe
+
+    if given.get("toml"):
+        print(as_toml(config, recipe))
+    elif given.get("json"):
+        print(json.dumps(to_dict(config), indent=2))
+    else:
+        regime, _ = split_flags(words, {"regime": str})
+        official = "published" in regime.values() or published_recipe(recipe) is not None
+        print_config(config, base, official)
+
+
+def is_light(words: Sequence[str]) -> bool:
+    """Return whether a command needs no torch."""
+    written = words[0] == "show" and not {"--toml", "--json"}.isdisjoint(words)
+    return written or words[0] in ("list", "completion")
+
+
+def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
+    """Run the command line and return its exit code.
+
+    Raises:
+        GoOnError: if it is ``ahead`` of torch, and there is something to do that needs torch.
+    """
     # Read when torch is loaded. By default a waiting OpenMP thread spins for milliseconds and keeps
     # its core from whoever else computes: see docs/log.md for the measurement.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -316,7 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Commands with a state to save catch signals themselves, and poll for them.
         with StopSignals() as stop, stop.at_once():
             try:
-                dispatch(words or ["--help"])
+                prepared = dispatch(words or ["--help"])
+                if ahead and prepared is not None and not is_light(words):
+                    raise GoOnError
+                if prepared is not None:
+                    prepared()
             finally:
                 write_out()
     except CureFastError as error:
