@@ -40,6 +40,8 @@ from cure_fast.errors import (
 from cure_fast.signals import Interrupted, StopSignals
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cure_fast.training.compare import Comparison
 
 HELP = {"-h", "--help"}
@@ -245,8 +247,23 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
     with pointing_to(f"cure-fast {known}".rstrip(), "it" if known else "the commands"):
         with in_a_line():
-            run, bound, _ = tree().parse_args(words)
+            run, bound, _ = tree().parse_args(words, console=console_for(words))
         return run(*bound.args, **bound.kwargs)
+
+
+def console_for(words: Sequence[str]) -> Console | None:
+    """Return where help is printed, where that is asked for."""
+    if not HELP & set(words):
+        return None
+    from rich.console import Console
+
+    class HelpConsole(Console):
+        """Leaves a reader that has gone to :func:`main`, where rich would end the program."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return HelpConsole()
 
 
 def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], object] | None:
@@ -267,7 +284,8 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
         known = recipe_called(base)
         about = f"{prog} {recipe}: {known.about}\n\n{EXIT_CODES}" if named and known else EXIT_CODES
         config = base_config(base, rest, prog)
-        application(prog, COMMANDS[command], config=config, about=about).help_print([])
+        app = application(prog, COMMANDS[command], config=config, about=about)
+        app.help_print([], console=console_for(words))
         return None
     if not named:
         came = f"got {shown(recipe)} first" if recipe else "got nothing"
