@@ -52,7 +52,6 @@ PRELOADED = (
     "pyautoattack",
     "rich.progress",
     "rich.table",
-    "sklearn.datasets",
     # What torch imports when it is told which algorithms to take.
     "torch._inductor",
     "tyro.extras",
