@@ -345,7 +345,7 @@ def test_make_offers_the_promised_targets() -> None:
         return done.stdout
 
     shown = make("help")
-    for target in ("setup", "train", "test", "lint", "bench", "clean"):
+    for target in ("setup", "train", "test", "lint", "docs", "bench", "clean"):
         assert f"make {target} " in shown
     plan = make("-n", "train", "ARGS=--epochs 3")
     assert plan.splitlines() == [
@@ -355,11 +355,11 @@ def test_make_offers_the_promised_targets() -> None:
     assert ".venv/bin/python -m pytest" in make("-n", "test")
 
 
-def test_ci_runs_lint_and_tests() -> None:
+def test_ci_runs_lint_docs_and_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert os.access(ROOT / "setup" / "install.sh", os.X_OK)
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
-    assert lines[-2:] == ["make lint", "make test"]
+    assert lines[-3:] == ["make lint", "make docs", "make test"]
