@@ -21,9 +21,12 @@ log=setup.log
 
 say() { printf '%s\n' "$*" >&2; }
 
-# After the last lines of what failed.
 fail() {
-    [ ! -s "$log" ] || tail -n 8 "$log" >&2
+    if [ -s "$log" ]; then
+        # A lost connection ends in pip's advice on versions: the lines that name errors, or the last.
+        { grep -E '^(ERROR|E:|WARNING: Retrying)|[Ee]rror: ' "$log" || tail -n 8 "$log"; } |
+            tail -n 4 >&2
+    fi
     say "Set-up failed: $*"
     [ ! -s "$log" ] || say "Everything that was printed: $root/$log"
     exit 1
@@ -168,18 +171,18 @@ main() {
     fi
     : >"$log"
     say "Setting up $venv. SKIP_FFCV=1 leaves out FFCV, which is optional, and its system packages."
-    say "About 6 GB and 1 to 5 minutes; details go to $log."
+    say "About 6 GB, and 1 to 5 minutes if the machine is idle; details go to $log."
     if [ -z "$renew" ]; then
         local python
         python=$(find_python)
         ensure_venv_module "$python"
         rm -rf "$venv"
         part "Creating $venv with Python $(version_of "$python") ($python)" "$python" -m venv "$venv" ||
-            fail "$python could not create $venv (its message is above)."
+            fail "$python could not create $venv (its last messages are above)."
     fi
     rm -f "$stamp"
     part "Python packages, 5.4 GB, mostly PyTorch" pip_install -e '.[dev]' ||
-        fail "pip could not install the Python packages (its message is above).
+        fail "pip could not install the Python packages (its last messages are above).
 If it names a connection or a proxy: mend the network and run the same command again.
 If it names the disk: 7 GB must be free here and in ${TMPDIR:-/tmp}."
     part "RobustBench's classes of networks" install_robustbench ||
