@@ -47,8 +47,6 @@ PRELOADED = (
     "cure_fast.cli.evaluate",
     "cure_fast.report",
     "cure_fast.cli.listing",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
     "pyautoattack",
     "rich.progress",
     "rich.table",
