@@ -48,7 +48,7 @@ NARROW = {
 LIBRARIES = {
     "batch": set(),
     "kernels": {"triton"},
-    "loaders": {"torchvision", "sklearn", "PIL", "ffcv"},
+    "loaders": {"torchvision", "PIL", "ffcv"},
     "config": set(),
     "models": {"safetensors", "torchvision", "timm"},
     "step": set(),

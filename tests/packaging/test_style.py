@@ -15,7 +15,7 @@ FUNCTION_LINES = 80
 LONG: dict[str, str] = {}
 # Slow to import, optional, or needed by one command only: inside the function that needs them.
 HEAVY = {
-    *("matplotlib", "torchvision", "sklearn", "ffcv", "pyautoattack", "rich", "PIL"),
+    *("matplotlib", "torchvision", "scipy", "ffcv", "pyautoattack", "rich", "PIL"),
     *("tensorboard", "cyclopts", "timm"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}

@@ -47,12 +47,9 @@ PRELOADED = (
     "cure_fast.cli.evaluate",
     "cure_fast.report",
     "cure_fast.cli.listing",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
     "pyautoattack",
     "rich.progress",
     "rich.table",
-    "sklearn.datasets",
     # What torch imports when it is told which algorithms to take.
     "torch._inductor",
     "cyclopts",
