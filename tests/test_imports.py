@@ -24,7 +24,7 @@ ROOMS = (
     *("report", "export"),
     "training",
     "cli",
-    "__main__",
+    *("api", "__main__"),
 )
 # Rooms that know less than all rooms before them: that they can be taken elsewhere, or read alone.
 NARROW = {
