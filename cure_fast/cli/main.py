@@ -184,7 +184,8 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
-    whole = read_dataset(data, user_path(args.data_root, "--data-root"), "train")
+    root = user_path(args.data_root, "--data-root")
+    whole = read_dataset(data, root, "train", image_size=args.image_size)
     images, _ = split_train(
         whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
     )
