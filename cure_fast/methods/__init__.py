@@ -138,8 +138,8 @@ def set_up_of(config: Config) -> SetUp | None:
 def check_config(config: Config) -> None:
     """Raise ``InputError`` for a configuration whose method and policies contradict."""
     method = find_method(config.method)
-    check_names(config)
     method.check(config)
+    check_names(config)
     given_teachers(config)
     averages = [name for name in config.policies if find_policy(name).result is not None]
     if len(averages) > 1:

@@ -133,8 +133,11 @@ def test_images_are_resized_and_cropped_as_torchvision_does(own):
     name = own(lambda split: (images, [0, 1, 0, 1]))
     found = read(name, image_size=12).images
     usual = Compose([Resize(12), CenterCrop(12)])
-    assert all((image == np.asarray(usual(given))).all() for image, given in zip(found, images))
-    with pytest.raises(InputError, match="expected a square image, got 20x31.*--image-size N"):
+    assert all(
+        (image == np.asarray(usual(given))).all()
+        for image, given in zip(found, images, strict=True)
+    )
+    with pytest.raises(InputError, match=r"expected a square image, got 20x31.*--image-size N"):
         read(name)
     images.reverse()
     with pytest.raises(InputError, match=r"got 16x12"):
@@ -185,7 +188,7 @@ def test_a_set_of_torchvision_with_splits_of_other_names(tmp_path, monkeypatch):
     train = read(name, root=tmp_path, download=False, image_size=8)
     assert train.labels.tolist() == [1, 0] and train.classes == ("A", "B")
     assert len(read(name, "test", tmp_path, download=False, image_size=8)) == 1
-    with pytest.raises(InputError, match="train image 1: expected 8x8 .*--image-size"):
+    with pytest.raises(InputError, match=r"train image 1: expected 8x8 .*--image-size"):
         read(name, root=tmp_path, download=False)
     monkeypatch.setattr(OxfordIIITPet, "_check_exists", lambda self: False)
     with pytest.raises(InputError, match=r"cannot be read in .*RuntimeError.*--data-root"):
