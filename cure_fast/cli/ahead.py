@@ -14,6 +14,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from cure_fast.errors import NeedsTorchError
+
 SLOW = ("torch", "triton", "torchvision", "numpy", "safetensors")
 # Exit code of the child where the answer needs what it has not.
 GO_ON = 64
@@ -52,6 +54,9 @@ class _Anything(metaclass=_Kind):
 class _Module(types.ModuleType):
     """A stand-in for a slow module or one of its own."""
 
+    # What is raised where the module itself is needed.
+    stands_in = NeedsTorchError
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -71,15 +76,6 @@ class _StandIns:
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Leave it empty."""
-
-
-def standing_in() -> bool:
-    """Return whether this process has stand-ins, with which no code of a user's may run."""
-    return any(isinstance(finder, _StandIns) for finder in sys.meta_path)
-
-
-class GoOnError(BaseException):
-    """The answer needs more; no ``Exception``, which would be answered."""
 
 
 def answered(words: Sequence[str]) -> int | None:

@@ -21,9 +21,9 @@ from cure_fast.evaluation.results import (
     print_results,
 )
 from cure_fast.files import file_hash, user_path, write_json
-from cure_fast.loaders import read_dataset
+from cure_fast.loaders import names_code, read_dataset
 from cure_fast.models.building import check_takes, load_model
-from cure_fast.models.weights import read_metadata
+from cure_fast.models.weights import read_metadata, resized_to
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
 from cure_fast.signals import StopSignals
@@ -32,7 +32,7 @@ from cure_fast.training.saving import keep_last
 # What weights.py reads.
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
-FILE_FLAGS = ("data", "model", "width", "stem", "normalize", "out")
+FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out")
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
@@ -40,7 +40,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
 
     The folder is held meanwhile: neither training nor another evaluation may write in it.
     """
-    given = [f"--{name}" for name in FILE_FLAGS if getattr(args, name) is not None]
+    given = [f"--{n}" for n in FILE_FLAGS if getattr(args, n.replace("-", "_")) is not None]
     if given:
         raise InputError(
             f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "
@@ -54,7 +54,8 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     config = replace(own, eval=changed(own.eval, args), run=replace(own.run, seed=seed))
     check_networks(config.eval.networks, networks_in(folder))
     root = own.data.data_root if args.data_root is None else args.data_root
-    test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
+    place, size = user_path(root, "--data-root"), own.data.image_size
+    test = read_dataset(own.data.data, place, "test", image_size=size)
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
@@ -117,7 +118,14 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     data = args.data or metadata.get("data")
     if not data:
         raise InputError(f"{path}: the file does not say its data set; name it with --data.")
-    test = read_dataset(data, user_path(args.data_root or "data", "--data-root"), "test")
+    if args.data is None and names_code(data):
+        raise InputError(
+            f"{path}: its images come from {data}, and no file decides which code is run. Where "
+            f"you trust that function, name it: --data {data}"
+        )
+    root = user_path(args.data_root or "data", "--data-root")
+    size = args.image_size or resized_to(path, metadata)
+    test = read_dataset(data, root, "test", image_size=size)
     # The network takes out the mean of the images it was trained on, whatever it is tested on.
     metadata["data"] = metadata.get("data") or data
     metadata.setdefault("num_classes", str(len(test.classes)))

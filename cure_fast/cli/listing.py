@@ -14,9 +14,10 @@ from cure_fast.config.attack_names import ATTACKS
 from cure_fast.config.checks import as_word, field_types, find
 from cure_fast.config.values import sections
 from cure_fast.loaders import DATASETS
-from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
+from cure_fast.methods import METHODS, find_method, paper_row, select_method, set_up_of
 from cure_fast.models import MODELS
-from cure_fast.policies import POLICIES
+from cure_fast.plugins.lookup import Kind, installed
+from cure_fast.policies import POLICIES, find_policy
 from cure_fast.recipes import RECIPES, figures, published_recipe, published_recipes
 from cure_fast.step.method import WRITTEN, Method
 from cure_fast.step.policy import Choice
@@ -32,6 +33,11 @@ Published results are natural / PGD-20 / AutoAttack in percent for CIFAR-10, Res
 row says otherwise, and claims of papers; `cure-fast show METHOD-DATA-MODEL` has their settings."""
 
 
+def plugins(kind: Kind) -> dict[str, str]:
+    """Return the installed plug-ins of a kind, none of which is imported for it."""
+    return {name: f"of a plug-in, {value}" for name, value in installed(kind).items()}
+
+
 def recipes() -> dict[str, str]:
     """Return the recipes and the pattern of those of methods, with a line on each."""
     known = ", ".join(name for name, method in METHODS.items() if method.published)
@@ -42,23 +48,37 @@ def recipes() -> dict[str, str]:
 def models() -> dict[str, str]:
     """Return the models with a line on each."""
     own = "your own: FUNCTION(num_classes=N) returns a module from images to logits"
-    return {**{name: info.title for name, info in MODELS.items()}, "MODULE:FUNCTION": own}
+    known = {name: info.title for name, info in MODELS.items()}
+    return {**known, **plugins("models"), "MODULE:FUNCTION": own}
 
 
 def data_sets() -> dict[str, str]:
     """Return the data sets with a line on each."""
-    folder = "class-per-folder images in PATH/train and PATH/test, all of one size"
-    return {**{name: info.title for name, info in DATASETS.items()}, "folder:PATH": folder}
+    others = {
+        "torchvision:NAME": "any of torchvision's with a training and a test split",
+        "folder:PATH": "class-per-folder images in PATH/train and PATH/test",
+        "MODULE:FUNCTION": "your own: FUNCTION(split) returns images and labels",
+    }
+    return {**{name: info.title for name, info in DATASETS.items()}, **plugins("data"), **others}
+
+
+def methods() -> dict[str, str]:
+    """Return the methods with a line on each."""
+    own = {"MODULE:METHOD": "your own: a Method"}
+    return {**{n: method.title for n, method in METHODS.items()}, **plugins("methods"), **own}
+
+
+def policies() -> dict[str, str]:
+    """Return the policies with a line on each."""
+    known = {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()}
+    return {**known, **plugins("policies"), "MODULE:POLICY": "your own: a PolicyInfo"}
 
 
 # Title and rows of each topic, by the word after ``cure-fast list``.
 TOPICS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
     "recipes": ("Recipes (cure-fast train RECIPE)", recipes),
-    "methods": ("Methods (--method)", lambda: {n: method.title for n, method in METHODS.items()}),
-    "policies": (
-        "Policies (--policies A,B,..., with any method)",
-        lambda: {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()},
-    ),
+    "methods": ("Methods (--method)", methods),
+    "policies": ("Policies (--policies A,B,..., with any method)", policies),
     "models": ("Models (--model)", models),
     "data": ("Data sets (--data)", data_sets),
     "attacks": ("Attacks (--attacks A,B,...)", lambda: ATTACKS),
@@ -198,12 +218,12 @@ def print_config(config: Config, base: Config, published: bool) -> None:
         base: the same before flags changed single fields.
         published: whether ``base`` is how the method's authors train.
     """
-    method = METHODS[config.method]
+    method = find_method(config.method)
     print(f"name: {config.name}\nmethod: {config.method} ({method.title})\npaper: {method.paper}")
     if row := paper_row(config):
         print(figures(row))
     for name in config.policies:
-        print(f"policy: {name} ({POLICIES[name].title})")
+        print(f"policy: {name} ({find_policy(name).title})")
     official = set_up_of(config) if published else None
     plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 import cure_fast
-from cure_fast.cli.ahead import GoOnError
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
@@ -34,6 +33,7 @@ from cure_fast.errors import (
     CureFastError,
     InputError,
     MemoryExhaustedError,
+    NeedsTorchError,
     StoppedError,
     is_out_of_memory,
 )
@@ -157,7 +157,8 @@ def data_write(data: str, args: DataWriteArgs) -> None:
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
-    whole = read_dataset(data, user_path(args.data_root, "--data-root"), "train")
+    root = user_path(args.data_root, "--data-root")
+    whole = read_dataset(data, root, "train", image_size=args.image_size)
     images, _ = split_train(
         whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
     )
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
     """Run the command line and return its exit code.
 
     Raises:
-        GoOnError: if it is ``ahead`` of torch, and there is something to do that needs torch.
+        NeedsTorchError: if it is ``ahead`` of torch, and there is something to do that needs torch.
     """
     # Read when torch is loaded. By default a waiting OpenMP thread spins for milliseconds and keeps
     # its core from whoever else computes: see docs/log.md for the measurement.
@@ -368,7 +369,7 @@ def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
             try:
                 prepared = dispatch(words or ["--help"])
                 if ahead and prepared is not None and not is_light(words):
-                    raise GoOnError
+                    raise NeedsTorchError
                 if prepared is not None:
                     prepared()
             finally:

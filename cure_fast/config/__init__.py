@@ -20,12 +20,16 @@ class DataConfig(Checked):
     """Images, the held-out validation split, and how batches are fed."""
 
     data: str = "cifar10"
-    """Data set: cifar10, cifar100, svhn, digits, or folder:PATH with PATH/train/<class>/ and
-    PATH/test/<class>/ image folders."""
+    """Data set: cifar10, cifar100, svhn, digits, folder:PATH with PATH/train/<class>/ and
+    PATH/test/<class>/ image folders, torchvision:NAME such as torchvision:FashionMNIST, or
+    package.module:function of your own, which returns images and labels of train and test."""
     data_root: str = "data"
     """Folder that holds the data sets, or receives them when they are downloaded."""
+    image_size: Annotated[int, Bounds(1, 4096)] | None = None
+    """Pixels to resize the shorter side of each image to, and then to crop out of its middle, 1 to
+    4096; None takes images as they are, which must then be square and of one size."""
     download: bool = True
-    """Download cifar10, cifar100 or svhn when it is not below the data root."""
+    """Download a data set of torchvision when it is not below the data root."""
     train_images: Count | None = None
     """Number of training images to use, drawn evenly over the classes; None takes all."""
     val_images: Count = 1000

@@ -23,6 +23,7 @@ from typing import (
 )
 
 from cure_fast.errors import InputError
+from cure_fast.plugins.lookup import Kind, installed, is_outside, load
 
 T = TypeVar("T")
 
@@ -71,8 +72,34 @@ def find(flag: str, table: Mapping[str, T], name: str, *, expected: str = "one o
     """Return the entry called ``name``, or raise ``InputError`` with the flag and the entries."""
     if name in table:
         return table[name]
-    raise InputError(
-        f"{flag}: expected {expected} {listed(table)}, got {shown(name)}.{nearest(name, table)}"
+    raise _unknown(flag, table, name, expected)
+
+
+def find_any(
+    flag: str, table: Mapping[str, T], name: str, *, plugins: Kind, expected: str = "one of"
+) -> T:
+    """Return what :func:`find` does, or an entry of the same type from outside of the package.
+
+    That is what ``package.module:name`` names, or an installed plug-in of the kind ``plugins``.
+    """
+    if name in table:
+        return table[name]
+    if not is_outside(plugins, name):
+        raise _unknown(flag, {**table, **installed(plugins)}, name, expected)
+    found, problem = load(plugins, name)
+    kind = type(next(iter(table.values())))
+    if not problem and not isinstance(found, kind):
+        problem = f"expected a {kind.__name__}, got {type(found).__name__}."
+    if problem:
+        raise InputError(f"{flag} {name}: {problem}")
+    return found
+
+
+def _unknown(flag: str, names: Iterable[str], name: str, expected: str) -> InputError:
+    """Return the error for a name that is none of those known."""
+    names = list(names)
+    return InputError(
+        f"{flag}: expected {expected} {listed(names)}, got {shown(name)}.{nearest(name, names)}"
     )
 
 

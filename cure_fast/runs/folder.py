@@ -19,6 +19,7 @@ from cure_fast.console import say, warn
 from cure_fast.errors import InputError
 from cure_fast.files import clear_unfinished, locked, user_path, write_json
 from cure_fast.methods import find_method
+from cure_fast.plugins.lookup import short
 from cure_fast.policies import find_policy
 from cure_fast.runs.environment import environment
 from cure_fast.runs.former import upgraded
@@ -46,6 +47,7 @@ FIXED_FIELDS = (
 # What decides which images an epoch's batches hold: it may change between two epochs alone.
 EPOCH_FIELDS = (
     "data.data",
+    "data.image_size",
     "data.split_seed",
     "data.train_images",
     "data.val_images",
@@ -116,7 +118,7 @@ def run_folder(config: Config, *, resume: bool) -> Path:
             )
         return folder
     # Such as quickstart-trades+awp-s0; a policy called as the method that brings it comes once.
-    parts = "+".join(dict.fromkeys((config.method, *config.policies)))
+    parts = "+".join(dict.fromkeys(map(short, (config.method, *config.policies))))
     base = Path("runs") / f"{config.name}-{parts}-s{config.run.seed}"
     if resume:
         return newest_run(base)

@@ -172,6 +172,7 @@ def check_unfinished(run: TrainState, changes: Iterable[str]) -> None:
 def forget_best(run: TrainState, changes: Iterable[str]) -> None:
     """Choose the best epoch anew where validation no longer measures what it did."""
     measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
+    measured += ("data.image_size",)
     found = [name for name in changes if name.startswith(measured)]
     if found and run.best:
         run.best = {}
