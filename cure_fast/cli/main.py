@@ -280,11 +280,6 @@ def dispatch(words: Sequence[str]) -> None:
     else:
         from cure_fast.training.job import train as run_job
 
-        if given.get("override") and not given.get("resume"):
-            raise InputError(
-                "--override: expected --resume with it, got --override alone. "
-                "Add --resume to continue a run, or leave --override out."
-            )
         run_job(config, **given)
 
 
