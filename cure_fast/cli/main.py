@@ -303,11 +303,6 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
     config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
         return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
-    if given.get("override") and not given.get("resume"):
-        raise InputError(
-            "--override: expected --resume with it, got --override alone. "
-            "Add --resume to continue a run, or leave --override out."
-        )
     return partial(run_training, config, **given)
 
 

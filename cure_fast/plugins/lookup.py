@@ -56,13 +56,14 @@ def load(kind: Kind, word: str) -> tuple[Any, str]:
             sys.path.append(here)
     try:
         return attrgetter(name)(importlib.import_module(module)), ""
-    except Exception as error:  # code of the user's own: whatever it throws is told in one line
+    # Code of the user's own: whatever it throws is told in one line; a script ends by SystemExit.
+    except (Exception, SystemExit) as error:
         return None, (
             f"cannot be imported ({first_line(error)}). Expected package.module:name of what is "
             "installed, in a folder of PYTHONPATH, or in this folder."
         )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

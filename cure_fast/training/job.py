@@ -62,6 +62,11 @@ def train(
     if stop is None:
         with StopSignals() as stop:
             return train(config, resume=resume, override=override, stop=stop)
+    if override and not resume:
+        raise InputError(
+            "--override: expected --resume with it, got --override alone. "
+            "Add --resume to continue a run, or leave --override out."
+        )
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)

@@ -189,7 +189,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "Models and weights": [
         ("train quickstart --model resnet19", "resnet18"),
         ("train quickstart --model vit-tiny --width 30", "multiple of 4"),
-        ("train quickstart --model missing_module:network", "package.module:function"),
+        ("train quickstart --model missing_module:network", "package.module:name"),
         ("train quickstart --model json:dumps --width 4", "--width"),
         ("train quickstart --model json:dumps", "json:dumps"),
         ("train quickstart --width 0", "at least 1"),
