@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -53,7 +54,7 @@ EPOCH_FIELDS = (
     "run.seed",
 )
 # What may change the last bits of a result where it differs from before.
-BITS = ("cure_fast", "torch", "gpu")
+BITS = {"cuda": ("cure_fast", "torch", "gpu"), "cpu": ("cure_fast", "torch", "threads")}
 
 
 def load_config(folder: Path) -> Config:
@@ -243,11 +244,10 @@ def read_environments(path: Path) -> list[dict[str, Any]]:
 
 
 def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
-    """Print a warning where a run goes on with other versions, or on another kind of GPU."""
-    names = BITS if here["device"] == "cuda" else [name for name in BITS if name != "gpu"]
+    """Print a warning where a run goes on with other versions, threads, or kind of GPU."""
     told = [
         f"{name} {before[name]} then and {here[name]} now"
-        for name in names
+        for name in BITS[here["device"]]
         if before.get(name) is not None and before[name] != here[name]
     ]
     if told:
@@ -255,6 +255,18 @@ def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
             f"the run goes on with {', '.join(told)}: its results may differ in their last bits "
             "from those of a run that was never stopped"
         )
+
+
+def recorded_threads(folder: Path) -> int | None:
+    """Return how many threads a run computed with when it last began, where this machine has them.
+
+    Raises:
+        InputError: if its record is damaged.
+    """
+    path = folder / "environment.json"
+    number = read_environments(path)[-1].get("threads") if path.exists() else None
+    fits = type(number) is int and 0 < number <= (os.cpu_count() or 1)
+    return number if fits else None
 
 
 def check_device(folder: Path, device: torch.device) -> None:
