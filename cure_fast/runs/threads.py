@@ -49,12 +49,13 @@ def choose_threads(
     """Return the number of threads to compute with, and say in a line where it was measured.
 
     Args:
-        asked: the number, or ``auto``: the one ``recorded`` of a run that goes on, as rounding
-            depends on it, else what OMP_NUM_THREADS says, else what a second's trial finds best; on
-            a GPU torch's own.
+        asked: the number, or ``auto``: the one ``recorded``, as rounding depends on it, else what
+            OMP_NUM_THREADS says, else what a second's trial finds best; on a GPU torch's own.
         model: what will be computed, on the CPU; a copy of it is tried.
+        device: where it will be.
         image_size: height and width of its images in pixels.
         batch_size: images of one pass.
+        recorded: how many a run computed with before; None for one that begins.
     """
     most = torch.get_num_threads()
     if isinstance(asked, int):
