@@ -24,7 +24,7 @@ from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
-from cure_fast.runs.environment import choose_device
+from cure_fast.runs.environment import choose_device, warn_of_emulation
 from cure_fast.runs.folder import (
     check_device,
     check_position,
@@ -67,6 +67,7 @@ def train(
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
+    warn_of_emulation(config.run.amp, device)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
         check_attention(config, new_model(config, num_classes=2))
