@@ -37,7 +37,7 @@ def record(method: str = "cure", network: str | None = "model", **models: Any) -
     return {"method": method, "classes": CLASSES, "models": entries, **of_run}
 
 
-SOUND = {
+SOUND: dict[str, Any] = {
     "trained": [attack("natural", 800), attack("pgd20", 450), attack("cw20", 101)],
     "start": [attack("natural", 900), attack("pgd20", 3), attack("cw20", 0)],
 }
