@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
         return fail(InputError(f"{path}{error.strerror or error}. {advice}"))
     except Exception as error:
         if is_out_of_memory(error):
-            advice = "Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
+            advice = "Try a smaller --batch-size or --eval-batch-size."
             return fail(MemoryExhaustedError(f"{error} {advice}"))
         raise
     return 0

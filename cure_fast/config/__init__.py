@@ -224,9 +224,12 @@ class RunConfig(Checked):
     """Where and how the run executes."""
 
     out: str | None = None
-    """Run folder; None takes runs/<recipe>-<method>+<policies>-s<seed>."""
+    """Run folder; None takes runs/<data>-<model>-<method>+<policies>-s<seed>."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: Annotated[int, Bounds(1, 1024)] | Literal["auto"] = "auto"
+    """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
+    else what is quickest in a second's trial at the start; a resumed run keeps its number."""
     seed: Whole = 0
     """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"

@@ -230,8 +230,8 @@ def test_runs_without_out_get_a_folder_of_their_own(folder):
     assert main(["train", "quickstart", *TINY]) == 0
     assert main(["train", "quickstart", *TINY]) == 0
     assert {p.name for p in Path("runs").iterdir()} == {
-        "quickstart-cure-s0",
-        "quickstart-cure-s0-2",
+        "digits-resnet-small-cure-s0",
+        "digits-resnet-small-cure-s0-2",
     }
 
 
@@ -239,13 +239,13 @@ def test_policies_name_the_folder_that_resume_finds(folder, capsys):
     words = ["train", "quickstart", "--method", "trades", "--policies", "piat,awp", *TINY]
     assert main(words) == 0
     assert main(["train", "quickstart", "--method", "piat_nmse", *TINY]) == 0
-    names = {"quickstart-trades+piat+awp-s0", "quickstart-piat_nmse+piat-s0"}
-    assert {p.name for p in Path("runs").iterdir()} == names
+    names = {"trades+piat+awp-s0", "piat_nmse+piat-s0"}
+    assert {p.name for p in Path("runs").iterdir()} == {f"digits-resnet-small-{n}" for n in names}
     assert main([*words, "--resume"]) == 0
     assert "resumed" in capsys.readouterr().out
     # The same method with another set is another run.
     assert main([*words, "--policies", "piat", "--resume"]) == 2
-    assert "no run in runs/quickstart-trades+piat-s0" in capsys.readouterr().err
+    assert "no run in runs/digits-resnet-small-trades+piat-s0" in capsys.readouterr().err
 
 
 def test_eval_of_a_file_uses_what_the_file_says(folder, capsys):

@@ -16,7 +16,7 @@ EXIT_CODES = {
     ),
     4: (
         "out of memory, also after the micro-batch was halved as often as it can be",
-        "a smaller `--batch-size` or `--eval-batch-size`, or `--amp bf16`",
+        "a smaller `--batch-size` or `--eval-batch-size`",
     ),
     75: (
         "stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, with what training or evaluation had done "
