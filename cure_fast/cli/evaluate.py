@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cure_fast.config import EvalConfig
+from cure_fast.config import Config
 from cure_fast.config.arguments import EvalArgs
+from cure_fast.config.values import with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError
-from cure_fast.evaluation.record import keep_results, model_entry
+from cure_fast.evaluation.record import (
+    keep_results,
+    main_settings,
+    model_entry,
+    stated_settings,
+)
 from cure_fast.evaluation.results import (
     attack_model,
     check_networks,
@@ -50,8 +55,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     own = load_config(folder)
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
-    seed = own.run.seed if args.seed is None else args.seed
-    config = replace(own, eval=changed(own.eval, args), run=replace(own.run, seed=seed))
+    config = changed(own, args)
     check_networks(config.eval.networks, networks_in(folder))
     root = own.data.data_root if args.data_root is None else args.data_root
     test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
@@ -78,24 +82,11 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             say(f"unchanged: {folder / 'results.json'}")
 
 
-def changed(settings: EvalConfig, args: EvalArgs) -> EvalConfig:
-    """Return the settings of an evaluation with what the arguments say."""
-    given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(settings)}
-    told: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    return replace(settings, **{k: None if v == "all" else v for k, v in told.items()})
-
-
-def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
-    """Return the radius that a file of weights says it was trained with, in pixel units."""
-    try:
-        eps = float(metadata.get("eps", 8 / 255))
-    except ValueError:
-        eps = -1.0
-    if not 0 <= eps <= 1:
-        raise InputError(
-            f"{path}: expected its eps to be from 0 to 1, got {metadata['eps']!r}. Give --eps."
-        )
-    return eps
+def changed(config: Config, args: EvalArgs) -> Config:
+    """Return the configuration of an evaluation with what the arguments say."""
+    given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(config.eval)}
+    told: dict[str, Any] = {k: v for k, v in {**given, "seed": args.seed}.items() if v is not None}
+    return with_values(config, {k: None if v == "all" else v for k, v in told.items()})
 
 
 def evaluate_file(path: Path, args: EvalArgs) -> None:
@@ -124,19 +115,15 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     metadata.setdefault("image_size", str(test.image_size))
     model = load_model(path, metadata, trusted=args.model)
     check_takes(model, test.image_size, str(path))
-    eps = args.eps if args.eps is not None else stated_eps(path, metadata)
-    settings = changed(EvalConfig(eval_step_size=eps / 10), args)
-    seed = args.seed or 0
+    config = changed(stated_settings(metadata, vars(args), path), args)
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
         attacks = attack_model(
             model.to(device),
             test,
-            settings,
-            eps=eps,
+            config,
             device=device,
-            seed=seed,
             state_dir=None if out is None else out / "evaluation",
             weights=file_hash(path),
             name=path.stem,
@@ -147,9 +134,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
         told | {"data": data},
         test,
         {path.stem: model_entry(path.name, attacks)},
-        eps=eps,
-        step_size=settings.eval_step_size,
-        seed=seed,
+        **main_settings(config),
     )
     print_results(results)
     if out is not None:

@@ -13,6 +13,10 @@ from typing import Annotated, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
+from cure_fast.config.steps import STEP_SHARE
+
+# Two radii cross the ball.
+StepShare = Annotated[float, Bounds(0, 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +97,10 @@ class AttackConfig(Checked):
 
     eps: Share = 8 / 255
     """Radius of the L-inf ball in pixel units, 0 to 1; a decimal or a fraction such as 8/255."""
-    step_size: Share = 2 / 255
-    """Length of one attack step in pixel units, 0 to 1."""
+    step_size: Share | None = None
+    """Length of one attack step in pixel units, 0 to 1; None takes --step-share of --eps."""
+    step_share: StepShare = 0.25
+    """Length of one attack step as a share of --eps, 0 to 2, where --step-size gives none."""
     attack_steps: Annotated[int, Bounds(0, 1000)] = 10
     """Number of attack steps, 0 to 1000."""
     start: Literal["normal", "uniform", "zero"] = "normal"
@@ -107,6 +113,11 @@ class AttackConfig(Checked):
     attack_ramp: Share = 0.0
     """Share of the run, 0 to 1, over which the attack grows from one step to attack_steps; 0 takes
     all steps from the start. Above 0 early training is faster, against a weaker attack."""
+
+    @property
+    def step_length(self) -> float:
+        """Length of one attack step in pixel units: as given, else the share of the radius."""
+        return self.eps * self.step_share if self.step_size is None else self.step_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +195,10 @@ class EvalConfig(Checked):
     eval_eps: Share | None = None
     """Radius of these attacks in pixel units, 0 to 1; None takes --eps."""
     eval_step_size: Share | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
-    8/255 is within 5 % of the 0.003 that the compared codes use."""
+    """Step of pgdK and cwK in pixel units of [0, 1]; None takes --eval-step-share of the radius."""
+    eval_step_share: StepShare = STEP_SHARE
+    """Step of pgdK and cwK as a share of the radius, 0 to 2, where --eval-step-size gives none; for
+    K below 20 it is at least 2.5/K, so that the steps cross the ball."""
     limit: Count | None = None
     """Test images to use, the first ones, 1 or more; None takes all."""
     aa_limit: Count | None = None

@@ -25,14 +25,15 @@ class EvalArgs(Checked):
     eps: Share | None = None
     """Radius in pixel units of [0, 1], such as 8/255, which a file has that says none."""
     step_size: Share | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; for a file a tenth of eps."""
+    """Step of pgdK and cwK in pixel units of [0, 1]; else a share of eps, for a file that says none
+    a tenth, and for K below 20 at least 2.5/K."""
     batch_size: Annotated[int, Bounds(1, 1_000_000)] | None = None
     """Images per batch; changes the time, not the result, but for aa, which draws its random starts
     per batch; for a file 256."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
     seed: Whole | None = None
-    """Seed of the attacks' random starts, 0 or more; for a file 0."""
+    """Seed of the attacks' random starts, 0 or more; for a file that says none 0."""
     data_root: str | None = None
     """Folder that holds the data sets; for a file data."""
     networks: tuple[str, ...] | None = None

@@ -30,8 +30,11 @@ def sections(config: Any) -> dict[str, Any]:
 def with_values(config: T, values: Mapping[str, Any]) -> T:
     """Return a configuration with other values of fields, which are unique among its sections.
 
-    Fields that it does not have are left alone.
+    Fields that it does not have are left alone. An evaluation is within another --eps too, unless
+    its own radius is given with it.
     """
+    if values.get("eps", config.attack.eps) != config.attack.eps:  # pyright: ignore[reportAttributeAccessIssue]
+        values = {"eval_eps": None, **values}
     changes: dict[str, Any] = {}
     policies = dict(config.policies)  # pyright: ignore[reportAttributeAccessIssue]
     for name, part in sections(config).items():

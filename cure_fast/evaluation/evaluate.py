@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cure_fast.classifier import attack_mode
 from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack
+from cure_fast.config.steps import STEP_SHARE
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.measurement import Measurement
@@ -38,6 +39,7 @@ def evaluate(
     batch_size: int,
     device: torch.device | str,
     seed: int,
+    step_share: float = STEP_SHARE,
     aa_limit: int | None = None,
     state_dir: Path | None = None,
     model_name: str = "model",
@@ -53,10 +55,12 @@ def evaluate(
         num_classes: number of classes, at least 2.
         attacks: names that :func:`parse_attack` takes.
         eps: radius of the L-inf ball in pixel units, in [0, 1].
-        step_size: length of a step of pgdK and cwK in pixel units; None takes eps / 10.
+        step_size: length of a step of pgdK and cwK in pixel units; None takes that of
+            :func:`cure_fast.config.steps.evaluation_step`.
         batch_size: images per batch; decides only the result of aa. Halved where memory runs out.
         device: where to compute.
         seed: of all random starts, in [0, 2**63).
+        step_share: length of a step as a share of eps, in [0, 2], where ``step_size`` is None.
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
         model_name: what progress bars call the model.
@@ -72,13 +76,15 @@ def evaluate(
     specs = {text: parse_attack(text) for text in attacks}
     _check_data(images, labels)
     _check_classes(labels, num_classes)
+    _check_settings(eps, step_size, step_share, batch_size, seed, aa_limit, specs)
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
         images=images,
         labels=labels,
         device=torch.device(device),
         eps=eps,
-        step_size=_check_settings(eps, step_size, batch_size, seed, aa_limit, specs),
+        step_size=step_size,
+        step_share=step_share,
         batch_size=batch_size,
         seed=seed,
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
@@ -117,7 +123,7 @@ def adversarial_examples(
     """
     spec = parse_attack(f"pgd{steps}")
     _check_data(images, labels)
-    _check_settings(eps, step_size, 1, seed, None, {spec.name: spec})
+    _check_settings(eps, step_size, STEP_SHARE, 1, seed, None, {spec.name: spec})
     task = Measurement(
         guard=Guard(model, stop=stop),
         images=images,
@@ -166,26 +172,26 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _check_settings(
     eps: float,
     step_size: float | None,
+    step_share: float,
     batch_size: int,
     seed: int,
     aa_limit: int | None,
     specs: Mapping[str, AttackSpec],
-) -> float:
-    """Raise :class:`InputError` for a setting out of range; return the length of a step."""
-    step_size = eps / 10 if step_size is None else step_size
+) -> None:
+    """Raise :class:`InputError` for a setting out of range."""
     stepping = eps > 0 and any(spec.family in ("pgd", "cw") for spec in specs.values())
-    steps_right = 0 <= step_size <= 1 and not (stepping and step_size == 0)
+    steps_right = step_size is None or (0 <= step_size <= 1 and not (stepping and step_size == 0))
     for name, value, right, expected in (
         ("attacks", [], len(specs) > 0, f"at least one of {', '.join(ATTACKS)}"),
         ("eps", eps, 0 <= eps <= 1, "a number in [0, 1] in pixel units"),
         ("step_size", step_size, steps_right, "a number in (0, 1] in pixel units"),
+        ("step_share", step_share, 0 <= step_share <= 2, "a number in [0, 2]"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("aa_limit", aa_limit, aa_limit is None or aa_limit >= 1, "at least 1"),
         ("seed", seed, 0 <= seed < 2**63, "a whole number in [0, 2**63)"),
     ):
         if not right:
             raise InputError(f"{name}: expected {expected}, got {value!r}.")
-    return step_size
 
 
 def _check_data(images: Tensor, labels: Tensor) -> None:

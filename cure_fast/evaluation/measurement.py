@@ -18,6 +18,7 @@ from torch import Tensor
 import cure_fast
 from cure_fast.attacks import pgd
 from cure_fast.config.attack_names import AttackSpec, parse_attack
+from cure_fast.config.steps import STEP_SHARE, evaluation_step, step_warning
 from cure_fast.console import warn
 from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
 from cure_fast.evaluation.attack_result import AttackResult, read_state, write_state
@@ -29,8 +30,6 @@ from cure_fast.progress import track
 
 # Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
 PROBE_IMAGES = 64
-# Steps that add up to less than this share of eps cannot explore the ball.
-SHORTEST_PATH = 0.9
 
 T = TypeVar("T")
 
@@ -48,9 +47,10 @@ class Measurement:
     labels: Tensor
     device: torch.device
     eps: float
-    step_size: float
+    step_size: float | None
     batch_size: int
     seed: int
+    step_share: float = STEP_SHARE
     aa_images: int = 0
     state_dir: Path | None = None
     name: str = "model"
@@ -121,7 +121,9 @@ class Measurement:
             started = time.perf_counter()
             robust = self.under_attack(spec, natural)
             seconds = time.perf_counter() - started
-            warnings += self.masking + self.step_warnings(spec)
+            warnings += self.masking
+            if told := step_warning(self.eps, spec.steps, self.step_of(spec)):
+                warnings += (told,)
         result = AttackResult(
             attack=spec.name,
             correct=int(robust.sum()),
@@ -257,22 +259,18 @@ class Measurement:
             # Summed, so that one image's gradient does not depend on how many there are.
             lambda logits: loss(logits, y).sum(),
             eps=self.eps,
-            step_size=self.eps if fgsm else self.step_size,
+            step_size=self.step_of(spec),
             steps=spec.steps,
             start="zero" if fgsm else self.eps * draw,
         )
         check_perturbation(x_adv, x, indices, self.eps, spec.name)
         return x_adv
 
-    def step_warnings(self, spec: AttackSpec) -> tuple[str, ...]:
-        """Return what speaks against the length of the attack's steps."""
-        if spec.family == "fgsm" or self.eps == 0:
-            return ()
-        if self.step_size > 2 * self.eps:
-            return (f"a step of {self.step_size:g} crosses the whole ball of eps {self.eps:g}",)
-        if spec.steps * self.step_size < SHORTEST_PATH * self.eps:
-            return (f"{spec.steps} steps of {self.step_size:g} do not reach eps {self.eps:g}",)
-        return ()
+    def step_of(self, spec: AttackSpec) -> float:
+        """Return the length of a step of an attack with steps, in pixel units."""
+        if spec.family == "fgsm":
+            return self.eps
+        return evaluation_step(self.eps, spec.steps, size=self.step_size, share=self.step_share)
 
     def settings(self, spec: AttackSpec) -> dict[str, Any]:
         """Return all that decides the result besides model and images, as JSON types."""
@@ -286,10 +284,10 @@ class Measurement:
                 seed=self.seed,
             )
         settings = {"eps": self.eps, "norm": "Linf", "steps": spec.steps}
+        settings |= {"step_size": self.step_of(spec)}
         if spec.family == "fgsm":
-            return settings | {"step_size": self.eps, "loss": "cross-entropy", "start": "zero"}
+            return settings | {"loss": "cross-entropy", "start": "zero"}
         return settings | {
-            "step_size": self.step_size,
             "loss": "margin" if spec.family == "cw" else "cross-entropy",
             "start": "uniform",
             "restarts": 1,

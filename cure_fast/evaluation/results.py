@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.config import Config, EvalConfig
+from cure_fast.config import Config
 from cure_fast.config.checks import format_pixel
 from cure_fast.config.values import digest
 from cure_fast.console import say
@@ -80,11 +80,12 @@ def measure_run(
         attacks = attack_model(
             model,
             test,
-            config.eval,
+            config,
             state_dir=folder / "evaluation" / (LAST if target.path.stem == LAST else key),
             weights=weights,
             name=shown_name(key, result_of(config)),
-            **shared,
+            device=device,
+            stop=stop,
         )
         models[key] = model_entry(target.title, attacks) | {
             "network": target.network,
@@ -183,25 +184,24 @@ def check_networks(wanted: Iterable[str], having: Collection[str], result: str =
 def attack_model(
     model: ImageClassifier,
     test: ImageSet,
-    settings: EvalConfig,
+    config: Config,
     *,
-    eps: float,
     device: torch.device,
-    seed: int,
     state_dir: Path | None,
     weights: str,
     name: str,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, AttackResult]:
-    """Run the configured attacks on the first ``settings.limit`` test images; print a line each.
+    """Run the configured attacks on the first ``--limit`` test images; print a line each.
 
     States for resuming go into a folder of their own for each combination of weights and settings,
     so that evaluating again with others never meets them.
     """
+    settings, main = config.eval, main_settings(config)
     limit = len(test) if settings.limit is None else min(settings.limit, len(test))
     if state_dir is not None:
-        what = [weights, eps, seed, limit, settings.aa_limit]
-        what += [settings.eval_step_size, settings.eval_batch_size]
+        names = ("aa_limit", "eval_step_size", "eval_step_share", "eval_batch_size")
+        what = [weights, limit, main, *(getattr(settings, name) for name in names)]
         state_dir = state_dir / digest({"evaluated": what})
     return evaluate(
         model,
@@ -209,11 +209,12 @@ def attack_model(
         torch.from_numpy(test.labels[:limit]),
         num_classes=len(test.classes),
         attacks=settings.attacks,
-        eps=eps,
+        eps=main["eps"],
         step_size=settings.eval_step_size,
+        step_share=settings.eval_step_share,
         batch_size=settings.eval_batch_size,
         device=device,
-        seed=seed,
+        seed=main["seed"],
         aa_limit=settings.aa_limit,
         state_dir=state_dir,
         model_name=name,

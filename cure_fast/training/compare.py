@@ -19,7 +19,7 @@ from cure_fast.errors import (
     MemoryExhaustedError,
     StoppedError,
 )
-from cure_fast.evaluation.record import main_settings, stored_record
+from cure_fast.evaluation.record import main_settings, same_settings, stored_record
 from cure_fast.files import file_hash
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import changes_to, held, is_free
@@ -219,7 +219,7 @@ def is_finished(folder: Path, config: Config) -> bool:
     epochs = [r["epoch"] for r in rows if (r["event"], r["stage"]) == ("epoch", "train")]
     return (
         max(epochs, default=0) >= config.optim.epochs
-        and all(record.get(name) == value for name, value in main_settings(config).items())
+        and same_settings(record, main_settings(config))
         and trained.get("weights") == file_hash(weights)
         and set(config.eval.networks) <= record["models"].keys()
         and all(

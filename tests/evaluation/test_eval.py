@@ -100,6 +100,21 @@ def test_other_settings_stay_out_of_the_record(
     assert attacks(written)["pgd2"]["settings"][key] == value
 
 
+def test_run_and_file_of_the_same_weights_are_attacked_alike(run: Path) -> None:
+    """The radius, step and seed of the run's evaluation are in its files of weights."""
+    words = ["--attacks", "pgd2,cw20", "--limit", "20", "--out", "alone"]
+    assert main(["eval", "run/model.safetensors", *words]) == 0
+    assert evaluate("--attacks", "pgd2,cw20") == 0
+    alone, there = results(Path("alone/results.json")), results(run / "results.json")
+    for key in ("eps", "step_size", "seed"):
+        assert alone[key] == there[key]
+    settings = [
+        [found[name]["settings"] for name in ("pgd2", "cw20")]
+        for found in (alone["models"]["model"]["attacks"], attacks(run / "results.json"))
+    ]
+    assert settings[0] == settings[1] and settings[0][0]["step_size"] == 0.1
+
+
 def test_fewer_images_stay_out_and_more_go_in(run: Path) -> None:
     before = (run / "results.json").read_bytes()
     assert evaluate("--limit", "10") == 0
