@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cure_fast.config import Config
 from cure_fast.config.arguments import EvalArgs
@@ -12,6 +15,7 @@ from cure_fast.config.values import with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.evaluation.record import (
+    check_ball,
     keep_results,
     main_settings,
     model_entry,
@@ -25,8 +29,8 @@ from cure_fast.evaluation.results import (
     new_record,
     print_results,
 )
-from cure_fast.files import file_hash, user_path, write_json
-from cure_fast.loaders import read_dataset
+from cure_fast.files import file_hash, replacing, user_path, write_json
+from cure_fast.loaders import ImageSet, read_dataset
 from cure_fast.models.building import check_takes, load_model
 from cure_fast.models.weights import read_metadata
 from cure_fast.runs.environment import choose_device
@@ -38,6 +42,43 @@ from cure_fast.training.saving import keep_last
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
 FILE_FLAGS = ("data", "model", "width", "stem", "normalize", "out")
+
+
+class Saved:
+    """The attacked images of ``--save-adversarial``, if that is given; written when all are there.
+
+    Raises:
+        InputError: for a file that could not be written, or that there is already.
+    """
+
+    def __init__(self, word: str | None) -> None:
+        self.path = None if word is None else user_path(word, "--save-adversarial")
+        self.arrays: dict[str, np.ndarray] = {}
+        if self.path is None:
+            return
+        if self.path.suffix != ".npz" or self.path.exists() or not self.path.parent.is_dir():
+            raise InputError(
+                f"--save-adversarial: expected a new file ending in .npz in a folder that exists, "
+                f"got {word}. Name another."
+            )
+
+    @property
+    def taken(self) -> Callable[[str, np.ndarray], None] | None:
+        """What takes the images of an attack; None where they are not asked for."""
+        return None if self.path is None else self._take
+
+    def _take(self, attack: str, images: np.ndarray) -> None:
+        self.arrays[f"images_{attack}"] = images
+
+    def write(self, test: ImageSet) -> None:
+        """Write images, labels [N] and places in the test set [N], of as many as an attack has."""
+        if self.path is None:
+            return
+        count = max(map(len, self.arrays.values()), default=0)
+        told = {"labels": test.labels[:count], "indices": np.arange(count)}
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **self.arrays, **told)  # pyright: ignore[reportArgumentType]
+        say(f"adversarial images: {self.path}")
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
@@ -52,9 +93,10 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             "this itself. Leave it out, or name the file, such as "
             f"{folder / 'model.safetensors'}."
         )
-    own = load_config(folder)
+    own, saved = load_config(folder), Saved(args.save_adversarial)
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
+    check_ball(vars(args), own.evaluated_norm)
     config = changed(own, args)
     check_networks(config.eval.networks, networks_in(folder))
     root = own.data.data_root if args.data_root is None else args.data_root
@@ -64,7 +106,9 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
-        measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+        device = choose_device(args.device)
+        measured, examples = measure_run(folder, config, test, device, stop, saved.taken)
+        saved.write(test)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
             print_results(measured)
@@ -101,7 +145,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
             f"{path}: expected a file of weights ({', '.join(WEIGHTS_ENDINGS)}), got another kind "
             "of file. Give that, or a run folder; a model exported as ONNX is for other programs."
         )
-    metadata = read_metadata(path)
+    saved, metadata = Saved(args.save_adversarial), read_metadata(path)
     for name in ("model", "width", "stem", "normalize"):
         if (value := getattr(args, name)) is not None:
             metadata[name] = str(value)
@@ -128,7 +172,9 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
             weights=file_hash(path),
             name=path.stem,
             stop=stop,
+            on_images=saved.taken,
         )
+    saved.write(test)
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": data},

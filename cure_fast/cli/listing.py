@@ -175,7 +175,7 @@ def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
     main, own = main_settings(config), config.eval
     others = {}
     for attack in map(parse_attack, own.attacks if own.eval_step_size is None else ()):
-        if attack.family in ("pgd", "cw"):
+        if attack.iterated:
             step = evaluation_step(main["eps"], attack.steps, size=None, share=own.eval_step_share)
             others[attack.name] = as_word(step)
     others = [

@@ -10,6 +10,7 @@ size is recorded. See :mod:`cure_fast.evaluation.trust` for what is refused and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.classifier import attack_mode
+from cure_fast.config import Norm
 from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack
 from cure_fast.config.steps import STEP_SHARE
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.evaluation.measurement import Measurement
+from cure_fast.evaluation.autoattack import NORMS
+from cure_fast.evaluation.measurement import Measurement, Round
 from cure_fast.evaluation.trust import Guard, full_precision
 
 
@@ -39,12 +42,15 @@ def evaluate(
     batch_size: int,
     device: torch.device | str,
     seed: int,
+    norm: Norm = "linf",
     step_share: float = STEP_SHARE,
+    restarts: int = 1,
     aa_limit: int | None = None,
     state_dir: Path | None = None,
     model_name: str = "model",
     stop: Callable[[], bool] | None = None,
     on_result: Callable[[AttackResult], None] | None = None,
+    on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> dict[str, AttackResult]:
     """Return the accuracy under each attack, by name and in the order asked for.
 
@@ -54,18 +60,23 @@ def evaluate(
         labels: int64 [N] in [0, num_classes).
         num_classes: number of classes, at least 2.
         attacks: names that :func:`parse_attack` takes.
-        eps: radius of the L-inf ball in pixel units, in [0, 1].
+        eps: radius of the ball in pixel units, in [0, 1] for L-inf.
         step_size: length of a step of pgdK and cwK in pixel units; None takes that of
             :func:`cure_fast.config.steps.evaluation_step`.
         batch_size: images per batch; decides only the result of aa. Halved where memory runs out.
         device: where to compute.
         seed: of all random starts, in [0, 2**63).
+        norm: the ball's, ``linf`` or ``l2``.
         step_share: length of a step as a share of eps, in [0, 2], where ``step_size`` is None.
+        restarts: random starts of pgdK, pgdK-t and cwK; an image is right that is so after all.
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
         model_name: what progress bars call the model.
         stop: asked before every pass through the model; true ends the evaluation.
         on_result: called with each result as soon as it is there.
+        on_images: called before that with the name of each attack and its images, float32
+            [N, H, W, C] in [0, 1]: those that broke the model, else the last that were tried (aa:
+            the natural ones), and the natural ones where these are classified wrongly already.
 
     Raises:
         InputError: for arguments out of range, or a state of other weights, images or settings.
@@ -76,7 +87,9 @@ def evaluate(
     specs = {text: parse_attack(text) for text in attacks}
     _check_data(images, labels)
     _check_classes(labels, num_classes)
-    _check_settings(eps, step_size, step_share, batch_size, seed, aa_limit, specs)
+    _check_settings(eps, norm, step_size, step_share, batch_size, seed, aa_limit, specs)
+    if restarts < 1:
+        raise InputError(f"restarts: expected at least 1, got {restarts}.")
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
         images=images,
@@ -84,7 +97,10 @@ def evaluate(
         device=torch.device(device),
         eps=eps,
         step_size=step_size,
+        norm=norm,
         step_share=step_share,
+        restarts=restarts,
+        keep_images=on_images is not None,
         batch_size=batch_size,
         seed=seed,
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
@@ -95,6 +111,8 @@ def evaluate(
     with _measuring(model, task.device):
         for text, spec in specs.items():
             results[text] = task.result(spec)
+            if on_images is not None and spec.family != "natural":
+                on_images(text, task.kept.pop(spec.name))
             if on_result is not None:
                 on_result(results[text])
     return results
@@ -110,6 +128,7 @@ def adversarial_examples(
     steps: int,
     device: torch.device | str,
     seed: int,
+    norm: Norm = "linf",
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return what PGD on the cross-entropy makes of a few images, as arrays for a picture.
@@ -123,7 +142,7 @@ def adversarial_examples(
     """
     spec = parse_attack(f"pgd{steps}")
     _check_data(images, labels)
-    _check_settings(eps, step_size, STEP_SHARE, 1, seed, None, {spec.name: spec})
+    _check_settings(eps, norm, step_size, STEP_SHARE, 1, seed, None, {spec.name: spec})
     task = Measurement(
         guard=Guard(model, stop=stop),
         images=images,
@@ -133,6 +152,7 @@ def adversarial_examples(
         step_size=step_size,
         batch_size=len(images),
         seed=seed,
+        norm=norm,
     )
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -141,7 +161,7 @@ def adversarial_examples(
         task.guard.at(x, indices, spec.name)
         logits = task.guard(x)
         _check_classes(labels, logits.shape[1])
-        x_adv = task.perturb(spec, x, y, indices)
+        x_adv = task.perturb(spec, x, y, indices, Round())
         after = task.guard(x_adv)
         found.append((x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), after.argmax(1)))
 
@@ -171,6 +191,7 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _check_settings(
     eps: float,
+    norm: Norm,
     step_size: float | None,
     step_share: float,
     batch_size: int,
@@ -179,12 +200,15 @@ def _check_settings(
     specs: Mapping[str, AttackSpec],
 ) -> None:
     """Raise :class:`InputError` for a setting out of range."""
-    stepping = eps > 0 and any(spec.family in ("pgd", "cw") for spec in specs.values())
-    steps_right = step_size is None or (0 <= step_size <= 1 and not (stepping and step_size == 0))
+    stepping = eps > 0 and any(spec.iterated for spec in specs.values())
+    most, box = (1, "1]") if norm == "linf" else (math.inf, "infinity)")
+    positive = step_size != 0 or not stepping
+    steps_right = step_size is None or (0 <= step_size <= most and positive)
     for name, value, right, expected in (
         ("attacks", [], len(specs) > 0, f"at least one of {', '.join(ATTACKS)}"),
-        ("eps", eps, 0 <= eps <= 1, "a number in [0, 1] in pixel units"),
-        ("step_size", step_size, steps_right, "a number in (0, 1] in pixel units"),
+        ("norm", norm, norm in NORMS, f"one of {', '.join(NORMS)}"),
+        ("eps", eps, 0 <= eps <= most, f"a number in [0, {box} in pixel units"),
+        ("step_size", step_size, steps_right, f"a number in (0, {box} in pixel units"),
         ("step_share", step_share, 0 <= step_share <= 2, "a number in [0, 2]"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("aa_limit", aa_limit, aa_limit is None or aa_limit >= 1, "at least 1"),

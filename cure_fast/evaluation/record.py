@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cure_fast.config import Config
+from cure_fast.config import AttackConfig, Config
 from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.checks import Bounds
 from cure_fast.config.steps import SHARED_FROM, evaluation_step
-from cure_fast.config.values import digest, with_values
+from cure_fast.config.values import BALL, check_norm, digest, with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult, nrr
@@ -26,9 +27,12 @@ FORMAT = 1
 # `cure-fast eval` that stands for it.
 STATED = {
     "eps": "eps",
+    "norm": "norm",
     "eval_eps": "eps",
+    "eval_norm": "norm",
     "eval_step_size": "step_size",
     "eval_step_share": "step_size",
+    "restarts": "restarts",
     "seed": "seed",
 }
 
@@ -46,20 +50,34 @@ class Kept:
 
 
 def main_settings(config: Config) -> dict[str, Any]:
-    """Return what all results of a record share: radius and step in pixel units, and the seed.
+    """Return what all results of a record share: ball, step in pixel units, restarts and seed.
 
     The step is that of 20 steps or more; attacks of fewer may have longer ones.
     """
     eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
     size, share = config.eval.eval_step_size, config.eval.eval_step_share
     step = evaluation_step(eps, SHARED_FROM, size=size, share=share)
-    return {"eps": eps, "step_size": step, "seed": config.run.seed}
+    norm, seed = config.evaluated_norm, config.run.seed
+    own = {"eps": eps, "norm": norm, "step_size": step}
+    return own | {"restarts": config.eval.restarts, "seed": seed}
 
 
 def settings_metadata(config: Config) -> dict[str, str]:
     """Return what a file of weights says of the attacks that its run is measured by."""
     values = vars(config.attack) | vars(config.eval) | vars(config.run)
     return {name: str(values[name]) for name in STATED if values[name] is not None}
+
+
+def check_ball(given: Mapping[str, Any], own: str) -> None:
+    """Raise ``InputError`` unless arguments of ``cure-fast eval`` fit the norm of the attacks.
+
+    ``own`` is the norm of the run or file.
+    """
+    if given["eps"] is None:
+        check_norm(given["norm"], own, "--norm", "--eps")
+    for name in ("eps", "step_size"):
+        if given[name] is not None and (given["norm"] or own) == "linf":
+            Bounds(0, 1).check(name, given[name])
 
 
 def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file: Path) -> Config:
@@ -71,9 +89,13 @@ def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file:
         file: the file, for messages.
     """
     told = {k: metadata[k] for k, flag in STATED.items() if k in metadata and given[flag] is None}
-    kinds = {"seed": int}
+    check_ball(given, metadata.get("eval_norm", metadata.get("norm", AttackConfig.norm)))
+    # With them, as a norm and a radius go together.
+    ball = {name: given[name] for name in BALL if given[name] is not None}
+    kinds = {"seed": int, "restarts": int, "norm": str, "eval_norm": str}
     try:
-        return with_values(Config(), {k: kinds.get(k, float)(v) for k, v in told.items()})
+        values = {k: kinds.get(k, float)(v) for k, v in told.items()}
+        return with_values(Config(), values | ball)
     except ValueError as error:
         flags = dict.fromkeys(f"--{STATED[name].replace('_', '-')}" for name in told)
         raise InputError(
@@ -86,10 +108,11 @@ def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file:
 def same_settings(record: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Return whether a record has these of :func:`main_settings`, up to rounding."""
     # Absent or null in records of earlier versions: the default was taken.
-    default = {"step_size": own["eps"] / 10, "seed": own["seed"]}
+    default = {"norm": "linf", "step_size": own["eps"] / 10, "restarts": 1, "seed": own["seed"]}
     there = default | {key: value for key, value in record.items() if value is not None}
-    return all(
-        math.isclose(there.get(key, math.nan), value, rel_tol=1e-12) for key, value in own.items()
+    lengths = [(there.pop(key, math.nan), own[key]) for key in ("eps", "step_size")]
+    return all(there.get(key) == own[key] for key in own.keys() & there.keys()) and all(
+        math.isclose(a, b, rel_tol=1e-12) for a, b in lengths
     )
 
 

@@ -233,7 +233,7 @@ def _set(config: Config, **settings: object) -> Config:
 
 def _official(config: Config) -> Config:
     config = unclamped_start(config)
-    if config.attack.eps == 8 / 255:
+    if (config.attack.norm, config.attack.eps) == ("linf", 8 / 255):
         # The code trains within 0.031 and tests within 8/255.
         config = replace(
             config,

@@ -71,6 +71,7 @@ def attack(run: Run, batch: Batch) -> Tensor:
         batch.x.repeat_interleave(2, dim=0),
         eps=config.eps,
         start=config.start,
+        norm=config.norm,
         clamp_start=config.clamp_start or steps == 0,
         generator=run.generators["attack"],
     )
@@ -91,6 +92,7 @@ def attack(run: Run, batch: Batch) -> Tensor:
                     chosen(grads, which),
                     eps=config.eps,
                     step_size=config.step_length,
+                    norm=config.norm,
                 )
                 for which in ends
             )

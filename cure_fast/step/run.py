@@ -174,7 +174,7 @@ class Run:
         """
         attack = self.config.attack
         configured: dict[str, Any] = {
-            **{name: getattr(attack, name) for name in ("eps", "start", "clamp_start")},
+            **{name: getattr(attack, name) for name in ("eps", "norm", "start", "clamp_start")},
             "step_size": attack.step_length,
             "steps": self.attack_steps,
             "generator": self.generators["attack"],

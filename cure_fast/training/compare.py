@@ -30,7 +30,7 @@ from cure_fast.training.stages import new_model
 from cure_fast.training.teachers import sources
 
 # Fields that decide what is measured, in which all that is compared is equal.
-MEASURED = ("attacks", "limit", "aa_limit", "eval_batch_size")
+MEASURED = ("attacks", "restarts", "limit", "aa_limit", "eval_batch_size")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,9 @@ def other_measure(first: Config, second: Config) -> list[str]:
     found = ["data"] * (first.data.data != second.data.data)
     found += [name for name in MEASURED if getattr(first.eval, name) != getattr(second.eval, name)]
     ours, theirs = main_settings(first), main_settings(second)
-    return found + [f"eval_{name}" for name in ("eps", "step_size") if ours[name] != theirs[name]]
+    return found + [
+        f"eval_{name}" for name in ("eps", "norm", "step_size") if ours[name] != theirs[name]
+    ]
 
 
 def counts_asked(config: Config, test_images: int) -> dict[str, int]:

@@ -289,6 +289,7 @@ def validate(
             num_classes=len(val.classes),
             attacks=["natural", *([robust] if robust else []), *(["fgsm"] if one_step else [])],
             eps=attack.eps,
+            norm=attack.norm,
             step_size=min(step, attack.eps / 4) if one_step else step,
             batch_size=run.config.eval.eval_batch_size,
             device=run.device,

@@ -143,7 +143,8 @@ def _look(run: TrainState, batch: Batch) -> Seen:
         return cross_entropy(logits, y).sum()
 
     with attack_mode(run.model, "eval"):
-        one = pgd(run.model, x, objective, eps=eps, step_size=eps, steps=1, start="zero")
+        ball: dict[str, Any] = {"eps": eps, "norm": run.config.attack.norm}
+        one = pgd(run.model, x, objective, **ball, step_size=eps, steps=1, start="zero")
         with torch.no_grad():
             attacked, stepped = run.model(x_adv), run.model(one)
     natural, robust, fgsm = (
