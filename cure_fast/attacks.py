@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.kernels import pgd_step_
-from cure_fast.kernels.pgd import NORMAL_START
+from cure_fast.kernels.pgd import NORMAL_START, SMALLEST_NORM, Norm
 
 Start = Literal["normal", "uniform", "zero"]
 
@@ -19,6 +19,7 @@ def start_point(
     *,
     eps: float | Tensor,
     start: Start | Tensor,
+    norm: Norm = "linf",
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -26,30 +27,42 @@ def start_point(
 
     Args:
         x: images [N, C, H, W] in [0, 1].
-        eps: radius of the L-inf ball in pixel units; a number, or one per image [N].
+        eps: radius of the ball in pixel units; a number, or one per image [N].
         start: ``normal`` adds 0.001 times a standard normal, ``uniform`` draws from the ball,
             ``zero`` adds nothing; a tensor shaped as ``x`` is the perturbation itself.
+        norm: the ball's, ``linf`` or ``l2``.
         clamp_start: whether the result is clamped to [0, 1].
         generator: source of the noise, on the device of ``x``; None takes torch's default.
     """
+    radius = eps.to(x).view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
     if isinstance(start, Tensor):
         noise = start.clone()
     elif start == "zero":
         return x.detach().clone(memory_format=torch.preserve_format)
     elif start == "normal":
         noise = torch.empty_like(x).normal_(0, NORMAL_START, generator=generator)
-    elif isinstance(eps, Tensor):
+    elif norm == "l2":
+        noise = torch.empty_like(x).normal_(generator=generator)
+        share = torch.empty_like(x[:, :1, :1, :1]).uniform_(generator=generator)
+        noise *= radius * share ** (1 / x[0].numel()) / lengths(noise)
+    elif isinstance(radius, Tensor):
         noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
-        noise *= eps.view(-1, 1, 1, 1)
+        noise *= radius
     else:
-        noise = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
-    if isinstance(eps, Tensor):
-        radius = eps.to(noise).view(-1, 1, 1, 1)
+        noise = torch.empty_like(x).uniform_(-radius, radius, generator=generator)
+    if norm == "l2":
+        noise *= (radius / lengths(noise)).clamp(max=1)
+    elif isinstance(radius, Tensor):
         noise.clamp_(-radius, radius)
     else:
-        noise.clamp_(-eps, eps)
+        noise.clamp_(-radius, radius)
     moved = noise.add_(x.detach())
     return moved.clamp_(0, 1) if clamp_start else moved
+
+
+def lengths(noise: Tensor) -> Tensor:
+    """Return the L2 norm of each image's perturbation, [N, 1, 1, 1], above 0."""
+    return noise.flatten(1).norm(dim=1).clamp(min=SMALLEST_NORM).view(-1, 1, 1, 1)
 
 
 def pgd(
@@ -60,6 +73,7 @@ def pgd(
     eps: float | Tensor,
     step_size: float | Tensor,
     steps: int,
+    norm: Norm = "linf",
     start: Start | Tensor = "uniform",
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
@@ -79,11 +93,12 @@ def pgd(
         objective: from logits [N, K] to a scalar, summed over the batch: a mean would scale the
             gradients down by N, below what half precision can hold. It sees each iterate once, the
             start first, so it may count, or change a tensor of step lengths for the step to come.
-        eps: radius of the L-inf ball in pixel units; a number, or one per image [N].
+        eps: radius of the ball in pixel units; a number, or one per image [N].
         step_size: length of one step in pixel units; as ``eps``.
         before: changes the iterate [N, C, H, W] before each forward pass.
         after: changes it after each step; the result is projected once more.
         steps: number of steps; 0 returns the start.
+        norm: the ball's; ``linf`` steps along the gradient's sign, ``l2`` along the gradient.
         start: first perturbation; see :func:`start_point`.
         clamp_start: whether the first gradient too is taken inside [0, 1].
         generator: source of the start's noise.
@@ -92,6 +107,7 @@ def pgd(
         x,
         eps=eps,
         start=start,
+        norm=norm,
         clamp_start=clamp_start or steps == 0,
         generator=generator,
     )
@@ -101,7 +117,8 @@ def pgd(
         with torch.enable_grad():
             leaf = x_adv.requires_grad_()
             (grad,) = torch.autograd.grad(objective(model(leaf)), leaf)
-        x_adv = pgd_step_(leaf.detach(), x, grad, step_size=step_size, eps=eps)
+        x_adv = pgd_step_(leaf.detach(), x, grad, step_size=step_size, eps=eps, norm=norm)
         if after is not None:
-            x_adv = pgd_step_(after(x_adv), x, torch.zeros_like(x), step_size=0.0, eps=eps)
+            none = torch.zeros_like(x)
+            x_adv = pgd_step_(after(x_adv), x, none, step_size=0.0, eps=eps, norm=norm)
     return x_adv

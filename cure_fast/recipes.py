@@ -27,6 +27,9 @@ from cure_fast.methods.cure import CureSettings
 from cure_fast.models import MODELS
 from cure_fast.step.method import PaperRow
 
+# The compared codes test CIFAR with steps of 0.003 within 8/255.
+PUBLIC_STEP = 0.003 / (8 / 255)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -44,7 +47,7 @@ QUICKSTART = Recipe(
         data=DataConfig(data="digits", val_images=150, crop_padding=1, flip=False),
         model=ModelConfig(model="resnet-small", width=16),
         pretrain=PretrainConfig(pretrain_epochs=15, pretrain_lr=0.1, pretrain_schedule="onecycle"),
-        attack=AttackConfig(eps=0.15, step_size=0.0375, attack_steps=10),
+        attack=AttackConfig(eps=0.15, attack_steps=10),
         optim=OptimConfig(epochs=20, batch_size=64, lr=0.1, schedule="onecycle"),
         eval=EvalConfig(attacks=("natural", "pgd20", "cw20", "aa"), aa_limit=100),
     ),
@@ -78,7 +81,7 @@ FAST = Recipe(
         eval=EvalConfig(
             attacks=("natural", "pgd20", "cw20", "aa"),
             aa_limit=1000,
-            eval_step_size=0.003,
+            eval_step_share=PUBLIC_STEP,
             networks=("revision",),
             val_every=10,
         ),
@@ -112,7 +115,7 @@ SMALL = Recipe(
             attacks=("natural", "pgd20", "cw20", "aa"),
             limit=1000,
             aa_limit=100,
-            eval_step_size=0.003,
+            eval_step_share=PUBLIC_STEP,
             val_attack_steps=7,
         ),
     ),
@@ -137,7 +140,9 @@ def published_recipe(name: str) -> Recipe | None:
             name=name,
             data=DataConfig(data=data),
             model=ModelConfig(model=model),
-            eval=EvalConfig(attacks=("natural", "pgd20", "cw20", "aa"), eval_step_size=0.003),
+            eval=EvalConfig(
+                attacks=("natural", "pgd20", "cw20", "aa"), eval_step_share=PUBLIC_STEP
+            ),
         )
         config = select_method(config, method.name)
         if found := set_up_of(config):

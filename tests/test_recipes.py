@@ -62,7 +62,7 @@ def test_it_differs_from_the_papers_recipe_in_nothing_else() -> None:
     assert replace(fast.settings, revision_decay=0.999) == paper.settings
     assert (fast.eval.networks, paper.eval.networks) == (("revision",), ())
     assert fast.eval.attacks == paper.eval.attacks and fast.eval.aa_limit == 1000
-    assert fast.eval.eval_step_size == paper.eval.eval_step_size
+    assert fast.eval.eval_step_share == paper.eval.eval_step_share
     for part, name in (("eval", "val_every"), ("run", "checkpoint_every")):
         every = getattr(getattr(fast, part), name)
         assert fast.optim.epochs % every == 0 and every > 1

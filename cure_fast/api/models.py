@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.api.answers import Results
-from cure_fast.cli.evaluate import stated_eps
-from cure_fast.config.checks import shown
+from cure_fast.config import Norm
+from cure_fast.config.arguments import EvalArgs
+from cure_fast.config.checks import check, shown
 from cure_fast.errors import InputError
 from cure_fast.evaluation.evaluate import adversarial_images
 from cure_fast.evaluation.evaluate import evaluate as measure
-from cure_fast.evaluation.record import main_settings, model_entry
+from cure_fast.evaluation.record import main_settings, model_entry, stated_settings
 from cure_fast.evaluation.trust import trust_warnings
 from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_metadata
@@ -56,7 +57,9 @@ def evaluate(
     *,
     attacks: Sequence[str] = ("natural", "pgd20"),
     eps: float | None = None,
+    norm: Norm | None = None,
     step_size: float | None = None,
+    restarts: int = 1,
     batch_size: int = 256,
     aa_limit: int | None = None,
     seed: int = 0,
@@ -69,10 +72,14 @@ def evaluate(
             the GPU where there is one.
         images: floats in [0, 1], [N, C, H, W], or uint8 [N, H, W, C]; C is 1 or 3.
         labels: whole numbers [N] from 0 to K - 1.
-        attacks: ``natural``, ``fgsm``, ``pgdK``, ``cwK`` (K steps), ``aa`` (AutoAttack).
-        eps: radius of the L-inf ball in pixel units of [0, 1]; None takes that of the run or file,
-            and 8/255 for a module.
+        attacks: ``natural``, ``fgsm``, ``pgdK``, ``pgdK-t`` (targeted), ``cwK`` (K steps), ``aa``
+            (AutoAttack).
+        eps: radius of the ball in pixel units of [0, 1]; None takes that of the run or file, and
+            8/255 for a module.
+        norm: ``linf`` or ``l2``, which needs ``eps``; None takes that of the run or file, and linf
+            for a module.
         step_size: length of a step of ``pgdK`` and ``cwK``; None follows ``eps``.
+        restarts: random starts of ``pgdK`` and ``cwK``; an image is right that is so after all.
         batch_size: images per batch; changes the time, not the result, but for ``aa``.
         aa_limit: images for ``aa`` alone, the first ones; None takes all.
         seed: of the attacks' random starts.
@@ -83,18 +90,23 @@ def evaluate(
     """
     if isinstance(attacks, str):
         attacks = attacks.split(",")
-    if eps is None:
-        eps = EPS if isinstance(model, nn.Module) else _own_eps(Path(model))
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        own = {"norm": "linf", "eps": EPS}
+    else:
+        own = _own_ball(Path(model))
         model = load(model).to(choose_device("auto"))
+    if norm is not None and norm != own["norm"]:
+        check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
     results = measure(
         model,
         _images(images),
         _labels(labels),
         num_classes=None,
         attacks=attacks,
-        eps=eps,
+        eps=own["eps"] if eps is None else eps,
+        norm=own["norm"] if norm is None else norm,
         step_size=step_size,
+        restarts=restarts,
         batch_size=batch_size,
         device=_device(model),
         seed=seed,
@@ -113,6 +125,7 @@ def attack(
     *,
     attack: str = "pgd20",
     eps: float = EPS,
+    norm: Norm = "linf",
     step_size: float | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -126,7 +139,8 @@ def attack(
         x: images, as for :func:`evaluate`.
         y: labels, as for :func:`evaluate`.
         attack: ``fgsm``, ``pgdK`` or ``cwK``.
-        eps: radius of the L-inf ball in pixel units of [0, 1].
+        eps: radius of the ball in pixel units of [0, 1]; the usual one is linf's.
+        norm: ``linf`` or ``l2``.
         step_size: as for :func:`evaluate`.
         batch_size: images per batch; changes the time, not the result.
         seed: of the random starts.
@@ -143,6 +157,7 @@ def attack(
         _labels(y),
         attack=attack,
         eps=eps,
+        norm=norm,
         step_size=step_size,
         batch_size=batch_size,
         device=_device(model),
@@ -150,11 +165,15 @@ def attack(
     )
 
 
-def _own_eps(source: Path) -> float:
-    """Return the radius that a run is evaluated with, or that a file was trained with."""
+def _own_ball(source: Path) -> dict[str, Any]:
+    """Return norm and radius that a run is evaluated with, or that a file was trained with."""
     if source.is_dir():
-        return main_settings(load_config(source))["eps"]
-    return stated_eps(source, read_metadata(source))
+        config = load_config(source)
+    else:
+        given = dict.fromkeys(vars(EvalArgs()))
+        config = stated_settings(read_metadata(source), given, source)
+    found = main_settings(config)
+    return {name: found[name] for name in ("norm", "eps")}
 
 
 def _images(images: Any) -> Tensor:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cure_fast.config import EvalConfig
+import numpy as np
+
+from cure_fast.config import Config, EvalConfig
 from cure_fast.config.arguments import EvalArgs
+from cure_fast.config.values import with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError
-from cure_fast.evaluation.record import keep_results, model_entry
+from cure_fast.evaluation.record import (
+    check_ball,
+    keep_results,
+    main_settings,
+    model_entry,
+    stated_settings,
+)
 from cure_fast.evaluation.results import (
     attack_model,
     check_networks,
@@ -20,7 +29,7 @@ from cure_fast.evaluation.results import (
     new_record,
     print_results,
 )
-from cure_fast.files import file_hash, user_path, write_json
+from cure_fast.files import file_hash, replacing, user_path, write_json
 from cure_fast.loaders import ImageSet, names_code, read_dataset
 from cure_fast.models import ImageClassifier
 from cure_fast.models.building import check_takes, load_model
@@ -37,6 +46,43 @@ WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out")
 
 
+class Saved:
+    """The attacked images of ``--save-adversarial``, if that is given; written when all are there.
+
+    Raises:
+        InputError: for a file that could not be written, or that there is already.
+    """
+
+    def __init__(self, word: str | None) -> None:
+        self.path = None if word is None else user_path(word, "--save-adversarial")
+        self.arrays: dict[str, np.ndarray] = {}
+        if self.path is None:
+            return
+        if self.path.suffix != ".npz" or self.path.exists() or not self.path.parent.is_dir():
+            raise InputError(
+                f"--save-adversarial: expected a new file ending in .npz in a folder that exists, "
+                f"got {word}. Name another."
+            )
+
+    @property
+    def taken(self) -> Callable[[str, np.ndarray], None] | None:
+        """What takes the images of an attack; None where they are not asked for."""
+        return None if self.path is None else self._take
+
+    def _take(self, attack: str, images: np.ndarray) -> None:
+        self.arrays[f"images_{attack}"] = images
+
+    def write(self, test: ImageSet) -> None:
+        """Write images, labels [N] and places in the test set [N], of as many as an attack has."""
+        if self.path is None:
+            return
+        count = max(map(len, self.arrays.values()), default=0)
+        told = {"labels": test.labels[:count], "indices": np.arange(count)}
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **self.arrays, **told)  # pyright: ignore[reportArgumentType]
+        say(f"adversarial images: {self.path}")
+
+
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     """Attack the models of a run; its record and report change only where they get no worse.
 
@@ -49,11 +95,11 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             "this itself. Leave it out, or name the file, such as "
             f"{folder / 'model.safetensors'}."
         )
-    own = load_config(folder)
+    own, saved = load_config(folder), Saved(args.save_adversarial)
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
-    seed = own.run.seed if args.seed is None else args.seed
-    config = replace(own, eval=changed(own.eval, args), run=replace(own.run, seed=seed))
+    check_ball(vars(args), own.evaluated_norm)
+    config = changed(own, args)
     check_networks(config.eval.networks, networks_in(folder))
     root = own.data.data_root if args.data_root is None else args.data_root
     place, size = user_path(root, "--data-root"), own.data.image_size
@@ -63,9 +109,11 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
+        device = choose_device(args.device)
         model = load_model(folder / "model.safetensors", trusted=own.model.model)
         with threads(threads_asked(args, model, test, config.eval)):
-            measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+            measured, examples = measure_run(folder, config, test, device, stop, saved.taken)
+        saved.write(test)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
             print_results(measured)
@@ -83,11 +131,11 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             say(f"unchanged: {folder / 'results.json'}")
 
 
-def changed(settings: EvalConfig, args: EvalArgs) -> EvalConfig:
-    """Return the settings of an evaluation with what the arguments say."""
-    given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(settings)}
-    told: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    return replace(settings, **{k: None if v == "all" else v for k, v in told.items()})
+def changed(config: Config, args: EvalArgs) -> Config:
+    """Return the configuration of an evaluation with what the arguments say."""
+    given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(config.eval)}
+    told: dict[str, Any] = {k: v for k, v in {**given, "seed": args.seed}.items() if v is not None}
+    return with_values(config, {k: None if v == "all" else v for k, v in told.items()})
 
 
 def threads_asked(
@@ -103,19 +151,6 @@ def threads_asked(
     )
 
 
-def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
-    """Return the radius that a file of weights says it was trained with, in pixel units."""
-    try:
-        eps = float(metadata.get("eps", 8 / 255))
-    except ValueError:
-        eps = -1.0
-    if not 0 <= eps <= 1:
-        raise InputError(
-            f"{path}: expected its eps to be from 0 to 1, got {metadata['eps']!r}. Give --eps."
-        )
-    return eps
-
-
 def evaluate_file(path: Path, args: EvalArgs) -> None:
     """Attack the network in a file of weights."""
     if not path.exists():
@@ -128,7 +163,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
             f"{path}: expected a file of weights ({', '.join(WEIGHTS_ENDINGS)}), got another kind "
             "of file. Give that, or a run folder; a model exported as ONNX is for other programs."
         )
-    metadata = read_metadata(path)
+    saved, metadata = Saved(args.save_adversarial), read_metadata(path)
     for name in ("model", "width", "stem", "normalize"):
         if (value := getattr(args, name)) is not None:
             metadata[name] = str(value)
@@ -149,33 +184,29 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     metadata.setdefault("image_size", str(test.image_size))
     model = load_model(path, metadata, trusted=args.model)
     check_takes(model, test.image_size, str(path))
-    eps = args.eps if args.eps is not None else stated_eps(path, metadata)
-    settings = changed(EvalConfig(eval_step_size=eps / 10), args)
-    seed = args.seed or 0
+    config = changed(stated_settings(metadata, vars(args), path), args)
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
-        with threads(threads_asked(args, model, test, settings)):
+        with threads(threads_asked(args, model, test, config.eval)):
             attacks = attack_model(
                 model.to(device),
                 test,
-                settings,
-                eps=eps,
+                config,
                 device=device,
-                seed=seed,
                 state_dir=None if out is None else out / "evaluation",
                 weights=file_hash(path),
                 name=path.stem,
                 stop=stop,
+                on_images=saved.taken,
             )
+    saved.write(test)
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": data},
         test,
         {path.stem: model_entry(path.name, attacks)},
-        eps=eps,
-        step_size=settings.eval_step_size,
-        seed=seed,
+        **main_settings(config),
     )
     print_results(results)
     if out is not None:

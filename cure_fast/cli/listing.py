@@ -10,8 +10,9 @@ from importlib import resources
 from typing import Any, Literal, get_args, get_origin
 
 from cure_fast.config import Config
-from cure_fast.config.attack_names import ATTACKS
+from cure_fast.config.attack_names import ATTACKS, parse_attack
 from cure_fast.config.checks import as_word, field_types, find
+from cure_fast.config.steps import evaluation_step
 from cure_fast.config.values import sections
 from cure_fast.loaders import DATASETS
 from cure_fast.methods import METHODS, find_method, paper_row, select_method, set_up_of
@@ -210,6 +211,29 @@ def published(method: Method) -> str:
     return told if place == USUAL_ROW else f"{told} ({where})"
 
 
+def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
+    """Return what stands for None in the settings of the attacks, and why, by field."""
+    from cure_fast.evaluation.record import main_settings
+
+    main, own = main_settings(config), config.eval
+    others = {}
+    for attack in map(parse_attack, own.attacks if own.eval_step_size is None else ()):
+        if attack.iterated:
+            step = evaluation_step(main["eps"], attack.steps, size=None, share=own.eval_step_share)
+            others[attack.name] = as_word(step)
+    others = [
+        f"{name} {step}" for name, step in others.items() if step != as_word(main["step_size"])
+    ]
+    return {
+        "step_size": (config.attack.step_length, "[--step-share of --eps]"),
+        "eval_eps": (main["eps"], "[--eps]"),
+        "eval_step_size": (
+            main["step_size"],
+            ", ".join(["[--eval-step-share of the radius]", *others]),
+        ),
+    }
+
+
 def print_config(config: Config, base: Config, published: bool) -> None:
     """Print every field's flag, its value, where that is from if not the default, and choices.
 
@@ -225,6 +249,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
     for name in config.policies:
         print(f"policy: {name} ({find_policy(name).title})")
     official = set_up_of(config) if published else None
+    resolved = attacks_used(config)
     plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():
         if vars(part):
@@ -243,5 +268,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
                 told = f"[{official.source}] {told}"
             elif value != usual:
                 told = f"[recipe] {told}"
+            if value is None and name in resolved:
+                value, told = resolved[name]
             print(f"  {flag:<26} {as_word(value):<22} {told}".rstrip())
     print("\nWhat names no source is the default.")

@@ -13,6 +13,14 @@ from typing import Annotated, ClassVar, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
+from cure_fast.config.steps import STEP_SHARE
+
+# The ball of an attack: what bounds its change of an image.
+Norm = Literal["linf", "l2"]
+# Of an L2 ball; those of L-inf end at 1, where each pixel may be anything.
+Radius = Annotated[float, Bounds(0, 1000)]
+# Two radii cross the ball.
+StepShare = Annotated[float, Bounds(0, 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +101,18 @@ class PretrainConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(Checked):
-    """The L-inf attack inside each training step."""
+    """The attack inside each training step."""
 
-    eps: Share = 8 / 255
-    """Radius of the L-inf ball in pixel units, 0 to 1; a decimal or a fraction such as 8/255."""
-    step_size: Share = 2 / 255
-    """Length of one attack step in pixel units, 0 to 1."""
+    eps: Radius = 8 / 255
+    """Radius of the ball in pixel units, 0 to 1, with --norm l2 to 1000; a decimal or a fraction
+    such as 8/255."""
+    norm: Norm = "linf"
+    """The ball: each pixel changes by at most --eps (linf), or the square root of the sum of all
+    squared changes of an image is at most --eps (l2), which then has to be given."""
+    step_size: Radius | None = None
+    """Length of one attack step in pixel units, as --eps; None takes --step-share of --eps."""
+    step_share: StepShare = 0.25
+    """Length of one attack step as a share of --eps, 0 to 2, where --step-size gives none."""
     attack_steps: Annotated[int, Bounds(0, 1000)] = 10
     """Number of attack steps, 0 to 1000."""
     start: Literal["normal", "uniform", "zero"] = "normal"
@@ -111,6 +125,18 @@ class AttackConfig(Checked):
     attack_ramp: Share = 0.0
     """Share of the run, 0 to 1, over which the attack grows from one step to attack_steps; 0 takes
     all steps from the start. Above 0 early training is faster, against a weaker attack."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm == "linf":
+            for name in ("eps", "step_size"):
+                if (value := getattr(self, name)) is not None:
+                    Bounds(0, 1).check(name, value)
+
+    @property
+    def step_length(self) -> float:
+        """Length of one attack step in pixel units: as given, else the share of the radius."""
+        return self.eps * self.step_share if self.step_size is None else self.step_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +210,19 @@ class EvalConfig(Checked):
     """Validation after each epoch and the attacks on the finished model."""
 
     attacks: tuple[str, ...] = ("natural", "pgd20", "cw20")
-    """Attacks on the test images: natural, pgdK, cwK (K steps), aa (AutoAttack standard)."""
-    eval_eps: Share | None = None
-    """Radius of these attacks in pixel units, 0 to 1; None takes --eps."""
-    eval_step_size: Share | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; None takes a tenth of the radius, which for
-    8/255 is within 5 % of the 0.003 that the compared codes use."""
+    """Attacks on the test images: natural, fgsm, pgdK, cwK (K steps), pgdK-t (targeted), aa
+    (AutoAttack standard)."""
+    eval_eps: Radius | None = None
+    """Radius of these attacks in pixel units, 0 to 1, in L2 to 1000; None takes --eps."""
+    eval_norm: Norm | None = None
+    """Ball of these attacks, linf or l2; None takes --norm. Another one needs --eval-eps."""
+    eval_step_size: Radius | None = None
+    """Step of pgdK and cwK in pixel units, as the radius; None takes --eval-step-share of it."""
+    eval_step_share: StepShare = STEP_SHARE
+    """Step of pgdK and cwK as a share of the radius, 0 to 2, where --eval-step-size gives none; for
+    K below 20 it is at least 2.5/K, so that the steps cross the ball."""
+    restarts: Count = 1
+    """Random starts of pgdK, pgdK-t and cwK, 1 or more; an image is right that is so after all."""
     limit: Count | None = None
     """Test images to use, the first ones, 1 or more; None takes all."""
     aa_limit: Count | None = None
@@ -293,3 +326,14 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.evaluated_norm == "linf":
+            for name in ("eval_eps", "eval_step_size"):
+                if (value := getattr(self.eval, name)) is not None:
+                    Bounds(0, 1).check(name, value)
+
+    @property
+    def evaluated_norm(self) -> Norm:
+        """The ball of the attacks on the finished model."""
+        return self.eval.eval_norm or self.attack.norm

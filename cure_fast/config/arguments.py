@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cure_fast.config.checks import Bounds, Checked, Count, Share, Whole
+from cure_fast.config import Norm, Radius
+from cure_fast.config.checks import Bounds, Checked, Count, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,16 +17,23 @@ class EvalArgs(Checked):
     """
 
     attacks: tuple[str, ...] | None = None
-    """Attacks: natural, fgsm, pgdK, cwK (K steps), aa (AutoAttack standard); for a file
-    natural,pgd20,cw20."""
+    """Attacks: natural, fgsm, pgdK, cwK (K steps), pgdK-t (targeted), aa (AutoAttack standard); for
+    a file natural,pgd20,cw20."""
+    restarts: Count | None = None
+    """Random starts of pgdK, pgdK-t and cwK, 1 or more; an image is right that is so after all."""
     limit: Count | Literal["all"] | None = None
     """Test images to use, the first ones, 1 or more, or the word all; for a file all."""
     aa_limit: Count | Literal["all"] | None = None
     """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
-    eps: Share | None = None
-    """Radius in pixel units of [0, 1], such as 8/255, which a file has that says none."""
-    step_size: Share | None = None
-    """Step of pgdK and cwK in pixel units of [0, 1]; for a file a tenth of eps."""
+    eps: Radius | None = None
+    """Radius in pixel units, such as 8/255, which a file has that says none; 0 to 1, in L2 to
+    1000."""
+    norm: Norm | None = None
+    """The ball: what bounds the change of each pixel (linf), or the length of an image's whole
+    change (l2). Another than the run's or file's own needs --eps with it."""
+    step_size: Radius | None = None
+    """Step of pgdK and cwK in pixel units, as --eps; else a share of eps, for a file that says none
+    a tenth, and for K below 20 at least 2.5/K."""
     batch_size: Annotated[int, Bounds(1, 1_000_000)] | None = None
     """Images per batch; changes the time, not the result, but for aa, which draws its random starts
     per batch; for a file 256."""
@@ -35,9 +43,12 @@ class EvalArgs(Checked):
     """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
     else what is quickest in a second's trial at the start."""
     seed: Whole | None = None
-    """Seed of the attacks' random starts, 0 or more; for a file 0."""
+    """Seed of the attacks' random starts, 0 or more; for a file that says none 0."""
     data_root: str | None = None
     """Folder that holds the data sets; for a file data."""
+    save_adversarial: str | None = None
+    """File ending in .npz for the attacked images, float32 in [0, 1]: images_ATTACK for each
+    attack, with labels and indices (places in the test set). Of a run it has the result's."""
     networks: tuple[str, ...] | None = None
     """For a run alone: further networks to attack beside its result, such as raw or revision."""
     evaluate: tuple[Literal["best", "last"], ...] | None = None

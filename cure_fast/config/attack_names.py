@@ -14,6 +14,7 @@ ATTACKS = {
     "natural": "no attack",
     "fgsm": "one step of length eps along the sign of the gradient of the cross-entropy",
     "pgdK": "K steps (1 to 1000) on the cross-entropy, uniform start, last iterate",
+    "pgdK-t": "K steps on the logit of each of the up to 9 likeliest other classes less the true's",
     "cwK": "K steps (1 to 1000) on the margin loss (Carlini, Wagner), uniform start, last iterate",
     "aa": "AutoAttack, version standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square",
 }
@@ -24,16 +25,23 @@ class AttackSpec:
     """An attack by name, as the user writes it, with its number of gradient steps if it has one."""
 
     name: str
-    family: Literal["natural", "fgsm", "pgd", "cw", "aa"]
+    family: Literal["natural", "fgsm", "pgd", "pgd-t", "cw", "aa"]
     steps: int = 0
+
+    @property
+    def iterated(self) -> bool:
+        """Whether it has a random start, and steps of a length that can be chosen."""
+        return self.family in ("pgd", "pgd-t", "cw")
 
 
 def parse_attack(text: str) -> AttackSpec:
     """Return the attack that ``text`` names; raise ``InputError`` with the valid forms if none."""
     if text in ("natural", "fgsm", "aa"):
         return AttackSpec(text, text, 1 if text == "fgsm" else 0)
-    if found := re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,2}|1000)", text):
-        return AttackSpec(text, "pgd" if found[1] == "pgd" else "cw", int(found[2]))
+    found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,2}|1000)(-t)?", text)
+    if found and (found[1] == "pgd" or not found[3]):
+        family = "cw" if found[1] == "cw" else "pgd-t" if found[3] else "pgd"
+        return AttackSpec(text, family, int(found[2]))
     examples = ("natural", "fgsm", "pgd20", "cw20", "aa")
     raise InputError(
         f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to 1000 (such as pgd20), "

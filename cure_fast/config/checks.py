@@ -198,6 +198,11 @@ def format_pixel(value: float) -> str:
     return f"{whole}/255" if whole and abs(steps - whole) < 1e-9 else f"{value:g}"
 
 
+def format_radius(eps: float, norm: str) -> str:
+    """Return the radius of a ball as results write it: ``eps 8/255``, or ``eps 0.5 in L2``."""
+    return f"eps {format_pixel(eps)}{' in L2' if norm == 'l2' else ''}"
+
+
 def as_word(value: object) -> str:
     """Return a value as a command line takes it; floats of many decimals as fractions of 255."""
     if isinstance(value, tuple):

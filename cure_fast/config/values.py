@@ -15,6 +15,9 @@ from cure_fast.errors import InputError
 
 T = TypeVar("T")
 
+# Fields of the training attack that an evaluation's radius is for.
+BALL = ("eps", "norm")
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the dataclass as nested plain dicts, lists, strings and numbers (JSON types)."""
@@ -30,8 +33,17 @@ def sections(config: Any) -> dict[str, Any]:
 def with_values(config: T, values: Mapping[str, Any]) -> T:
     """Return a configuration with other values of fields, which are unique among its sections.
 
-    Fields that it does not have are left alone.
+    Fields that it does not have are left alone. An evaluation is within another --eps too, unless
+    its own radius is given with it. Another norm without a radius raises :class:`InputError`.
     """
+    attack = config.attack  # pyright: ignore[reportAttributeAccessIssue]
+    if "eps" not in values:
+        check_norm(values.get("norm"), attack.norm, "--norm", "--eps")
+    if "eval_eps" not in values:
+        norm = values.get("norm", config.evaluated_norm)  # pyright: ignore[reportAttributeAccessIssue]
+        check_norm(values.get("eval_norm"), norm, "--eval-norm", "--eval-eps")
+    if any(values.get(name, getattr(attack, name)) != getattr(attack, name) for name in BALL):
+        values = {"eval_eps": None, **values}
     changes: dict[str, Any] = {}
     policies = dict(config.policies)  # pyright: ignore[reportAttributeAccessIssue]
     for name, part in sections(config).items():
@@ -39,6 +51,15 @@ def with_values(config: T, values: Mapping[str, Any]) -> T:
         if taken:
             (policies if name in policies else changes)[name] = dataclasses.replace(part, **taken)
     return dataclasses.replace(config, **changes, policies=policies)  # pyright: ignore[reportArgumentType]
+
+
+def check_norm(wanted: str | None, own: str, flag: str, radius: str) -> None:
+    """Raise ``InputError`` for another norm than a configuration's own, without a radius in it."""
+    if wanted not in (None, own):
+        raise InputError(
+            f"{flag} {wanted}: expected {radius} with it, as the radius so far is one in {own}. "
+            f"Usual for CIFAR-10 are {radius} 8/255 in linf and {radius} 0.5 in l2."
+        )
 
 
 def digest(values: Mapping[str, Any]) -> str:

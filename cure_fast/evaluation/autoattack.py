@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, ICML 2020), version standard, L-inf, through pyautoattack 0.2.0.
+"""AutoAttack (Croce and Hein, ICML 2020), version standard, through pyautoattack 0.2.0.
 
 The ensemble runs one attack and one batch at a time on the images that are still robust, which is
 what pyautoattack does inside, with the same settings and the same seed for every batch: the result
@@ -21,14 +21,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cure_fast.config import Norm
 from cure_fast.evaluation.trust import Guard, check_perturbation
 from cure_fast.progress import track
 
+# How pyautoattack, and with it results, write the norms.
+NORMS: dict[Norm, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGET_CLASSES = 9
 ITERATIONS = 100
@@ -51,7 +54,7 @@ class Outcome:
 
 
 def autoattack_settings(
-    *, eps: float, num_classes: int, batch_size: int, seed: int
+    *, eps: float, norm: Norm = "linf", num_classes: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """Return all that decides the result besides model and images, as JSON types.
 
@@ -59,7 +62,7 @@ def autoattack_settings(
     """
     return {
         "eps": eps,
-        "norm": "Linf",
+        "norm": NORMS[norm],
         "version": "standard" if num_classes >= DLR_CLASSES else "not standard",
         "attacks": [a for a in STANDARD if a != "apgd-t" or num_classes >= DLR_CLASSES],
         "target_classes": min(TARGET_CLASSES, num_classes - 1),
@@ -80,17 +83,19 @@ def run_autoattack(
     settings: dict[str, Any],
     progress: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda progress: None,
+    broke: Callable[[Tensor, Tensor], None] = lambda indices, x_adv: None,
     title: str = "aa",
 ) -> Outcome:
     """Run the attacks of :func:`autoattack_settings` on the images that are naturally right.
 
     ``load`` takes indices [n] to images [n, C, H, W] in [0, 1] and labels [n], and ``correct`` says
     which natural images are right, bool [N]. After every batch ``save`` receives a JSON-like
-    mapping, and an interrupted call goes on from the last of them, given as ``progress``.
+    mapping, and an interrupted call goes on from the last of them, given as ``progress``. Before it
+    ``broke`` receives the indices [n] and adversarial images [n, C, H, W] of what was broken.
     """
     state = progress
     if state is None:
-        entry = _flags_to_text(correct)
+        entry = flags_to_text(correct)
         state = {"after": {}, "entry": entry, "robust": entry, "batches": 0}
         state |= {"seconds": 0.0, "warnings": {}}
         missing = [a for a in STANDARD if a not in settings["attacks"]]
@@ -98,22 +103,24 @@ def run_autoattack(
             text = f"not the standard AutoAttack: {', '.join(missing)} needs {DLR_CLASSES} classes"
             note(state["warnings"], text)
     started = time.perf_counter() - state["seconds"]
-    robust = _text_to_flags(state["robust"])
+    robust = text_to_flags(state["robust"])
+    norm: Norm = "l2" if settings["norm"] == NORMS["l2"] else "linf"
     size = settings["batch_size"]
     for attack in [a for a in settings["attacks"] if a not in state["after"]]:
-        pending = _text_to_flags(state["entry"]).nonzero().flatten()
+        pending = text_to_flags(state["entry"]).nonzero().flatten()
         with track(f"{title} {attack}", len(pending)) as advance:
             advance(min(len(pending), state["batches"] * size))
             for indices in pending.split(size)[state["batches"] :] if len(pending) else ():
                 x, y = load(indices)
                 guard.at(x, indices, attack)
                 x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
-                check_perturbation(x_adv, x, indices, settings["eps"], attack)
+                check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
                 robust[indices[broken.cpu()]] = False
+                broke(indices[broken.cpu()], x_adv[broken])
                 for text in told:
                     note(state["warnings"], f"{attack}: {text}")
                 seconds = time.perf_counter() - started
-                state |= {"robust": _flags_to_text(robust), "batches": state["batches"] + 1}
+                state |= {"robust": flags_to_text(robust), "batches": state["batches"] + 1}
                 save(state | {"seconds": seconds})
                 advance(len(indices))
         fell = len(pending) - int(robust.sum())
@@ -124,7 +131,7 @@ def run_autoattack(
                 "could not: gradients are masked, and the accuracy is likely to be lower still",
             )
         state["after"][attack] = int(robust.sum())
-        state |= {"entry": _flags_to_text(robust), "batches": 0}
+        state |= {"entry": flags_to_text(robust), "batches": 0}
         save(state | {"seconds": time.perf_counter() - started})
     warnings = tuple(
         text if count == 1 else f"{text} (and {count - 1} more of the kind)"
@@ -147,7 +154,7 @@ def attack_batch(
         attacks=[attack],  # pyright: ignore[reportArgumentType]
         device=x.device,
         eps=settings["eps"],
-        norm="Linf",
+        norm=settings["norm"],
         seed=settings["seed"],
         version="custom",
     )
@@ -187,9 +194,11 @@ def note(warnings: dict[str, list[Any]], text: str) -> None:
     warnings[kind] = [first, count + 1]
 
 
-def _flags_to_text(flags: Tensor) -> str:
+def flags_to_text(flags: Tensor) -> str:
+    """Return flags [N] as a text of N digits."""
     return "".join("1" if flag else "0" for flag in flags.tolist())
 
 
-def _text_to_flags(text: str) -> Tensor:
+def text_to_flags(text: str) -> Tensor:
+    """Return the flags, bool [N], that :func:`flags_to_text` wrote."""
     return torch.tensor([flag == "1" for flag in text], dtype=torch.bool)

@@ -10,6 +10,7 @@ size is recorded. See :mod:`cure_fast.evaluation.trust` for what is refused and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.classifier import attack_mode
+from cure_fast.config import Norm
 from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack
+from cure_fast.config.steps import STEP_SHARE
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.evaluation.measurement import Measurement
+from cure_fast.evaluation.autoattack import NORMS
+from cure_fast.evaluation.measurement import Measurement, Round
 from cure_fast.evaluation.trust import Guard, full_precision
 
 
@@ -38,11 +42,15 @@ def evaluate(
     batch_size: int,
     device: torch.device | str,
     seed: int,
+    norm: Norm = "linf",
+    step_share: float = STEP_SHARE,
+    restarts: int = 1,
     aa_limit: int | None = None,
     state_dir: Path | None = None,
     model_name: str = "model",
     stop: Callable[[], bool] | None = None,
     on_result: Callable[[AttackResult], None] | None = None,
+    on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> dict[str, AttackResult]:
     """Return the accuracy under each attack, by name and in the order asked for.
 
@@ -52,16 +60,23 @@ def evaluate(
         labels: int64 [N] in [0, num_classes).
         num_classes: number of classes, at least 2; None takes the model's number of logits.
         attacks: names that :func:`parse_attack` takes.
-        eps: radius of the L-inf ball in pixel units, in [0, 1].
-        step_size: length of a step of pgdK and cwK in pixel units; None takes eps / 10.
+        eps: radius of the ball in pixel units, in [0, 1] for L-inf.
+        step_size: length of a step of pgdK and cwK in pixel units; None takes that of
+            :func:`cure_fast.config.steps.evaluation_step`.
         batch_size: images per batch; decides only the result of aa. Halved where memory runs out.
         device: where to compute.
         seed: of all random starts, in [0, 2**63).
+        norm: the ball's, ``linf`` or ``l2``.
+        step_share: length of a step as a share of eps, in [0, 2], where ``step_size`` is None.
+        restarts: random starts of pgdK, pgdK-t and cwK; an image is right that is so after all.
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
         model_name: what progress bars call the model.
         stop: asked before every pass through the model; true ends the evaluation.
         on_result: called with each result as soon as it is there.
+        on_images: called before that with the name of each attack and its images, float32
+            [N, H, W, C] in [0, 1]: those that broke the model, else the last that were tried (aa:
+            the natural ones), and the natural ones where these are classified wrongly already.
 
     Raises:
         InputError: for arguments out of range, or a state of other weights, images or settings.
@@ -73,13 +88,20 @@ def evaluate(
     _check_data(images, labels)
     if num_classes is not None:
         _check_classes(labels, num_classes)
+    _check_settings(eps, norm, step_size, step_share, batch_size, seed, aa_limit, specs)
+    if restarts < 1:
+        raise InputError(f"restarts: expected at least 1, got {restarts}.")
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
         images=images,
         labels=labels,
         device=torch.device(device),
         eps=eps,
-        step_size=_check_settings(eps, step_size, batch_size, seed, aa_limit, specs),
+        step_size=step_size,
+        norm=norm,
+        step_share=step_share,
+        restarts=restarts,
+        keep_images=on_images is not None,
         batch_size=batch_size,
         seed=seed,
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
@@ -92,6 +114,8 @@ def evaluate(
             _ask_classes(task)
         for text, spec in specs.items():
             results[text] = task.result(spec)
+            if on_images is not None and spec.family != "natural":
+                on_images(text, task.kept.pop(spec.name))
             if on_result is not None:
                 on_result(results[text])
     return results
@@ -107,6 +131,7 @@ def adversarial_examples(
     steps: int,
     device: torch.device | str,
     seed: int,
+    norm: Norm = "linf",
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return what PGD on the cross-entropy makes of a few images, as arrays for a picture.
@@ -120,7 +145,7 @@ def adversarial_examples(
     """
     spec = parse_attack(f"pgd{steps}")
     _check_data(images, labels)
-    _check_settings(eps, step_size, 1, seed, None, {spec.name: spec})
+    _check_settings(eps, norm, step_size, STEP_SHARE, 1, seed, None, {spec.name: spec})
     task = Measurement(
         guard=Guard(model, stop=stop),
         images=images,
@@ -130,6 +155,7 @@ def adversarial_examples(
         step_size=step_size,
         batch_size=len(images),
         seed=seed,
+        norm=norm,
     )
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -138,7 +164,7 @@ def adversarial_examples(
         task.guard.at(x, indices, spec.name)
         logits = task.guard(x)
         _check_classes(labels, logits.shape[1])
-        x_adv = task.perturb(spec, x, y, indices)
+        x_adv = task.perturb(spec, x, y, indices, Round())
         after = task.guard(x_adv)
         found.append((x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), after.argmax(1)))
 
@@ -161,23 +187,27 @@ def adversarial_images(
     batch_size: int,
     device: torch.device | str,
     seed: int,
+    norm: Norm = "linf",
 ) -> Tensor:
     """Return what an attack makes of all the images, right or wrong: [N, C, H, W] on the device.
 
     They are those that :func:`evaluate` measures with the same arguments, which are as there, but
-    for ``attack``: ``fgsm``, ``pgdK`` or ``cwK``.
+    for ``attack``: ``fgsm``, ``pgdK`` or ``cwK``, with one random start.
     """
     spec = parse_attack(attack)
     if spec.family in ("natural", "aa"):
         raise InputError(f"attack: expected fgsm, pgdK or cwK, got {attack!r}.")
     _check_data(images, labels)
+    specs = {spec.name: spec}
+    _check_settings(eps, norm, step_size, STEP_SHARE, batch_size, seed, None, specs)
     task = Measurement(
         guard=Guard(model),
         images=images,
         labels=labels,
         device=torch.device(device),
         eps=eps,
-        step_size=_check_settings(eps, step_size, batch_size, seed, None, {spec.name: spec}),
+        step_size=step_size,
+        norm=norm,
         batch_size=batch_size,
         seed=seed,
     )
@@ -186,7 +216,7 @@ def adversarial_images(
     def perturb(indices: Tensor) -> None:
         x, y = task.load(indices)
         task.guard.at(x, indices, spec.name)
-        found.append(task.perturb(spec, x, y, indices))
+        found.append(task.perturb(spec, x, y, indices, Round()))
 
     with _measuring(model, task.device):
         _ask_classes(task)
@@ -220,27 +250,31 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _check_settings(
     eps: float,
+    norm: Norm,
     step_size: float | None,
+    step_share: float,
     batch_size: int,
     seed: int,
     aa_limit: int | None,
     specs: Mapping[str, AttackSpec],
-) -> float:
-    """Raise :class:`InputError` for a setting out of range; return the length of a step."""
-    step_size = eps / 10 if step_size is None else step_size
-    stepping = eps > 0 and any(spec.family in ("pgd", "cw") for spec in specs.values())
-    steps_right = 0 <= step_size <= 1 and not (stepping and step_size == 0)
+) -> None:
+    """Raise :class:`InputError` for a setting out of range."""
+    stepping = eps > 0 and any(spec.iterated for spec in specs.values())
+    most, box = (1, "1]") if norm == "linf" else (math.inf, "infinity)")
+    positive = step_size != 0 or not stepping
+    steps_right = step_size is None or (0 <= step_size <= most and positive)
     for name, value, right, expected in (
         ("attacks", [], len(specs) > 0, f"at least one of {', '.join(ATTACKS)}"),
-        ("eps", eps, 0 <= eps <= 1, "a number in [0, 1] in pixel units"),
-        ("step_size", step_size, steps_right, "a number in (0, 1] in pixel units"),
+        ("norm", norm, norm in NORMS, f"one of {', '.join(NORMS)}"),
+        ("eps", eps, 0 <= eps <= most, f"a number in [0, {box} in pixel units"),
+        ("step_size", step_size, steps_right, f"a number in (0, {box} in pixel units"),
+        ("step_share", step_share, 0 <= step_share <= 2, "a number in [0, 2]"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("aa_limit", aa_limit, aa_limit is None or aa_limit >= 1, "at least 1"),
         ("seed", seed, 0 <= seed < 2**63, "a whole number in [0, 2**63)"),
     ):
         if not right:
             raise InputError(f"{name}: expected {expected}, got {value!r}.")
-    return step_size
 
 
 def _check_data(images: Tensor, labels: Tensor) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +19,56 @@ from torch import Tensor
 
 import cure_fast
 from cure_fast.attacks import pgd
+from cure_fast.config import Norm
 from cure_fast.config.attack_names import AttackSpec, parse_attack
+from cure_fast.config.steps import STEP_SHARE, evaluation_step, step_warning
 from cure_fast.console import warn
 from cure_fast.errors import MemoryExhaustedError, is_out_of_memory
 from cure_fast.evaluation.attack_result import AttackResult, read_state, write_state
-from cure_fast.evaluation.autoattack import Outcome, autoattack_settings, run_autoattack
+from cure_fast.evaluation.autoattack import (
+    NORMS,
+    TARGET_CLASSES,
+    Outcome,
+    autoattack_settings,
+    flags_to_text,
+    run_autoattack,
+    text_to_flags,
+)
 from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
 from cure_fast.evaluation.trust import Guard, check_perturbation, find_instability, find_masking
+from cure_fast.files import file_hash
 from cure_fast.losses import cross_entropy, margin
 from cure_fast.progress import track
 
 # Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
 PROBE_IMAGES = 64
-# Steps that add up to less than this share of eps cannot explore the ball.
-SHORTEST_PATH = 0.9
+
+LOSSES = {
+    "pgd": "cross-entropy",
+    "pgd-t": "logit of the target less the label's",
+    "cw": "margin",
+}
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One of the runs of an attack of which an image has to withstand all.
+
+    Attributes:
+        restart: 0-based; the first has the start that the attack has without restarts.
+        target: 0-based place of the class to reach among the other classes, likeliest first.
+    """
+
+    restart: int = 0
+    target: int | None = None
+
+    @property
+    def word(self) -> str:
+        """What the seed of its starts is told by, beside the attack's; empty for a plain one."""
+        target = f" target {self.target}" if self.target else ""
+        return target + (f" restart {self.restart}" if self.restart else "")
 
 
 @dataclass(kw_only=True)
@@ -48,14 +84,19 @@ class Measurement:
     labels: Tensor
     device: torch.device
     eps: float
-    step_size: float
+    step_size: float | None
     batch_size: int
     seed: int
+    norm: Norm = "linf"
+    step_share: float = STEP_SHARE
+    restarts: int = 1
+    keep_images: bool = False
     aa_images: int = 0
     state_dir: Path | None = None
     name: str = "model"
     fitting_size: int = field(init=False)
     watch: Watch = field(init=False)
+    kept: dict[str, np.ndarray] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fitting_size = min(self.batch_size, len(self.images))
@@ -89,6 +130,9 @@ class Measurement:
                 **settings,
             }
             state = read_state(path, identity)
+        kept = None
+        if self.keep_images and spec.family != "natural":
+            kept, state = self.open_images(spec, count, state)
         if "result" in state:
             return AttackResult.from_dict(state["result"])
 
@@ -96,6 +140,10 @@ class Measurement:
             self.watch.check(thorough=thorough)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(kept, np.memmap):
+                    kept.flush()
+                    if "result" in part:
+                        part["adversarial"] = file_hash(self.images_file(spec))
                 write_state(path, {"identity": identity, **part})
 
         natural, seconds = self.natural
@@ -107,6 +155,7 @@ class Measurement:
                 state.get("progress"),
                 # Between the batches of one attack the look that costs nothing has to do.
                 lambda p: save(progress=p, thorough=p["batches"] == 0),
+                partial(keep, kept),
             )
             robust, seconds = outcome.robust, outcome.seconds
             warnings += self.masking + outcome.warnings
@@ -118,10 +167,12 @@ class Measurement:
         elif spec.family == "natural":
             robust = natural
         else:
-            started = time.perf_counter()
-            robust = self.under_attack(spec, natural)
-            seconds = time.perf_counter() - started
-            warnings += self.masking + self.step_warnings(spec)
+            robust, seconds = self.under_rounds(
+                spec, natural, state.get("progress"), lambda p: save(progress=p), kept
+            )
+            warnings += self.masking
+            if told := step_warning(self.eps, spec.steps, self.step_of(spec)):
+                warnings += (told,)
         result = AttackResult(
             attack=spec.name,
             correct=int(robust.sum()),
@@ -196,8 +247,81 @@ class Measurement:
                 f"{self.fitting_size} images per pass, which changes no result ({reason})"
             )
 
-    def under_attack(self, spec: AttackSpec, correct: Tensor) -> Tensor:
-        """Return which of the correct images, bool [N], stay so under any attack but aa."""
+    def rounds(self, spec: AttackSpec) -> list[Round]:
+        """Return the rounds of an attack; each is on what is right after those before."""
+        if not spec.iterated:
+            return [Round()]
+        targets = range(self.targets) if spec.family == "pgd-t" else [None]
+        return [Round(again, target) for again in range(self.restarts) for target in targets]
+
+    @property
+    def targets(self) -> int:
+        """How many other classes a targeted attack takes as its targets."""
+        return min(TARGET_CLASSES, (self.guard.num_classes or 0) - 1)
+
+    def under_rounds(
+        self,
+        spec: AttackSpec,
+        correct: Tensor,
+        progress: dict[str, Any] | None,
+        save: Callable[[dict[str, Any]], None],
+        kept: np.ndarray | None = None,
+    ) -> tuple[Tensor, float]:
+        """Return which of the correct images, bool [N], stay so in all rounds, and the seconds.
+
+        After each round but the last ``save`` receives what a later call takes as ``progress``.
+        """
+        state = progress or {"rounds": 0, "robust": flags_to_text(correct), "seconds": 0.0}
+        robust, started = text_to_flags(state["robust"]), time.perf_counter() - state["seconds"]
+        rounds = self.rounds(spec)
+        for number, now in enumerate(rounds[state["rounds"] :], state["rounds"] + 1):
+            robust = self.under_attack(spec, robust, now, kept)
+            seconds = time.perf_counter() - started
+            if number < len(rounds):
+                text = flags_to_text(robust)
+                save({"rounds": number, "robust": text, "seconds": seconds})
+        return robust, time.perf_counter() - started
+
+    def images_file(self, spec: AttackSpec) -> Path:
+        """Return where an attack's images are between calls, below the folder of its state."""
+        assert self.state_dir is not None
+        return self.state_dir / f"{spec.name}.images.npy"
+
+    def open_images(
+        self, spec: AttackSpec, count: int, state: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return where an attack's images [n, H, W, C] go, and its state if these are there."""
+        shape = (count, *self.images.shape[1:])
+        path = None if self.state_dir is None else self.images_file(spec)
+        if path is not None and state:
+            # Without images, or with damaged ones, the attack begins anew.
+            with suppress(OSError, ValueError):
+                found = np.lib.format.open_memmap(path, mode="r+")
+                whole = "result" not in state or state.get("adversarial") == file_hash(path)
+                if found.shape == shape and found.dtype == np.float32 and whole:
+                    self.kept[spec.name] = found
+                    return found, state
+        if path is None:
+            found = np.empty(shape, dtype=np.float32)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        for indices in torch.arange(count).split(self.batch_size):
+            keep(found, indices, self.load(indices)[0])
+        self.kept[spec.name] = found
+        return found, {}
+
+    def under_attack(
+        self,
+        spec: AttackSpec,
+        correct: Tensor,
+        now: Round | None = None,
+        kept: np.ndarray | None = None,
+    ) -> Tensor:
+        """Return which of the correct images, bool [N], stay so under a round of any attack but aa.
+
+        The images that the attack leaves go into ``kept`` [N, H, W, C].
+        """
         robust, pending = correct.clone(), correct.nonzero().flatten()
         natural = spec.family == "natural"
         with track(f"{self.name} {spec.name}", len(correct)) as advance:
@@ -206,7 +330,8 @@ class Measurement:
             def attack(indices: Tensor) -> None:
                 x, y = self.load(indices)
                 self.guard.at(x, indices, "" if natural else spec.name)
-                x_adv = x if natural else self.perturb(spec, x, y, indices)
+                x_adv = x if natural else self.perturb(spec, x, y, indices, now or Round())
+                keep(kept, indices, x_adv)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
                 advance(len(indices))
 
@@ -219,6 +344,7 @@ class Measurement:
         settings: dict[str, Any],
         progress: dict[str, Any] | None,
         save: Callable[[dict[str, Any]], None],
+        broke: Callable[[Tensor, Tensor], None],
     ) -> Outcome:
         """Return what :func:`run_autoattack` leaves of the images that are right now."""
         try:
@@ -229,6 +355,7 @@ class Measurement:
                 settings=settings,
                 progress=progress,
                 save=save,
+                broke=broke,
                 title=f"{self.name} aa",
             )
         except Exception as error:
@@ -246,33 +373,36 @@ class Measurement:
                 f"({_told(error)})."
             ) from error
 
-    def perturb(self, spec: AttackSpec, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-        """Return the last iterate of fgsm, pgdK or cwK from images [n, C, H, W] and labels [n]."""
+    def perturb(
+        self, spec: AttackSpec, x: Tensor, y: Tensor, indices: Tensor, now: Round
+    ) -> Tensor:
+        """Return the last iterate of a round from images [n, C, H, W] and labels [n]."""
         loss = margin if spec.family == "cw" else cross_entropy
         fgsm = spec.family == "fgsm"
-        draw = uniform_start(x.shape[1:], indices, spec.family, self.seed).to(x)
+        if now.target is not None:
+            logits = self.guard(x).scatter(1, y[:, None], -math.inf)
+            loss = partial(lead_of, logits.argsort(dim=1, descending=True)[:, now.target])
+        start = {"linf": uniform_start, "l2": start_in_ball}[self.norm]
+        draw = start(x.shape[1:], indices, f"{spec.family}{now.word}", self.seed).to(x)
         x_adv = pgd(
             self.guard,
             x,
             # Summed, so that one image's gradient does not depend on how many there are.
             lambda logits: loss(logits, y).sum(),
             eps=self.eps,
-            step_size=self.eps if fgsm else self.step_size,
+            step_size=self.step_of(spec),
             steps=spec.steps,
+            norm=self.norm,
             start="zero" if fgsm else self.eps * draw,
         )
-        check_perturbation(x_adv, x, indices, self.eps, spec.name)
+        check_perturbation(x_adv, x, indices, self.eps, spec.name, self.norm)
         return x_adv
 
-    def step_warnings(self, spec: AttackSpec) -> tuple[str, ...]:
-        """Return what speaks against the length of the attack's steps."""
-        if spec.family == "fgsm" or self.eps == 0:
-            return ()
-        if self.step_size > 2 * self.eps:
-            return (f"a step of {self.step_size:g} crosses the whole ball of eps {self.eps:g}",)
-        if spec.steps * self.step_size < SHORTEST_PATH * self.eps:
-            return (f"{spec.steps} steps of {self.step_size:g} do not reach eps {self.eps:g}",)
-        return ()
+    def step_of(self, spec: AttackSpec) -> float:
+        """Return the length of a step of an attack with steps, in pixel units."""
+        if spec.family == "fgsm":
+            return self.eps
+        return evaluation_step(self.eps, spec.steps, size=self.step_size, share=self.step_share)
 
     def settings(self, spec: AttackSpec) -> dict[str, Any]:
         """Return all that decides the result besides model and images, as JSON types."""
@@ -281,21 +411,37 @@ class Measurement:
         if spec.family == "aa":
             return autoattack_settings(
                 eps=self.eps,
+                norm=self.norm,
                 num_classes=self.guard.num_classes or 0,
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-        settings = {"eps": self.eps, "norm": "Linf", "steps": spec.steps}
+        settings = {"eps": self.eps, "norm": NORMS[self.norm], "steps": spec.steps}
+        settings |= {"step_size": self.step_of(spec)}
         if spec.family == "fgsm":
-            return settings | {"step_size": self.eps, "loss": "cross-entropy", "start": "zero"}
+            return settings | {"loss": "cross-entropy", "start": "zero"}
         return settings | {
-            "step_size": self.step_size,
-            "loss": "margin" if spec.family == "cw" else "cross-entropy",
+            "loss": LOSSES[spec.family],
             "start": "uniform",
-            "restarts": 1,
+            "restarts": self.restarts,
+            **({"target_classes": self.targets} if spec.family == "pgd-t" else {}),
             "iterate": "last",
             "seed": self.seed,
         }
+
+
+def lead_of(target: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Return by how much the logit of a class exceeds that of the label, [n], from logits [n, K].
+
+    Gowal et al., An Alternative Surrogate Loss for PGD-based Adversarial Testing, 2019.
+    """
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+
+def keep(kept: np.ndarray | None, indices: Tensor, images: Tensor) -> None:
+    """Write images [n, C, H, W] to their places [n] in an array [N, H, W, C], if there is one."""
+    if kept is not None:
+        kept[indices.numpy()] = images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def by_class(right: Tensor, labels: Tensor, classes: int) -> tuple[float | None, ...]:
@@ -310,12 +456,31 @@ def uniform_start(shape: Sequence[int], indices: Tensor, family: str, seed: int)
 
     It depends on ``indices`` [n], places in the set, and the family, not on batch or step count.
     """
-    word = hashlib.sha256(f"{family} {seed}".encode()).digest()[:8]
     draws = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in enumerate(indices.tolist()):
-        key = np.array([int.from_bytes(word, "little"), index], dtype=np.uint64)
-        draws[row] = np.random.Generator(np.random.Philox(key=key)).random(shape, dtype=np.float32)
+    for row, source in enumerate(sources(indices, family, seed)):
+        draws[row] = source.random(shape, dtype=np.float32)
     return torch.from_numpy(draws).mul_(2).sub_(1)
+
+
+def start_in_ball(shape: Sequence[int], indices: Tensor, family: str, seed: int) -> Tensor:
+    """Return a draw per image from the uniform distribution in the L2 ball of radius 1.
+
+    It is float32 [n, *shape], and depends on the same as :func:`uniform_start`.
+    """
+    draws = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, source in enumerate(sources(indices, family, seed)):
+        # Points on a sphere of two more dimensions, seen without these, fill the ball evenly.
+        point = source.standard_normal(math.prod(shape) + 2)
+        draws[row] = (point / np.linalg.norm(point))[:-2].reshape(shape)
+    return torch.from_numpy(draws)
+
+
+def sources(indices: Tensor, family: str, seed: int) -> Iterator[np.random.Generator]:
+    """Yield a source of random numbers for each image, of its place, the attack and the seed."""
+    word = hashlib.sha256(f"{family} {seed}".encode()).digest()[:8]
+    for index in indices.tolist():
+        key = np.array([int.from_bytes(word, "little"), index], dtype=np.uint64)
+        yield np.random.Generator(np.random.Philox(key=key))
 
 
 def _told(error: Exception) -> str:

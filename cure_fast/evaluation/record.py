@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cure_fast.config import Config
+from cure_fast.config import AttackConfig, Config
 from cure_fast.config.attack_names import parse_attack
-from cure_fast.config.values import digest
+from cure_fast.config.checks import Bounds
+from cure_fast.config.steps import SHARED_FROM, evaluation_step
+from cure_fast.config.values import BALL, check_norm, digest, with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult, nrr
@@ -20,6 +24,18 @@ from cure_fast.evaluation.trust import trust_warnings
 from cure_fast.files import replacing, write_json
 
 FORMAT = 1
+# What files of weights say of the attacks that their run is measured by, and the argument of
+# `cure-fast eval` that stands for it.
+STATED = {
+    "eps": "eps",
+    "norm": "norm",
+    "eval_eps": "eps",
+    "eval_norm": "norm",
+    "eval_step_size": "step_size",
+    "eval_step_share": "step_size",
+    "restarts": "restarts",
+    "seed": "seed",
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +51,70 @@ class Kept:
 
 
 def main_settings(config: Config) -> dict[str, Any]:
-    """Return what all results of a record share: radius and step in pixel units, and the seed."""
+    """Return what all results of a record share: ball, step in pixel units, restarts and seed.
+
+    The step is that of 20 steps or more; attacks of fewer may have longer ones.
+    """
     eps = config.attack.eps if config.eval.eval_eps is None else config.eval.eval_eps
-    step = config.eval.eval_step_size
-    step = eps / 10 if step is None else step
-    return {"eps": eps, "step_size": step, "seed": config.run.seed}
+    size, share = config.eval.eval_step_size, config.eval.eval_step_share
+    step = evaluation_step(eps, SHARED_FROM, size=size, share=share)
+    norm, seed = config.evaluated_norm, config.run.seed
+    own = {"eps": eps, "norm": norm, "step_size": step}
+    return own | {"restarts": config.eval.restarts, "seed": seed}
+
+
+def settings_metadata(config: Config) -> dict[str, str]:
+    """Return what a file of weights says of the attacks that its run is measured by."""
+    values = vars(config.attack) | vars(config.eval) | vars(config.run)
+    return {name: str(values[name]) for name in STATED if values[name] is not None}
+
+
+def check_ball(given: Mapping[str, Any], own: str) -> None:
+    """Raise ``InputError`` unless arguments of ``cure-fast eval`` fit the norm of the attacks.
+
+    ``own`` is the norm of the run or file.
+    """
+    if given["eps"] is None:
+        check_norm(given["norm"], own, "--norm", "--eps")
+    for name in ("eps", "step_size"):
+        if given[name] is not None and (given["norm"] or own) == "linf":
+            Bounds(0, 1).check(name, given[name])
+
+
+def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file: Path) -> Config:
+    """Return a configuration that measures as a file of weights says, where it says so.
+
+    Args:
+        metadata: what :func:`settings_metadata` wrote, and anything else.
+        given: arguments of ``cure-fast eval``; what they give is not read.
+        file: the file, for messages.
+    """
+    told = {k: metadata[k] for k, flag in STATED.items() if k in metadata and given[flag] is None}
+    check_ball(given, metadata.get("eval_norm", metadata.get("norm", AttackConfig.norm)))
+    # With them, as a norm and a radius go together.
+    ball = {name: given[name] for name in BALL if given[name] is not None}
+    kinds = {"seed": int, "restarts": int, "norm": str, "eval_norm": str}
+    try:
+        values = {k: kinds.get(k, float)(v) for k, v in told.items()}
+        return with_values(Config(), values | ball)
+    except ValueError as error:
+        flags = dict.fromkeys(f"--{STATED[name].replace('_', '-')}" for name in told)
+        raise InputError(
+            f"{file}: expected the settings of an attack, got "
+            f"{', '.join(f'{name} {value!r}' for name, value in told.items())}. "
+            f"Give {', '.join(flags)}."
+        ) from error
+
+
+def same_settings(record: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Return whether a record has these of :func:`main_settings`, up to rounding."""
+    # Absent or null in records of earlier versions: the default was taken.
+    default = {"norm": "linf", "step_size": own["eps"] / 10, "restarts": 1, "seed": own["seed"]}
+    there = default | {key: value for key, value in record.items() if value is not None}
+    lengths = [(there.pop(key, math.nan), own[key]) for key in ("eps", "step_size")]
+    return all(there.get(key) == own[key] for key in own.keys() & there.keys()) and all(
+        math.isclose(a, b, rel_tol=1e-12) for a, b in lengths
+    )
 
 
 def keep_results(
@@ -89,11 +164,8 @@ def stored_record(path: Path) -> dict[str, Any] | None:
 
 def same_record(stored: dict[str, Any], measured: dict[str, Any], own: dict[str, Any]) -> bool:
     """Return whether stored results are of the weights just measured and of the run's settings."""
-    # Absent or null in records of earlier versions: the default was taken.
-    default = {"step_size": own["eps"] / 10, "seed": own["seed"]}
-    there = default | {key: value for key, value in stored.items() if value is not None}
     before, now = stored["models"], measured["models"]
-    return all(there.get(key) == value for key, value in own.items()) and all(
+    return same_settings(stored, own) and all(
         before[name].get("weights") == now[name]["weights"] for name in before.keys() & now.keys()
     )
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.config import Config, EvalConfig
-from cure_fast.config.checks import format_pixel
+from cure_fast.config import Config
+from cure_fast.config.checks import format_pixel, format_radius
 from cure_fast.config.values import digest
 from cure_fast.console import say
 from cure_fast.errors import InputError
@@ -57,16 +57,19 @@ def measure_run(
     test: ImageSet,
     device: torch.device,
     stop: Callable[[], bool],
+    on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Attack the run's networks on the test images; return results and the report's pictures.
 
     The result of the run, which is the entry ``trained``, is that of the best validation epoch; of
     the last one only where ``--evaluate`` has that alone. Finished attacks are kept below
     ``evaluation/`` and not run again by a later call with the same weights, images and settings.
+    ``on_images`` is as for :func:`.evaluate.evaluate`, and receives the result's.
     """
     settings, row = main_settings(config), paper_row(config)
     eps = settings["eps"]
-    shared: dict[str, Any] = {"eps": eps, "seed": settings["seed"], "device": device, "stop": stop}
+    shared: dict[str, Any] = {name: settings[name] for name in ("eps", "norm", "seed")}
+    shared |= {"device": device, "stop": stop}
     models: dict[str, Any] = {}
     # The first image of each of the first classes.
     firsts = [np.flatnonzero(test.labels == k)[0] for k in np.unique(test.labels)[:EXAMPLES]]
@@ -80,11 +83,13 @@ def measure_run(
         attacks = attack_model(
             model,
             test,
-            config.eval,
+            config,
             state_dir=folder / "evaluation" / (LAST if target.path.stem == LAST else key),
             weights=weights,
             name=shown_name(key, result_of(config)),
-            **shared,
+            device=device,
+            stop=stop,
+            on_images=on_images if key == "trained" else None,
         )
         models[key] = model_entry(target.title, attacks) | {
             "network": target.network,
@@ -183,25 +188,25 @@ def check_networks(wanted: Iterable[str], having: Collection[str], result: str =
 def attack_model(
     model: ImageClassifier,
     test: ImageSet,
-    settings: EvalConfig,
+    config: Config,
     *,
-    eps: float,
     device: torch.device,
-    seed: int,
     state_dir: Path | None,
     weights: str,
     name: str,
     stop: Callable[[], bool] | None = None,
+    on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> dict[str, AttackResult]:
-    """Run the configured attacks on the first ``settings.limit`` test images; print a line each.
+    """Run the configured attacks on the first ``--limit`` test images; print a line each.
 
     States for resuming go into a folder of their own for each combination of weights and settings,
     so that evaluating again with others never meets them.
     """
+    settings, main = config.eval, main_settings(config)
     limit = len(test) if settings.limit is None else min(settings.limit, len(test))
     if state_dir is not None:
-        what = [weights, eps, seed, limit, settings.aa_limit]
-        what += [settings.eval_step_size, settings.eval_batch_size]
+        names = ("aa_limit", "eval_step_size", "eval_step_share", "eval_batch_size")
+        what = [weights, limit, main, *(getattr(settings, name) for name in names)]
         state_dir = state_dir / digest({"evaluated": what})
     return evaluate(
         model,
@@ -209,25 +214,32 @@ def attack_model(
         torch.from_numpy(test.labels[:limit]),
         num_classes=len(test.classes),
         attacks=settings.attacks,
-        eps=eps,
+        eps=main["eps"],
+        norm=main["norm"],
         step_size=settings.eval_step_size,
+        step_share=settings.eval_step_share,
+        restarts=settings.restarts,
         batch_size=settings.eval_batch_size,
         device=device,
-        seed=seed,
+        seed=main["seed"],
         aa_limit=settings.aa_limit,
         state_dir=state_dir,
         model_name=name,
         stop=stop,
         on_result=lambda result: say(result_line(name, result)),
+        on_images=on_images,
     )
 
 
 def result_line(name: str, result: AttackResult) -> str:
     """Return the plain line of a finished attack: its count, its settings, its time."""
     shown, settings = [result.precision], result.settings
-    for key, word in (("eps", "eps"), ("step_size", "step")):
-        if key in settings:
-            shown.append(f"{word} {format_pixel(settings[key])}")
+    if "eps" in settings:
+        shown.append(format_radius(settings["eps"], settings["norm"].lower()))
+    if "step_size" in settings:
+        shown.append(f"step {format_pixel(settings['step_size'])}")
+    if settings.get("restarts", 1) > 1:
+        shown.append(f"{settings['restarts']} restarts")
     if "seed" in settings:
         shown.append(f"seed {settings['seed']}")
     return (
@@ -242,7 +254,8 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     models, paper = results["models"], results["paper"]
-    title = f"{results['data']}, {results['model']}, attacks at eps {format_pixel(results['eps'])}"
+    radius = format_radius(results["eps"], results.get("norm", "linf"))
+    title = f"{results['data']}, {results['model']}, attacks at {radius}"
     table = Table(title=title)
     table.add_column("accuracy in %")
     for entry in models.values():

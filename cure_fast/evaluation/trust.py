@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cure_fast.config import Norm
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.errors import CureFastError, DivergedError, InputError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.losses import cross_entropy, margin
 
-# What float32 rounding may add to eps: AutoAttack exceeds 8/255 by 2e-9.
+# What float32 rounding may add to eps, or to each 1 of it: AutoAttack exceeds 8/255 by 2e-9.
 EPS_TOLERANCE = 1e-6
 # Largest difference between two passes over the same images that rounding explains, relative to
 # the largest logit; measured 1e-7 to 1e-6 between batch sizes on convolutional networks.
@@ -125,12 +126,16 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def check_perturbation(x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, attack: str) -> None:
+def check_perturbation(
+    x_adv: Tensor, x: Tensor, indices: Tensor, eps: float, attack: str, norm: Norm = "linf"
+) -> None:
     """Raise, naming attack and image, unless all are finite, in [0, 1] and within eps of ``x``."""
-    far = (x_adv - x).abs().flatten(1).amax(dim=1)
+    moved = (x_adv - x).flatten(1)
+    # A sum of as many squares as an image has pixels is taken in float64.
+    far = moved.double().norm(dim=1) if norm == "l2" else moved.abs().amax(dim=1)
     low, high = x_adv.flatten(1).amin(dim=1), x_adv.flatten(1).amax(dim=1)
     # Written so that NaN is a violation.
-    held = (far <= eps + EPS_TOLERANCE) & (low >= 0) & (high <= 1)
+    held = (far <= eps + EPS_TOLERANCE * max(1.0, eps)) & (low >= 0) & (high <= 1)
     broken = (~held).nonzero().flatten().cpu()
     if len(broken):
         row = int(broken[0])
@@ -288,7 +293,8 @@ def _chains(results: Mapping[str, AttackResult]) -> list[tuple[str, str]]:
     end = ["aa"] if "aa" in results else []
     pgd = [spec.name for spec in specs if spec.family == "pgd"]
     pairs = [*pairwise(pgd + end)]
-    pairs += pairwise([spec.name for spec in specs if spec.family == "cw"] + end)
+    for family in ("pgd-t", "cw"):
+        pairs += pairwise([spec.name for spec in specs if spec.family == family] + end)
     if "fgsm" in results:
         # Steps by which not every start reaches every corner of the ball may end behind fgsm.
         used = {name: results[name].settings for name in pgd}

@@ -156,6 +156,8 @@ def model_info(source: Source, architecture: str) -> tuple[dict[str, Any], list[
         "eps": None if eps is None else format_pixel(float(eps)),
     }
     notes = ["fill in link, name, authors, venue in the JSON file"]
+    if results.get("norm", source.metadata.get("norm")) == "l2":
+        notes.append("eps is of the L2 threat model, whose entries have a folder of their own")
     if info["additional_data"] is None:
         notes.append("additional_data is null: say whether the start saw other images")
     natural, why = _accuracy(source, "natural")

@@ -34,7 +34,7 @@ from cure_fast.methods.trades import kl_attack, unclamped_start
 from cure_fast.policies.average import frozen_copy
 from cure_fast.policies.conserve import Conserve, ConserveSettings
 from cure_fast.policies.revision import Revise, RevisingSettings
-from cure_fast.step.method import EPS_031, Method, SetUp, rows
+from cure_fast.step.method import EPS_031, STEP_007, Method, SetUp, rows
 from cure_fast.step.policy import Policy
 from cure_fast.step.run import Run, Terms
 
@@ -235,11 +235,11 @@ def _set(config: Config, **settings: object) -> Config:
 
 def _official(config: Config) -> Config:
     config = unclamped_start(config)
-    if config.attack.eps == 8 / 255:
+    if (config.attack.norm, config.attack.eps) == ("linf", 8 / 255):
         # The code trains within 0.031 and tests within 8/255.
         config = replace(
             config,
-            attack=replace(config.attack, eps=0.031, step_size=0.007),
+            attack=replace(config.attack, eps=0.031, step_share=STEP_007),
             eval=replace(config.eval, eval_eps=8 / 255),
         )
     return _set(

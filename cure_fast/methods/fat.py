@@ -68,7 +68,7 @@ def tau(run: Run) -> int:
 def friendly(run: Run, batch: Batch, objective: Callable[[Tensor], Tensor]) -> Tensor:
     """Return early-stopped PGD images that raise ``objective``, from logits to a loss [N]."""
     noise, source = run.settings.fat_noise, run.generators["attack"]
-    step = batch.x.new_full(batch.y.shape, run.config.attack.step_size)
+    step = batch.x.new_full(batch.y.shape, run.config.attack.step_length)
     left = torch.zeros_like(step) + run.engine.number("tau", tau)
 
     def watched(logits: Tensor) -> Tensor:

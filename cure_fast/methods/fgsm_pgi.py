@@ -27,7 +27,7 @@ from torch import Tensor
 from cure_fast.batch import Batch
 from cure_fast.config import Config
 from cure_fast.config.checks import Count, Share, Weight
-from cure_fast.methods.fgsm_rs import FgsmSettings, check_steps, single_step
+from cure_fast.methods.fgsm_rs import FgsmSettings, check_signs, single_step
 from cure_fast.methods.trades import unclamped_start
 from cure_fast.step.method import Method, SetUp
 from cure_fast.step.policy import Policy
@@ -158,7 +158,7 @@ FGSM_PGI = Method(
     attack=attack,
     loss=loss,
     policies=lambda run: (Prior(run),),
-    check=check_steps,
+    check=check_signs,
     preset=preset,
     published={"cifar100/*": pgi(pgi_reset=10), "*": pgi()},
 )

@@ -49,6 +49,13 @@ def check_steps(config: Config) -> None:
     check(steps == 1, "attack_steps", steps, wanted)
 
 
+def check_signs(config: Config) -> None:
+    """Raise ``InputError`` for an attack of more than one step, or in another ball than L-inf."""
+    check_steps(config)
+    norm, wanted = config.attack.norm, f"linf with --method {config.method}, made of its corners"
+    check(norm == "linf", "norm", norm, f"{wanted} (--method fgsm_rs takes l2)")
+
+
 # The official codes' rate rises from 0 and falls to it, their images are normalised, and the attack
 # moves BatchNorm's statistics.
 cyclic = partial(

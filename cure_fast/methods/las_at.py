@@ -205,7 +205,7 @@ def strongest(run: Run, batch: Batch, student: ImageClassifier) -> Tensor:
     step_size = torch.zeros_like(highest)
 
     def objective(logits: Tensor) -> Tensor:
-        step_size.copy_(run.config.attack.step_size * (logits.argmax(dim=1) == batch.y))
+        step_size.copy_(run.config.attack.step_length * (logits.argmax(dim=1) == batch.y))
         return cross_entropy(logits, batch.y).sum()
 
     with torch.no_grad(), attack_mode(student, "train"):

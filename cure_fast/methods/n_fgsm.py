@@ -19,7 +19,7 @@ from torch import Tensor
 from cure_fast.batch import Batch
 from cure_fast.config.checks import Weight
 from cure_fast.losses import cross_entropy
-from cure_fast.methods.fgsm_rs import FGSM_RS, FgsmSettings, cyclic
+from cure_fast.methods.fgsm_rs import FGSM_RS, FgsmSettings, check_signs, cyclic
 from cure_fast.step.run import Run
 
 
@@ -55,6 +55,7 @@ N_FGSM = replace(
     "Training, NeurIPS 2022",
     settings=NFgsmSettings(),
     attack=attack,
+    check=check_signs,
     published={
         "svhn/*": cyclic(
             "pdejorge/N-FGSM", epochs=30, lr=0.05, milestones=(0.0, 0.4, 1.0), flip=False

@@ -43,7 +43,7 @@ PGD_AT = Method(
     attack=attack,
     loss=loss,
     published={
-        "svhn/*": rice(step_size=1 / 255, lr=0.01, crop_padding=0, flip=False),
+        "svhn/*": rice(step_share=1 / 8, lr=0.01, crop_padding=0, flip=False),
         "*": rice(crop_padding=4, crop_mode="reflect"),
     },
     # The paper of CURE gives AutoAttack 44.04 for WRN-34-10, which is of another network.

@@ -71,6 +71,7 @@ def attack(run: Run, batch: Batch) -> Tensor:
         batch.x.repeat_interleave(2, dim=0),
         eps=config.eps,
         start=config.start,
+        norm=config.norm,
         clamp_start=config.clamp_start or steps == 0,
         generator=run.generators["attack"],
     )
@@ -90,7 +91,8 @@ def attack(run: Run, batch: Batch) -> Tensor:
                     batch.x,
                     chosen(grads, which),
                     eps=config.eps,
-                    step_size=config.step_size,
+                    step_size=config.step_length,
+                    norm=config.norm,
                 )
                 for which in ends
             )
@@ -134,7 +136,7 @@ ST_AT = Method(
     attack=attack,
     loss=loss,
     published={
-        "svhn/*": code(lr=0.01, step_size=1 / 255, crop_padding=0, flip=False),
+        "svhn/*": code(lr=0.01, step_share=1 / 8, crop_padding=0, flip=False),
         "*": code(),
     },
     rows=rows(

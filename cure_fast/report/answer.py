@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cure_fast.config.checks import format_pixel
+from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.checks import format_radius
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.report.html import Html, bullets, callout, code, element, join, paragraph
 from cure_fast.report.record import ModelScores, Record, Results
@@ -35,7 +36,8 @@ def _setting_line(config: dict[str, Any]) -> str:
     width = f", width {model['width']}" if model.get("width") is not None else ""
     seed = config.get("run", {}).get("seed")
     parts = [f"{model['model']}{width}", f"recipe {config['name']}"]
-    parts.append(f"training eps {format_pixel(config['attack']['eps'])} (L-inf)")
+    attack = config["attack"]
+    parts.append(f"training {format_radius(attack['eps'], attack.get('norm', 'linf'))}")
     parts += [] if seed is None else [f"seed {seed}"]
     return " \N{MIDDLE DOT} ".join(parts)
 
@@ -44,7 +46,7 @@ def strongest(scores: ModelScores) -> AttackResult | None:
     """Return the score that the first sentence quotes: the longest PGD, else any other attack."""
     others = [name for name in scores.attacks if name != "natural"]
     pgd = [name for name in others if re.fullmatch(r"pgd\d+", name)]
-    name = max(pgd, key=lambda name: int(name[3:]), default=others[0] if others else "")
+    name = max(pgd, key=lambda name: parse_attack(name).steps, default=others[0] if others else "")
     return scores.attacks.get(name)
 
 
@@ -67,7 +69,7 @@ def _lead(record: Record) -> list[str]:
     if natural:
         parts += [element("strong", percent(natural)), f" of {_images(natural, results)} right"]
     if robust:
-        where = f"under {attack_name(robust.attack)} within eps {format_pixel(results.eps)}"
+        where = f"under {attack_name(robust.attack)} within {results.radius}"
         parts += [" and still " if natural else "", element("strong", percent(robust)), f" {where}"]
     parts.append(". ")
     if start:

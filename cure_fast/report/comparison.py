@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from cure_fast.config import Config
-from cure_fast.config.checks import format_pixel
+from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.record import main_settings
@@ -140,7 +141,7 @@ def robust_attack(attacks: Sequence[str]) -> str:
     """Return the attack whose accuracy the scatter shows: the longest PGD, else the last."""
     pgd = [name for name in attacks if name.startswith("pgd")]
     others = [name for name in attacks if name != "natural"]
-    return max(pgd, key=lambda name: int(name[3:])) if pgd else others[-1]
+    return max(pgd, key=lambda name: parse_attack(name).steps) if pgd else others[-1]
 
 
 def scores(row: PaperRow) -> list[str]:
@@ -152,6 +153,7 @@ def scores(row: PaperRow) -> list[str]:
 def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) -> str:
     """Return the page: results beside the papers', what each entry was given, what to know."""
     config = entrants[0].config
+    main = main_settings(config)
     results = [
         ["entry", *map(attack_name, attacks), f"published {' / '.join(PAPERS.values())}", "of"]
     ]
@@ -170,8 +172,8 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
             f"# Comparison on {data_name(config.data.data)} with {config.model.model}\n",
             f"`{command}`\n",
             f"Recipe {config.name}. Accuracy in percent on test images "
-            f"({images(attacks, entrants)}), attacks within eps "
-            f"{format_pixel(main_settings(config)['eps'])}. {of_seeds(entrants)}\n",
+            f"({images(attacks, entrants)}), attacks within "
+            f"{format_radius(main['eps'], main['norm'])}. {of_seeds(entrants)}\n",
             *pipes(results),
             "\nPublished figures are claims of papers, for their schedules, networks and data, and "
             "of the method without the flags of an entry.\n",

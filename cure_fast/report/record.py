@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.record import shown_name
@@ -97,6 +98,12 @@ class Results:
     models: dict[str, ModelScores]
     warnings: list[str]
     network: str = "model"
+    norm: str = "linf"
+
+    @property
+    def radius(self) -> str:
+        """The radius of the attacks, as text."""
+        return format_radius(self.eps, self.norm)
 
     @property
     def keys(self) -> list[str]:
@@ -336,6 +343,7 @@ def _results(path: Path, values: dict[str, Any]) -> Results:
         models={n: _model(_take(models, n, dict, where), f"{where}, {n}") for n in models},
         warnings=[str(text) for text in values.get("warnings") or []],
         network=_maybe(values, "network", str, where) or "model",
+        norm=_maybe(values, "norm", str, where) or "linf",
     )
 
 

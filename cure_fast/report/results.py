@@ -176,7 +176,7 @@ def _table(results: Results) -> Html:
             _between(values["trained"], paper),
         )
     caption = (
-        f"Accuracy on test images within eps {format_pixel(results.eps)}: right images of all, "
+        f"Accuracy on test images within {results.radius}: right images of all, "
         "and the 95 % interval (Wilson) in percent; differences in points"
     )
     return table(header, rows, caption=caption, class_="results")
@@ -226,7 +226,7 @@ def _paper_note(record: Record, results: Results) -> list[Html]:
     text = (
         "The paper's row is its own claim, not measured here. It can only be compared where data "
         f"set, model and all test images are the same. This run: {setting}, "
-        f"{results.test_images:,} test images, eps {format_pixel(results.eps)}."
+        f"{results.test_images:,} test images, {results.radius}."
     )
     obstacles = differences(config, results)
     if obstacles:
@@ -341,12 +341,17 @@ def _attacks(results: Results) -> Html:
 def how_to_read(record: Record) -> Html:
     """Return the paragraph for readers who meet these numbers for the first time."""
     eps = record.results.eps if record.results else record.config["attack"]["eps"]
+    ball = (
+        f"the image by up to eps = {format_pixel(eps)} in L2, the root of the sum of the squared "
+        "changes of all its pixels, each from 0 to 1"
+        if record.results and record.results.norm == "l2"
+        else f"every pixel by up to eps = {format_pixel(eps)} of the full range from 0 to 1 (an "
+        "L-inf ball)"
+    )
     items = {
         "Natural": "the share of unchanged test images that the model classifies right.",
         "Under attack": "an image counts as right only if the model is right on the natural image "
-        "and on the attacked one. The attack may change every pixel by up to eps = "
-        f"{format_pixel(eps)} of the full range from 0 to 1 (an L-inf ball), and it sees the "
-        "model's weights.",
+        f"and on the attacked one. The attack may change {ball}, and it sees the model's weights.",
         "PGD-k, C&W-k": "k steps uphill on the cross-entropy, or on the margin between the best "
         "wrong class and the right one.",
         "AutoAttack": "four attacks in a row, one of them without gradients. It is the strictest "

@@ -28,9 +28,10 @@ def data_name(data: str) -> str:
 def attack_name(attack: str) -> str:
     """Return ``PGD-20`` for ``pgd20`` and the like."""
     fixed = {"natural": "Natural", "aa": "AutoAttack", "fgsm": "FGSM"}
-    steps = re.fullmatch(r"(pgd|cw)(\d+)", attack)
+    steps = re.fullmatch(r"(pgd|cw)(\d+)(-t)?", attack)
     if steps:
-        return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}"
+        targeted = ", targeted" if steps[3] else ""
+        return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}{targeted}"
     return fixed.get(attack, attack)
 
 

@@ -360,6 +360,8 @@ def changes_to(folder: Path, config: Config) -> dict[str, str]:
 def bound_fields(config: Config) -> dict[str, Any]:
     """Return the fields that decide what is trained, by ``section.field``."""
     values = to_dict(config)
+    # What steps are, whichever way that was said.
+    values["attack"] |= {"step_size": config.attack.step_length, "step_share": None}
     policies = values.pop("policies")
     flat = {"policies": list(policies)}
     flat |= {f"policies.{k}": v for own in policies.values() for k, v in own.items()}

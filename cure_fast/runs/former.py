@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cure_fast.config import AttackConfig
 from cure_fast.config.checks import check
 
 SECTIONS = ("settings", "attack", "optim", "eval", "run")
@@ -13,10 +14,31 @@ GONE = "fold"
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration in today's layout, which is the first to have policies.
+    """Return a stored configuration in today's layout.
 
     What no version has written stays as it is, to be refused.
     """
+    return steps_as_shares(with_policies(values))
+
+
+def steps_as_shares(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which the steps that recipes set are shares of the radius."""
+    attack, evaluation = values.get("attack"), values.get("eval")
+    if not isinstance(attack, dict) or not isinstance(evaluation, dict) or "step_share" in attack:
+        return values
+    # The default of those versions was the step for their default of eps.
+    eps = attack.get("eps", AttackConfig.eps)
+    if attack.get("step_size", 2 / 255) == eps * AttackConfig.step_share:
+        attack = {**attack, "step_size": None}
+    else:
+        attack = {"step_size": 2 / 255, **attack}
+    if evaluation.get("eval_step_size") == 0.003 and (evaluation.get("eval_eps") or eps) == 8 / 255:
+        evaluation = {**evaluation, "eval_step_size": None, "eval_step_share": 0.003 / (8 / 255)}
+    return {**values, "attack": attack, "eval": evaluation}
+
+
+def with_policies(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration in the layout of the first version to have policies."""
     # The name of a policy once was a method's too.
     values = {**values, "method": RENAMED.get(values.get("method", ""), values.get("method"))}
     parts = {name: values.get(name) for name in SECTIONS}

@@ -55,8 +55,9 @@ def rows(
 
 
 # Radius and step of TRADES' code, which others took over: they test within 8/255. Its start is not
-# clamped to [0, 1].
-EPS_031 = {"eps": 0.031, "step_size": 0.007, "clamp_start": False, "eval_eps": 8 / 255}
+# clamped to [0, 1]. At another radius its step is the same share of it.
+STEP_007 = 0.007 / 0.031
+EPS_031 = {"eps": 0.031, "step_share": STEP_007, "clamp_start": False, "eval_eps": 8 / 255}
 
 
 class SetUp:

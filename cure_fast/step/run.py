@@ -172,7 +172,11 @@ class Run:
             other: arguments of :func:`cure_fast.attacks.pgd` that the method sets itself, and
                 ``network`` where it is not the trained one that is attacked.
         """
-        names = ("eps", "step_size", "start", "clamp_start")
-        configured: dict[str, Any] = {name: getattr(self.config.attack, name) for name in names}
-        configured |= {"steps": self.attack_steps, "generator": self.generators["attack"]}
+        attack = self.config.attack
+        configured: dict[str, Any] = {
+            **{name: getattr(attack, name) for name in ("eps", "norm", "start", "clamp_start")},
+            "step_size": attack.step_length,
+            "steps": self.attack_steps,
+            "generator": self.generators["attack"],
+        }
         return pgd(other.pop("network", self.model), x, objective, **(configured | other))

@@ -19,7 +19,7 @@ from cure_fast.errors import (
     MemoryExhaustedError,
     StoppedError,
 )
-from cure_fast.evaluation.record import main_settings, stored_record
+from cure_fast.evaluation.record import main_settings, same_settings, stored_record
 from cure_fast.files import file_hash
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import changes_to, held, is_free
@@ -30,7 +30,7 @@ from cure_fast.training.stages import new_model
 from cure_fast.training.teachers import sources
 
 # Fields that decide what is measured, in which all that is compared is equal.
-MEASURED = ("attacks", "limit", "aa_limit", "eval_batch_size")
+MEASURED = ("attacks", "restarts", "limit", "aa_limit", "eval_batch_size")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,9 @@ def other_measure(first: Config, second: Config) -> list[str]:
     found = ["data"] * (first.data.data != second.data.data)
     found += [name for name in MEASURED if getattr(first.eval, name) != getattr(second.eval, name)]
     ours, theirs = main_settings(first), main_settings(second)
-    return found + [f"eval_{name}" for name in ("eps", "step_size") if ours[name] != theirs[name]]
+    return found + [
+        f"eval_{name}" for name in ("eps", "norm", "step_size") if ours[name] != theirs[name]
+    ]
 
 
 def counts_asked(config: Config, test_images: int) -> dict[str, int]:
@@ -219,7 +221,7 @@ def is_finished(folder: Path, config: Config) -> bool:
     epochs = [r["epoch"] for r in rows if (r["event"], r["stage"]) == ("epoch", "train")]
     return (
         max(epochs, default=0) >= config.optim.epochs
-        and all(record.get(name) == value for name, value in main_settings(config).items())
+        and same_settings(record, main_settings(config))
         and trained.get("weights") == file_hash(weights)
         and set(config.eval.networks) <= record["models"].keys()
         and all(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cure_fast.config import Config
-from cure_fast.console import say
+from cure_fast.console import say, warn
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
@@ -41,6 +41,7 @@ from cure_fast.training.data import Data, open_loader, read_data
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
 from cure_fast.training.teachers import check_sources, copy_name, keep_teachers, read_teachers
 from cure_fast.training.trainer import build_run
+from cure_fast.training.watch import step_alarm
 
 
 def train(
@@ -150,6 +151,8 @@ def prepare(
     )
     loader = open_loader(config, data, device)
     say(f"loader: {loader.reason}")
+    if alarm := step_alarm(config):
+        warn(alarm)
     model = new_model(config, len(data.train.classes), data.train.image_size)
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")

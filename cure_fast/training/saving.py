@@ -14,6 +14,7 @@ from cure_fast.config import Config
 from cure_fast.config.values import to_dict
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, InputError
+from cure_fast.evaluation.record import settings_metadata
 from cure_fast.evaluation.results import LAST
 from cure_fast.methods import result_of
 from cure_fast.models import ImageClassifier
@@ -24,7 +25,7 @@ from cure_fast.step.state import TrainState
 
 def weights_metadata(config: Config, network: nn.Module) -> dict[str, str]:
     """Return what a file of weights says of itself: enough to rebuild the network and its data."""
-    told = {"recipe": config.name, "method": config.method, "eps": repr(config.attack.eps)}
+    told = {"recipe": config.name, "method": config.method, **settings_metadata(config)}
     if config.policies:
         told["policies"] = ",".join(config.policies)
     if config.data.image_size is not None:

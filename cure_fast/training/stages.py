@@ -302,6 +302,7 @@ def validate(
     """
     robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
     attack, one_step = run.config.attack, in_one_step(run)
+    step = attack.step_length
     try:
         results = evaluate(
             run.all_networks[network],
@@ -310,7 +311,8 @@ def validate(
             num_classes=len(val.classes),
             attacks=["natural", *([robust] if robust else []), *(["fgsm"] if one_step else [])],
             eps=attack.eps,
-            step_size=min(attack.step_size, attack.eps / 4) if one_step else attack.step_size,
+            norm=attack.norm,
+            step_size=min(step, attack.eps / 4) if one_step else step,
             batch_size=run.config.eval.eval_batch_size,
             device=run.device,
             seed=run.config.run.seed,

@@ -16,10 +16,13 @@ from torch import Tensor
 from cure_fast.attacks import pgd
 from cure_fast.batch import Batch
 from cure_fast.classifier import attack_mode
+from cure_fast.config import Config
+from cure_fast.config.steps import step_warning
 from cure_fast.console import warn
 from cure_fast.errors import is_out_of_memory
 from cure_fast.evaluation.chance import beats_chance
 from cure_fast.losses import cross_entropy, kl_divergence
+from cure_fast.methods import find_method
 from cure_fast.step.state import TrainState, Undo
 
 # Numbers of steps after which a batch is looked at; a shorter run is after its last step too.
@@ -71,6 +74,18 @@ class Seen:
         """Whether more is right than by chance, and than by naming the commonest class."""
         share = max(1 / self.classes, self.common / self.count)
         return beats_chance(self.right, self.count, share)
+
+
+def step_alarm(config: Config) -> str | None:
+    """Return why the steps of the training attack do not explore its ball; None where they do.
+
+    The single step of the methods made for one has a length of its own.
+    """
+    method, attack = find_method(config.method), config.attack
+    if not method.uses_attack or method.one_step:
+        return None
+    told = step_warning(attack.eps, attack.attack_steps, attack.step_length)
+    return told and f"training attack: {told}; look at --step-size, --attack-steps and --eps"
 
 
 def watch_step(run: TrainState, batch: Batch, *, stage: str) -> None:
@@ -126,7 +141,8 @@ def _look(run: TrainState, batch: Batch) -> Seen:
         return cross_entropy(logits, y).sum()
 
     with attack_mode(run.model, "eval"):
-        one = pgd(run.model, x, objective, eps=eps, step_size=eps, steps=1, start="zero")
+        ball: dict[str, Any] = {"eps": eps, "norm": run.config.attack.norm}
+        one = pgd(run.model, x, objective, **ball, step_size=eps, steps=1, start="zero")
         with torch.no_grad():
             attacked, stepped = run.model(x_adv), run.model(one)
     natural, robust, fgsm = (

@@ -117,7 +117,9 @@ def test_show_prints_values_and_alternatives(capsys):
     assert main(["show", "cifar10-wrn34-10", "--method", "cure_official", "--eps", "4/255"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--percentile 50" in text and "--score signed or abs, abs_of_sum" in text
-    assert "--eps 4/255" in text and "--step-size 0.007" in text and "--rgp True or False" in text
+    # The code's 0.007 within 0.031, for this radius; and the evaluation is within it too.
+    assert "--eps 4/255" in text and "--step-size 0.00354206 [--step-share of --eps]" in text
+    assert "--eval-eps 4/255 [--eps]" in text and "--rgp True or False" in text
     assert "policy:" not in text
 
 

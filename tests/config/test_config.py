@@ -117,7 +117,7 @@ def test_recipes_are_the_rows_of_table_9(recipe, percentile, alpha, gamma):
         (0.5, 0.75),
     )
     assert (s.revision_rate, s.revision_decay) == (0.2, 0.999)
-    assert (config.attack.eps, config.attack.step_size) == (8 / 255, 2 / 255)
+    assert (config.attack.eps, config.attack.step_length) == (8 / 255, 2 / 255)
     assert recipe == f"{config.data.data}-{config.model.model}"
     row = paper_row(config)
     about = RECIPES[recipe].about

@@ -69,6 +69,12 @@ def test_an_attack_in_train_mode_is_the_eager_one(method):
 
 
 @pytest.mark.parametrize("method", ["pgd_at", "cure"])
+def test_an_attack_in_an_l2_ball_is_the_eager_one(method):
+    both = runs.pair(method, attack={"norm": "l2", "eps": 0.5}, data=runs.batches(1))
+    runs.assert_steps_equal(both, 2)
+
+
+@pytest.mark.parametrize("method", ["pgd_at", "cure"])
 @pytest.mark.parametrize("model", ["resnet-small", "preactresnet18"])
 def test_a_model_that_normalises_is_computed_alike(method, model):
     both = runs.pair(method, model=model, normalize=runs.NORMALIZE, data=runs.batches(1))

@@ -77,14 +77,14 @@ def _losses(config, engine, dtype):
     assert run.engine.name == engine
     real = attacks.start_point
 
-    def start_point(x, *, eps, start, clamp_start, generator):
+    def start_point(x, *, eps, start, norm, clamp_start, generator):
         # In float32, as other dtypes draw other numbers.
         if isinstance(eps, torch.Tensor):
             noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator)
             noise *= eps.view(-1, 1, 1, 1)
         else:
             noise = torch.empty(x.shape).uniform_(-eps, eps, generator=generator)
-        return real(x, eps=eps, start=noise.to(x.dtype), clamp_start=clamp_start)
+        return real(x, eps=eps, start=noise.to(x.dtype), norm=norm, clamp_start=clamp_start)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attacks, "start_point", start_point)

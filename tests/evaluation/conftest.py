@@ -11,12 +11,12 @@ SIDE = 4
 
 
 class Linear(nn.Module):
-    """Logits W x + b: the L-inf optimum is known in closed form."""
+    """Logits W x + b: the optimum is known in closed form."""
 
-    def __init__(self, classes: int, seed: int) -> None:
+    def __init__(self, classes: int, seed: int, side: int = SIDE) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(classes, 3 * SIDE * SIDE, generator=generator))
+        self.weight = nn.Parameter(torch.randn(classes, 3 * side * side, generator=generator))
         self.bias = nn.Parameter(0.1 * torch.randn(classes, generator=generator))
         self.calls = 0
 
@@ -36,6 +36,14 @@ class Linear(nn.Module):
                     corner = (x[row] + eps * slope.sign()).clamp(0, 1)
                     robust[row] &= bool(slope @ corner + bias[other] - bias[own] < 0)
         return robust
+
+    def l2_distances(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return how far each image is from another class in L2, float64 [N], without a box."""
+        weight, bias = self.weight.detach().double(), self.bias.detach().double()
+        logits = images.permute(0, 3, 1, 2).double().flatten(1) / 255 @ weight.T + bias
+        lead = logits.gather(1, labels[:, None]) - logits
+        slope = (weight[labels, None] - weight[None]).norm(dim=2)
+        return (lead / slope).nan_to_num(nan=float("inf")).amin(dim=1)
 
 
 class ConvNet(nn.Module):
@@ -64,7 +72,7 @@ def short_square(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def linear() -> Callable[..., Linear]:
-    return lambda classes=4, seed=0: Linear(classes, seed)
+    return lambda classes=4, seed=0, side=SIDE: Linear(classes, seed, side)
 
 
 @pytest.fixture

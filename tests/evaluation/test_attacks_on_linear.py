@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cure_fast.attacks import pgd, start_point
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.evaluation.evaluate import adversarial_examples, evaluate
-from cure_fast.evaluation.measurement import Measurement, uniform_start
+from cure_fast.evaluation.measurement import Measurement, Round, start_in_ball, uniform_start
 from cure_fast.evaluation.trust import Guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,120 @@ def test_autoattack_finds_the_optimum_over_all_classes(linear, data):
     assert list(result.settings["robust_after"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
+def grey(model, count=24, side=4):
+    """Return images far from black and white, and what the linear model takes them for."""
+    source = torch.Generator().manual_seed(2)
+    shape = (count, side, side, 3)
+    images = torch.randint(96, 160, shape, dtype=torch.uint8, generator=source)
+    logits = model(images.permute(0, 3, 1, 2) / 255)
+    return images, logits.argmax(dim=1)
+
+
+@settings(
+    deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@example(seed=0, rank=4)
+@given(seed=st.integers(0, 1000), rank=st.integers(0, 22))
+def test_two_classes_reach_the_optimum_in_l2(linear, seed, rank):
+    """The nearest image of the other class lies along the difference of the weights.
+
+    Each step of eps / 10 turns the perturbation there by a tenth of what is left.
+    """
+    model = linear(2, seed)
+    with torch.no_grad():
+        model.weight.mul_(0.5)
+    images, labels = grey(model)
+    distances = model.l2_distances(images, labels).sort().values
+    eps = min(float(distances[rank] + distances[rank + 1]) / 2, 0.35)  # Inside of the box.
+    expected = int((distances > eps).sum())
+    results = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=2,
+        attacks=["fgsm", "pgd100", "cw100"],
+        eps=eps,
+        norm="l2",
+        step_size=None,
+        batch_size=24,
+        **CPU,
+    )
+    assert {r.correct for r in results.values()} == {expected}
+    assert all(r.settings["norm"] == "L2" and not r.warnings for r in results.values())
+
+
+def test_autoattack_finds_the_optimum_over_all_classes_in_l2(linear, short_square):
+    model = linear(4, 1, side=6)
+    images, labels = grey(model, side=6)
+    distances = model.l2_distances(images, labels).sort().values
+    eps = float(distances[7] + distances[8]) / 2
+    result = evaluate(
+        model,
+        images,
+        labels,
+        num_classes=4,
+        attacks=["aa"],
+        eps=eps,
+        norm="l2",
+        step_size=None,
+        batch_size=24,
+        **CPU,
+    )["aa"]
+    assert result.correct == 16 and result.settings["norm"] == "L2"
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    count=st.integers(1, 4),
+    eps=st.floats(1e-3, 3),
+    steps=st.integers(0, 3),
+    start=st.sampled_from(["uniform", "normal", "zero"]),
+    each=st.booleans(),
+)
+def test_attacks_stay_in_the_l2_ball_and_the_box(shape, count, eps, steps, start, each):
+    source = torch.Generator().manual_seed(0)
+    x = torch.rand(count, *shape, generator=source)
+    radius = torch.linspace(0.5, 1, count) * eps if each else torch.full((count,), eps)
+    x_adv = pgd(
+        torch.nn.Flatten(),
+        x,
+        lambda z: (z**2).sum(),
+        eps=radius if each else eps,
+        step_size=eps,
+        steps=steps,
+        norm="l2",
+        start=start,
+        generator=source,
+    )
+    assert ((x_adv - x).flatten(1).norm(dim=1) <= radius * (1 + 1e-5) + 1e-6).all()
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    if steps:
+        assert not torch.equal(x_adv, x)
+
+
+def test_starts_fill_the_l2_ball_evenly():
+    """The length of a uniform point in a ball of d dimensions is u**(1/d)."""
+    d, count = 12, 2000
+    drawn = start_in_ball((3, 2, 2), torch.arange(count), "pgd", 7).flatten(1)
+    grey = torch.full((count, 3, 2, 2), 0.5)
+    trained = start_point(
+        grey,
+        eps=0.4,
+        start="uniform",
+        norm="l2",
+        generator=torch.Generator().manual_seed(3),
+    )
+    for points in (drawn, ((trained - grey) / 0.4).flatten(1)):
+        share = points.norm(dim=1) ** d
+        # The standard error of the mean of 2,000 uniform numbers is 0.0065.
+        assert float(share.mean()) == pytest.approx(0.5, abs=0.03)
+        assert float(share.max()) <= 1 + 1e-4
+        assert points.mean(dim=0).abs().max() < 0.03
+    alone = start_in_ball((3, 2, 2), torch.tensor([5]), "pgd", 7).flatten(1)
+    assert torch.equal(alone[0], drawn[5])
+
+
 class Crowd(torch.nn.Module):
     """One rival class that the second pixel lowers a little, and 30 far classes that it raises."""
 
@@ -129,7 +244,7 @@ def test_cw_climbs_the_margin_and_pgd_the_cross_entropy(attack, second_pixel):
         seed=0,
     )
     x, y = task.load(torch.arange(1))
-    moved = task.perturb(parse_attack(attack), x, y, torch.arange(1)) - x
+    moved = task.perturb(parse_attack(attack), x, y, torch.arange(1), Round()) - x
     assert float(moved[0, 0, 0, 0]) == pytest.approx(0.1, abs=1e-6)
     assert float(moved[0, 1, 0, 0]) == pytest.approx(second_pixel, abs=1e-6)
 

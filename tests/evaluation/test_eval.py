@@ -100,6 +100,56 @@ def test_other_settings_stay_out_of_the_record(
     assert attacks(written)["pgd2"]["settings"][key] == value
 
 
+def test_run_and_file_of_the_same_weights_are_attacked_alike(run: Path) -> None:
+    """The radius, step and seed of the run's evaluation are in its files of weights."""
+    words = ["--attacks", "pgd2,cw20", "--limit", "20", "--out", "alone"]
+    assert main(["eval", "run/model.safetensors", *words]) == 0
+    assert evaluate("--attacks", "pgd2,cw20") == 0
+    alone, there = results(Path("alone/results.json")), results(run / "results.json")
+    for key in ("eps", "step_size", "seed"):
+        assert alone[key] == there[key]
+    settings = [
+        [found[name]["settings"] for name in ("pgd2", "cw20")]
+        for found in (alone["models"]["model"]["attacks"], attacks(run / "results.json"))
+    ]
+    assert settings[0] == settings[1] and settings[0][0]["step_size"] == 0.1
+
+
+def test_attacked_images_are_saved_with_labels_and_places(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--attacks", "natural,pgd2,pgd2-t", "--restarts", "2", "--save-adversarial", "x.npz"]
+    assert evaluate(*words) == 0
+    assert "adversarial images: x.npz" in capsys.readouterr().out
+    test = read_dataset("digits", Path("data"), "test")
+    with np.load("x.npz") as file:
+        assert sorted(file) == ["images_pgd2", "images_pgd2-t", "indices", "labels"]
+        assert (file["indices"] == np.arange(20)).all() and (
+            file["labels"] == test.labels[:20]
+        ).all()
+        moved = np.abs(file["images_pgd2"] - test.images[:20].astype(np.float32) / 255)
+    assert 0.1 < moved.max() <= 0.15 + 1e-6
+    [written] = aside(run)
+    assert results(written)["restarts"] == 2
+    assert attacks(written)["pgd2"]["settings"]["restarts"] == 2
+    for words in (["--save-adversarial", "x.npz"], ["--save-adversarial", "x.npy"]):
+        assert evaluate(*words) == 2
+        assert "expected a new file ending in .npz" in capsys.readouterr().err
+
+
+def test_another_norm_needs_a_radius(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--norm", "l2") == 2
+    assert "--norm l2: expected --eps with it" in capsys.readouterr().err
+    for name in ("--eps", "--step-size"):
+        assert evaluate(name, "2") == 2
+        told = f"{name}: expected a number at least 0 and at most 1, got 2.0"
+        assert told in capsys.readouterr().err
+    assert evaluate("--norm", "l2", "--eps", "0.5") == 0
+    assert "eps 0.5 in L2, step 0.1, seed 3" in capsys.readouterr().out
+    [written] = aside(run)
+    assert results(written)["norm"] == attacks(written)["pgd2"]["settings"]["norm"].lower() == "l2"
+
+
 def test_fewer_images_stay_out_and_more_go_in(run: Path) -> None:
     before = (run / "results.json").read_bytes()
     assert evaluate("--limit", "10") == 0
@@ -176,7 +226,7 @@ def test_flags_for_files_are_refused_with_a_run(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("limit", 0), ("aa_limit", 0), ("eps", 2.0), ("seed", -1), ("batch_size", 0), ("width", 0)],
+    [("limit", 0), ("aa_limit", 0), ("eps", -0.1), ("seed", -1), ("batch_size", 0), ("width", 0)],
 )
 def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')}:"):
@@ -190,7 +240,7 @@ def test_the_data_root_is_used(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         asked: list[Path] = []
 
-        def read(_name: str, root: Path, _split: str) -> None:
+        def read(_name: str, root: Path, _split: str, **_named: object) -> None:
             asked.append(root)
             raise InputError("no images there")
 

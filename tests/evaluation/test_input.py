@@ -38,15 +38,19 @@ def test_steps_are_read_from_the_name(family, steps):
 
 def test_names_without_steps():
     assert [parse_attack(n).steps for n in ("natural", "fgsm", "aa")] == [0, 1, 0]
-    assert set(ATTACKS) == {"natural", "fgsm", "pgdK", "cwK", "aa"}
+    assert set(ATTACKS) == {"natural", "fgsm", "pgdK", "pgdK-t", "cwK", "aa"}
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "pgd", "pgd0", "pgd1001", "pgd007", "pgd-1", "pgd2.5", "PGD20", "cw", "aa2", "pgdK"],
+    [
+        *("", "pgd", "pgd0", "pgd1001", "pgd007", "pgd-1", "pgd2.5", "PGD20", "cw", "aa2", "pgdK"),
+        *("cw20-t", "pgd-t", "pgd0-t", "pgd20-T"),
+    ],
 )
 def test_unknown_names_list_the_valid_ones(text):
-    with pytest.raises(InputError, match=r"natural, fgsm, pgdK, cwK, aa with K from 1 to 1000"):
+    told = "natural, fgsm, pgdK, pgdK-t, cwK, aa with K from 1 to 1000"
+    with pytest.raises(InputError, match=told):
         parse_attack(text)
 
 
@@ -217,6 +221,15 @@ def test_a_gradient_that_is_not_finite_is_an_error(linear, data, attack):
         DivergedError, match=rf"^image 0: the gradient in the image is not finite, so {part} cannot"
     ):
         evaluate(Rooted(), images, labels, attacks=[attack], **common)
+
+
+def test_images_that_leave_the_l2_ball_are_an_error():
+    x = torch.full((2, 3, 2, 2), 0.5)
+    moved = x.clone()
+    moved[1] += 0.1  # By 0.1 * sqrt(12) = 0.346.
+    check_perturbation(moved, x, torch.tensor([4, 5]), 0.35, "pgd1", "l2")
+    with pytest.raises(CureFastError, match=r"image 5 lies 0\.34641 from .* \(eps 0\.3\)"):
+        check_perturbation(moved, x, torch.tensor([4, 5]), 0.3, "pgd1", "l2")
 
 
 def test_images_that_leave_the_ball_are_an_error():

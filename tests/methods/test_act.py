@@ -187,7 +187,7 @@ def test_the_published_set_up():
     rates = {0: 0.1, 58: 0.1, 59: 0.02, 118: 0.02, 119: 0.004, 158: 0.004, 159: 8e-4, 199: 8e-4}
     assert {e: lr_at(config.optim, e / config.optim.epochs) for e in rates} == pytest.approx(rates)
     assert (config.optim.epochs, config.optim.weight_decay) == (200, 5e-4)
-    assert (config.attack.eps, config.attack.step_size, config.attack.attack_steps) == (
+    assert (config.attack.eps, config.attack.step_length, config.attack.attack_steps) == (
         *(0.031, 0.007),
         10,
     )

@@ -161,7 +161,7 @@ def test_all_is_masked_before_each_step_at_first(monkeypatch, method):
     # With TRADES a pass of the natural images more.
     assert len(seen) in (3, 4) and all(torch.equal(images, batch.x) for images in seen)
     # The last step moves all pixels, within its length.
-    assert 0 < (made - batch.x).abs().max() <= run.config.attack.step_size + 1e-6
+    assert 0 < (made - batch.x).abs().max() <= run.config.attack.step_length + 1e-6
 
 
 def literal_mix(x, y, seed, step, prob):

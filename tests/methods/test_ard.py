@@ -86,7 +86,7 @@ def test_the_rate_drops_once_as_their_code_has_it(method):
     assert (config.optim.epochs, config.optim.weight_decay) == (200, 2e-4)
     attack = config.attack
     assert (attack.start, attack.attack_mode, attack.clamp_start) == ("uniform", "train", True)
-    assert (attack.eps, attack.step_size, attack.attack_steps) == (8 / 255, 2 / 255, 10)
+    assert (attack.eps, attack.step_length, attack.attack_steps) == (8 / 255, 2 / 255, 10)
 
 
 def test_cifar100_has_batches_of_256():

@@ -69,11 +69,11 @@ def test_the_published_set_ups():
     )
     for config in (at, trades):
         assert (config.optim.epochs, config.optim.lr, config.optim.weight_decay) == (200, 0.1, 5e-4)
-        assert (config.attack.eps, config.attack.step_size) == (8 / 255, 2 / 255)
+        assert (config.attack.eps, config.attack.step_length) == (8 / 255, 2 / 255)
     assert at.policies == {"awp": AwpSettings(awp_gamma=0.01, awp_warmup=0)}
     assert trades.policies == {"awp": AwpSettings(awp_gamma=0.005, awp_warmup=10)}
     assert svhn.policies == {"awp": AwpSettings(awp_gamma=0.01, awp_warmup=5)}
-    assert (svhn.optim.lr, svhn.attack.step_size) == (0.01, 1 / 255)
+    assert (svhn.optim.lr, svhn.attack.step_length) == (0.01, 1 / 255)
     assert (at.attack.start, at.attack.attack_mode) == ("uniform", "train")
     assert (at.data.crop_mode, at.model.normalize) == ("reflect", "dataset")
     attack = trades.attack

@@ -192,7 +192,7 @@ def test_presets_are_the_columns_of_the_table():
         False,
     )
     assert (s.beta, s.gamma, s.revision_order, s.revision_warmup) == (5, 1, "after", True)
-    assert (official.attack.eps, official.attack.step_size) == (0.031, 0.007)
+    assert (official.attack.eps, official.attack.step_length) == (0.031, 0.007)
     assert official.eval.eval_eps == 8 / 255
     # A recipe with a radius of its own keeps it.
     assert select_method(find_recipe("quickstart"), "cure_official").attack.eps == 0.15

@@ -95,4 +95,4 @@ def test_published_rates_rise_and_fall_in_straight_lines(recipe, peak, epochs, t
     assert config.attack.attack_mode == "train" and config.model.normalize == "dataset"
     assert config.data.flip == ("svhn" not in recipe)
     # What validates the network takes small steps.
-    assert config.attack.step_size == 2 / 255
+    assert config.attack.step_length == 2 / 255

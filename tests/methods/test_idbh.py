@@ -48,7 +48,7 @@ def test_official_set_ups(recipe, augment, aa):
     assert (config.data.augment, config.data.flip) == (augment, True)
     attack, optim = config.attack, config.optim
     assert (attack.start, attack.attack_mode, attack.attack_steps) == ("zero", "train", 10)
-    assert (attack.eps, attack.step_size) == (8 / 255, 2 / 255)
+    assert (attack.eps, attack.step_length) == (8 / 255, 2 / 255)
     assert (optim.lr, optim.epochs, optim.weight_decay) == (0.1, 200, 5e-4)
     assert (optim.batch_size, optim.milestones) == (128, (0.5, 0.75))
     row = paper_row(config)

@@ -251,7 +251,7 @@ def test_the_reward_is_the_official_one(seed, monkeypatch):
         0.5,
         generator,
         steps=attack.attack_steps,
-        step_size=attack.step_size,
+        step_size=attack.step_length,
         share=0.8,
     )
     found = las_at.reward_of(run, trial)
@@ -268,7 +268,7 @@ def test_the_attack_of_the_reward_is_the_official_one():
     run.lr, attack, trial = 0.0, run.config.attack, trial_of(run, 0)
     generator = run.generators["attack"].clone_state()
     # In float32, as lengths per image are.
-    step_size = float(torch.tensor(attack.step_size))
+    step_size = float(torch.tensor(attack.step_length))
     *_, expected = official_reward(
         run.model, trial, 0.0, 0.0, generator, steps=attack.attack_steps, step_size=step_size
     )
@@ -405,5 +405,5 @@ def test_the_published_set_up():
     rates = {0: 0.1, 98: 0.1, 99: 0.01, 103: 0.01, 104: 1e-3, 109: 1e-3}
     assert {e: lr_at(config.optim, e / config.optim.epochs) for e in rates} == pytest.approx(rates)
     attack, settings = config.attack, config.settings
-    assert (attack.eps, attack.step_size, attack.attack_steps) == (8 / 255, 2 / 255, 10)
+    assert (attack.eps, attack.step_length, attack.attack_steps) == (8 / 255, 2 / 255, 10)
     assert settings.strategy_every == 20 and math.isclose(settings.strategy_lr, 1e-4)

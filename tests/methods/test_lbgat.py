@@ -139,5 +139,5 @@ def test_the_published_set_up(model):
     rates = {0: 0.02, 1: 0.1, 74: 0.1, 75: 0.01, 89: 0.01, 90: 1e-3, 99: 1e-3}
     assert {e: lr_at(config.optim, e / config.optim.epochs) for e in rates} == pytest.approx(rates)
     assert (config.optim.epochs, config.optim.weight_decay) == (100, 2e-4)
-    assert (config.attack.eps, config.attack.step_size) == (0.031, 0.007)
+    assert (config.attack.eps, config.attack.step_length) == (0.031, 0.007)
     assert config.settings.beta == 0 and not config.attack.clamp_start

@@ -91,7 +91,7 @@ def test_the_published_set_up(model, beta, decay, rates):
     config = publish(replace(config, model=replace(config.model, model=model)))
     assert (config.settings.beta, config.optim.weight_decay) == (beta, decay)
     assert config.pretrain.pretrain_epochs == 0
-    assert (config.attack.eps, config.attack.step_size, config.attack.attack_steps) == (
+    assert (config.attack.eps, config.attack.step_length, config.attack.attack_steps) == (
         *(0.031, 0.007),
         10,
     )

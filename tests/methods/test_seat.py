@@ -47,6 +47,6 @@ def test_the_published_set_up(model, decay, rates):
     assert (config.optim.epochs, config.optim.weight_decay) == (120, decay)
     assert {e: lr_at(config.optim, e / 120) for e in rates} == pytest.approx(rates)
     attack = config.attack
-    assert (attack.eps, attack.step_size, attack.attack_steps) == (0.031, 0.007, 10)
+    assert (attack.eps, attack.step_length, attack.attack_steps) == (0.031, 0.007, 10)
     assert (attack.start, attack.attack_mode, attack.clamp_start) == ("uniform", "eval", True)
     assert config.eval.eval_eps == 8 / 255

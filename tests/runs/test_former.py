@@ -102,3 +102,21 @@ def test_what_no_version_wrote_is_refused(changes):
 def test_a_former_section_that_is_no_table_is_refused(section, value):
     with pytest.raises(InputError):
         config_from_dict(former(settings={"evaluate_revision": True}) | {section: value})
+
+
+@pytest.mark.parametrize(
+    ("attack", "evaluation", "found"),
+    [
+        ({}, {}, (None, None, 0.1)),
+        ({"eps": 8 / 255, "step_size": 2 / 255}, {"eval_step_size": 0.003}, (None, None, 0.095625)),
+        ({"eps": 0.031, "step_size": 0.007}, {"eval_step_size": 0.003}, (0.007, 0.003, 0.1)),
+        ({"eps": 4 / 255}, {"eval_step_size": 0.003}, (2 / 255, 0.003, 0.1)),
+        ({"eps": 0.15, "step_size": 0.0375}, {"eval_step_size": None}, (None, None, 0.1)),
+    ],
+)
+def test_steps_of_earlier_recipes_stay_what_they_were(attack, evaluation, found):
+    values = to_dict(find_recipe("quickstart"))
+    config = config_from_dict({**values, "attack": attack, "eval": evaluation})
+    own = config.eval
+    assert (config.attack.step_size, own.eval_step_size, own.eval_step_share) == found
+    assert config.attack.step_length == attack.get("step_size", 2 / 255)

@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_its_number_unless_another_is_named(
     measured.clear()
     assert main(["train", "broken", "--resume", "--override", "--epochs", "3"]) == 0
     assert recorded("broken") == [2, 2] and not differences(Path("broken"), Path("whole"))
-    assert "warning" not in capsys.readouterr().err
+    assert "threads" not in capsys.readouterr().err
     assert main(["train", "broken", "--resume", "--threads", "1"]) == 0
     assert recorded("broken") == [2, 2, 1] and torch.get_num_threads() == 2
     assert "goes on with threads 2 then and 1 now" in capsys.readouterr().err

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import tiny_step
-from cure_fast.methods import METHODS
+from cure_fast.config import AttackConfig, Config
+from cure_fast.methods import METHODS, select_method
 from cure_fast.policies.average import EMA
 from cure_fast.runs.log import read_rows
 from cure_fast.training import stages, watch
 from cure_fast.training.job import train
 from cure_fast.training.trainer import next_step, note_best
-from cure_fast.training.watch import Seen, alarms, collapsed, look, watch_step
+from cure_fast.training.watch import Seen, alarms, collapsed, look, step_alarm, watch_step
 from killing import equal
 from tiny_job import tiny
 
@@ -109,6 +110,29 @@ def test_attacks_that_work_and_that_do_not(monkeypatch, capsys):
         assert error.count("warning: after 200 steps") == (told is not None)
 
 
+@pytest.mark.parametrize(
+    ("method", "attack", "told"),
+    [
+        ("pgd_at", {}, None),
+        ("trades", {"attack_steps": 4}, None),
+        ("trades", {"attack_steps": 3}, "3 steps of 0.025 do not reach eps 0.1"),
+        ("cure", {"step_size": 0.001}, "10 steps of 0.001 do not reach eps 0.1"),
+        ("pgd_at", {"step_size": 0.21}, "a step of 0.21 crosses the whole ball of eps 0.1"),
+        ("pgd_at", {"step_size": 0.2, "attack_steps": 1}, None),
+        ("pgd_at", {"eps": 0.0}, None),
+        # Their one step is a multiple of eps, and --step-size is not theirs.
+        ("fgsm_rs", {"step_size": 1e-4}, None),
+        ("n_fgsm", {"step_size": 1e-4}, None),
+        ("natural", {"step_size": 1e-4}, None),
+    ],
+)
+def test_steps_that_do_not_fit_the_ball_are_told_before_training(method, attack, told):
+    config = select_method(Config(attack=AttackConfig(eps=0.1)), method)
+    alarm = step_alarm(replace(config, attack=replace(config.attack, **attack)))
+    expected = told and f"training attack: {told}; look at --step-size, --attack-steps and --eps"
+    assert alarm == expected
+
+
 def test_a_look_is_in_evaluation_mode():
     run = tiny_step.tiny_run("pgd_at", model=tiny_step.Normalised())
     batch = run.loader.batch(0)
@@ -186,7 +210,7 @@ def test_both_stages_of_a_job_are_watched_with_their_own_flags(tmp_path, monkeyp
 
 
 def test_a_healthy_job_has_no_alarm_and_no_single_step_to_watch(tmp_path, capsys):
-    folder = train(tiny(tmp_path))
+    folder = train(tiny(tmp_path, attack={"step_size": 0.1}))
     assert not capsys.readouterr().err
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["event"] == "epoch"]
     assert not any("fgsm" in row["validation"] or "collapsed" in row for row in rows)
