@@ -38,7 +38,7 @@ NARROW = {
     "step": {
         *("attacks", "batch", "classifier", "config", "console", "errors", "kernels", "loaders"),
     },
-    "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
+    "policies": {"batch", "classifier", "config", "errors", "kernels", "losses", "step"},
     "methods": {
         *("attacks", "batch", "classifier", "config", "errors", "kernels", "losses", "models"),
         *("plugins", "policies", "step"),
@@ -51,7 +51,7 @@ LIBRARIES = {
     "batch": set(),
     "kernels": {"triton"},
     "plugins": set(),
-    "loaders": {"torchvision", "sklearn", "PIL", "ffcv"},
+    "loaders": {"torchvision", "PIL", "ffcv"},
     "config": set(),
     "models": {"safetensors", "torchvision", "timm"},
     "step": set(),

@@ -27,7 +27,7 @@ from cure_fast.runs.folder import load_config
 
 # Radius for a network that does not say its own.
 EPS = 8 / 255
-TAKEN = "an array or tensor of floats in [0, 1] [N, C, H, W] or of uint8 [N, H, W, C], C 1 or 3"
+TAKEN = "an array or tensor of floats in [0, 1], [N, C, H, W] or of uint8 [N, H, W, C], C 1 or 3"
 
 
 def load(source: str | os.PathLike[str], *, model: str | None = None) -> nn.Module:
@@ -67,7 +67,7 @@ def evaluate(
         model: any module from images [N, C, H, W] in [0, 1] to logits [N, K], which is left as it
             was and computes where it is; or a run or file that :func:`load` takes, which is put on
             the GPU where there is one.
-        images: floats in [0, 1] [N, C, H, W], or uint8 [N, H, W, C]; C is 1 or 3.
+        images: floats in [0, 1], [N, C, H, W], or uint8 [N, H, W, C]; C is 1 or 3.
         labels: whole numbers [N] from 0 to K - 1.
         attacks: ``natural``, ``fgsm``, ``pgdK``, ``cwK`` (K steps), ``aa`` (AutoAttack).
         eps: radius of the L-inf ball in pixel units of [0, 1]; None takes that of the run or file,

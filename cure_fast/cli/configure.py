@@ -7,11 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cure_fast.cli.words import flags_of, pointing_to, read_words
+from cure_fast.cli.flags import flags_of, pointing_to, read_flags, split_flags
 from cure_fast.config import Config
-from cure_fast.config.checks import shown
 from cure_fast.config.values import sections, with_values
-from cure_fast.errors import InputError
 from cure_fast.methods import check_config
 from cure_fast.training.choices import CHOICES, choose, of_others, starting_point
 
@@ -28,11 +26,7 @@ def read_config(
     parts = sections(config)
     flags = {**CHOICES, **flags_of(*map(type, parts.values())), **switches}
     with pointing_to(prog, "each flag"):
-        free, values = read_words(words, flags, partial(of_others, config))
-        if free:
-            raise InputError(
-                f"expected flags after {recipe}, each with its value; got {shown(free[0])}."
-            )
+        values = read_flags(words, flags, partial(of_others, config))
         config = replace(with_values(config, values), name=values.get("name", config.name))
         check_config(config)
     return config, {name: values[name] for name in switches if name in values}
@@ -42,5 +36,5 @@ def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
     """Return the recipe's or run's own with the flags that decide what others are."""
     config = starting_point(recipe)
     with pointing_to(prog, "each flag"):
-        _, given = read_words(words, {**CHOICES, "data": str, "model": str}, lambda name: None)
+        given, _ = split_flags(words, {**CHOICES, "data": str, "model": str})
     return choose(config, given)

@@ -21,11 +21,13 @@ from cure_fast.evaluation.results import (
     print_results,
 )
 from cure_fast.files import file_hash, user_path, write_json
-from cure_fast.loaders import names_code, read_dataset
+from cure_fast.loaders import ImageSet, names_code, read_dataset
+from cure_fast.models import ImageClassifier
 from cure_fast.models.building import check_takes, load_model
 from cure_fast.models.weights import read_metadata, resized_to
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
+from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import StopSignals
 from cure_fast.training.saving import keep_last
 
@@ -61,7 +63,9 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
-        measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+        model = load_model(folder / "model.safetensors", trusted=own.model.model)
+        with threads(threads_asked(args, model, test, config.eval)):
+            measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
             print_results(measured)
@@ -84,6 +88,19 @@ def changed(settings: EvalConfig, args: EvalArgs) -> EvalConfig:
     given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(settings)}
     told: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     return replace(settings, **{k: None if v == "all" else v for k, v in told.items()})
+
+
+def threads_asked(
+    args: EvalArgs, model: ImageClassifier, test: ImageSet, settings: EvalConfig
+) -> int:
+    """Return how many CPU threads to attack the model with."""
+    return choose_threads(
+        args.threads,
+        model,
+        choose_device(args.device),
+        image_size=test.image_size,
+        batch_size=settings.eval_batch_size,
+    )
 
 
 def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
@@ -138,18 +155,19 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
-        attacks = attack_model(
-            model.to(device),
-            test,
-            settings,
-            eps=eps,
-            device=device,
-            seed=seed,
-            state_dir=None if out is None else out / "evaluation",
-            weights=file_hash(path),
-            name=path.stem,
-            stop=stop,
-        )
+        with threads(threads_asked(args, model, test, settings)):
+            attacks = attack_model(
+                model.to(device),
+                test,
+                settings,
+                eps=eps,
+                device=device,
+                seed=seed,
+                state_dir=None if out is None else out / "evaluation",
+                weights=file_hash(path),
+                name=path.stem,
+                stop=stop,
+            )
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": data},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, ClassVar, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
@@ -224,9 +224,12 @@ class RunConfig(Checked):
     """Where and how the run executes."""
 
     out: str | None = None
-    """Run folder; None takes runs/<recipe>-<method>+<policies>-s<seed>."""
+    """Run folder; None takes runs/<data>-<model>-<method>+<policies>-s<seed>."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: Annotated[int, Bounds(1, 1024)] | Literal["auto"] = "auto"
+    """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
+    else what is quickest in a second's trial at the start; a resumed run keeps its number."""
     seed: Whole = 0
     """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
@@ -262,7 +265,12 @@ class MethodSettings(Checked):
     """Settings of a method or a policy; each has its own, whose fields are flags.
 
     Classes derived from it are frozen dataclasses without a decorator of their own.
+
+    Attributes:
+        main: fields that help shows with the method; the others it shows last. Empty for all.
     """
+
+    main: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)

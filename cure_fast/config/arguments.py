@@ -31,6 +31,9 @@ class EvalArgs(Checked):
     per batch; for a file 256."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: Annotated[int, Bounds(1, 1024)] | Literal["auto"] = "auto"
+    """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
+    else what is quickest in a second's trial at the start."""
     seed: Whole | None = None
     """Seed of the attacks' random starts, 0 or more; for a file 0."""
     data_root: str | None = None

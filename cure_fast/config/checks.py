@@ -10,7 +10,17 @@ import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cure_fast.errors import InputError
 from cure_fast.plugins.lookup import Kind, installed, is_outside, load
@@ -102,7 +112,9 @@ def check(condition: bool, flag: str, value: object, expected: str) -> None:
 @functools.cache
 def field_types(kind: type, *, extras: bool = False) -> Mapping[str, Any]:
     """Return the type of each field, worked out once as it takes long; ``extras`` keep bounds."""
-    return types.MappingProxyType(get_type_hints(kind, include_extras=extras))
+    hints = get_type_hints(kind, include_extras=extras)
+    own = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+    return types.MappingProxyType(own)
 
 
 def alternatives(hint: Any) -> list[Any]:

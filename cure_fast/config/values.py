@@ -73,7 +73,10 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return convert(name, next(a for a in arguments if a is not type(None)), value)
+        kinds = [a for a in arguments if a is not type(None)]
+        # A word in a number's place.
+        words = [a for a in kinds if get_origin(a) is Literal and isinstance(value, str)]
+        return convert(name, [*words, *kinds][0], value)
     if origin is Literal:
         check(value in arguments, name, value, f"one of {', '.join(map(str, arguments))}")
         return value

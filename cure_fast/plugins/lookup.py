@@ -47,6 +47,9 @@ def load(kind: Kind, word: str) -> tuple[Any, str]:
     what is installed.
     """
     reference = word if is_reference(word) else installed(kind)[word]
+    # A user's own code is not made to run with what stands in for torch.
+    if needs_torch := getattr(sys.modules.get("torch"), "stands_in", None):
+        raise needs_torch(reference)
     module, _, name = reference.partition(":")
     with suppress(FileNotFoundError):  # the working folder is gone
         if (here := os.getcwd()) not in sys.path:

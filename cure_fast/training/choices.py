@@ -62,9 +62,13 @@ def configure(start: str | os.PathLike[str] | Config, given: Mapping[str, Any]) 
 def starting_point(recipe: str) -> Config:
     """Return the configuration of a recipe, or of a run folder, which it then names as its own.
 
+    Of no text it is what recipes start from.
+
     Raises:
         InputError: for what is neither.
     """
+    if not recipe:
+        return select_method(Config(), Config.method)
     folder = Path(recipe) if recipe.strip() else None
     # The functions of os.path take any text, those of Path raise for one that is no path.
     if folder and os.path.lexists(folder / "config.json"):
@@ -82,8 +86,8 @@ def starting_point(recipe: str) -> Config:
         )
     if not recipe_called(recipe) and os.path.lexists(recipe):
         raise InputError(
-            f"{recipe}: expected a recipe or a run folder, got a file. Name the folder of a run, "
-            "or start from weights with --init-from."
+            f"{recipe}: expected a recipe, a run folder or a configuration (.toml, .json), got "
+            "another file. To start from weights, name them with --init-from."
         )
     return find_recipe(recipe)
 

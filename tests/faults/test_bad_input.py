@@ -11,8 +11,8 @@ import pytest
 import bad_input
 from bad_input import answer, prepared
 from bad_input_cases import CASES
-from cure_fast.cli.main import COMMANDS, parameters
-from cure_fast.cli.words import flags_of
+from cure_fast.cli.flags import flags_of, parameters
+from cure_fast.cli.main import COMMANDS
 from cure_fast.config.checks import alternatives
 from cure_fast.config.values import sections
 from cure_fast.methods import METHODS
@@ -121,7 +121,7 @@ def check_values(start: list[str], name: str, hint: Any) -> None:
     """Give a flag every value of its kind after the words ``start``."""
     flag, kind = f"--{name.replace('_', '-')}", kind_of(hint)
     if kind is bool:
-        for words in ([f"{flag}=yes"], [flag, "yes"], [f"{flag}="], [f"--no-{flag}"]):
+        for words in ([f"{flag}=maybe"], [flag, "yes"], [f"{flag}="], [f"--no-{flag}"]):
             code, errors = answer([*start, *words])
             assert code == 2, words
             assert_one_line(errors)
