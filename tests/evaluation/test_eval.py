@@ -240,7 +240,7 @@ def test_the_data_root_is_used(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         asked: list[Path] = []
 
-        def read(_name: str, root: Path, _split: str, **_named: object) -> None:
+        def read(_name: str, root: Path, _split: str, **_: object) -> None:
             asked.append(root)
             raise InputError("no images there")
 
