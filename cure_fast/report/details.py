@@ -50,9 +50,9 @@ FILES = {
 def details(record: Record) -> dict[str, Any]:
     """Return what the sections on the run, its settings, machine and files show."""
     command = (record.environment or {}).get("command")
-    known = isinstance(command, list) and command
+    words = [str(word) for word in command] if isinstance(command, list) else []
     return {
-        "command": shlex.join(map(str, command)) if known else None,
+        "command": shlex.join(words) or None,
         "progress": progress_line(record),
         "pretrain": len(record.stage("pretrain")),
         "times": time_bars(record),

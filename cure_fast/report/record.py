@@ -190,7 +190,9 @@ def read_record(folder: Path) -> Record:
         epochs=epochs,
         steps=steps,
         cut_off=cut_off,
-        results=results and _results(folder / "results.json", without_folders(results)),
+        results=None
+        if results is None
+        else _results(folder / "results.json", without_folders(results)),
         examples=read_examples(folder / "examples.npz"),
     )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from cure_fast.report.html import element, join
 
@@ -303,6 +302,8 @@ def heat_colours(values: np.ndarray) -> np.ndarray:
 
 def picture(pixels: np.ndarray) -> str:
     """Return the address of a PNG that holds its own pixels, uint8 [H, W, 3]."""
+    from PIL import Image
+
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -239,7 +239,7 @@ def write_run(
             "dirty": True,
             "started": "2026-01-02T03:04:05+0000",
             "command": shlex.split(
-                "cure-fast train cifar10-small --out 'runs/a b' --data-root '/home/me/my data/c10'"
+                "cure-fast train cifar10-small --out 'runs/a b' --data-root '/srv/me/my data/c10'"
             ),
             "loader": "ffcv: installed, 2 threads",
         }

@@ -156,9 +156,9 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(
 def test_no_folder_of_this_machine_is_told(
     page_of: Read, new_run: Make, results: dict[str, Any]
 ) -> None:
-    secret = "/home/somebody/private place"
-    results["warnings"] = ["seen in /home/somebody/x/y.pt, twice"]
-    results["models"]["trained"]["title"] = "CURE of /home/somebody/x/y.pt"
+    secret = "/srv/somebody/private place"
+    results["warnings"] = ["seen in /srv/somebody/x/y.pt, twice"]
+    results["models"]["trained"]["title"] = "CURE of /srv/somebody/x/y.pt"
     folder = new_run(results=results)
 
     def moved(config: dict[str, Any]) -> dict[str, Any]:

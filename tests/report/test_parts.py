@@ -143,7 +143,7 @@ def test_settings_are_written_as_people_write_them() -> None:
 @pytest.mark.parametrize(
     "text, shown",
     [
-        ("/home/me/a b/run", "…/run"),
+        ("/srv/me/a b/run", "…/run"),
         ("~/runs/x/", "…/x"),
         ("folder:/data/my images", "folder:…/my images"),
         ("natural:/a/b.safetensors", "natural:…/b.safetensors"),
