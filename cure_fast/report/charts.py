@@ -270,9 +270,13 @@ def mask_chart(record: Record, timeline: Timeline) -> Figure | None:
         "Of all maskable weights, by the masks of each epoch's last step. Energy: squares of the "
         "masked weights' scores over those of all; small, the mask takes what gradients hardly "
         "ask for. Overlap: masked in this epoch and the one before, of all masked in one of the "
-        "two (Jaccard); masks drawn at random, 30 % each, overlap by 18 %. Never updated: masked "
-        "in every epoch so far."
+        "two (Jaccard). Never updated: masked in every epoch so far."
     )
+    rgp = (record.config.get("policies") or {}).get("rgp", {})
+    percent = (record.config.get("settings") or {}).get("percentile", rgp.get("rgp_percentile"))
+    if isinstance(percent, int | float) and 0 < percent <= 100:
+        chance = 100 * percent / (200 - percent)
+        caption += f" Masks of {percent:g} % drawn at random overlap by {chance:.0f} %."
     chart = timeline.chart(lines, linear_axis(100, "share in %"), "What the mask does by epoch")
     return figure("What the mask does", caption, chart, legend=legend(lines))
 
