@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.record import shown_name
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from cure_fast.report.record import ModelScores, Record, Results
@@ -38,8 +39,7 @@ def answer(record: Record) -> dict[str, Any]:
     }
     if results is None:
         return {**found, "finished": None, "unfinished": unfinished(record)}
-    doubtful, notes = warnings(results, record.label)
-    found |= {"doubtful": doubtful, "warnings": [*results.warnings, *notes]}
+    found["doubtful"], found["warnings"] = warnings(results, record.label)
     return {**found, "finished": headline(record, results), "unfinished": None}
 
 
@@ -84,8 +84,13 @@ def part_of(score: AttackResult, results: Results) -> str | None:
 
 
 def warnings(results: Results, label: str) -> tuple[list[str], list[str]]:
-    """Return what makes scores unreliable, and the other warnings of attacks."""
+    """Return what makes scores unreliable, and the other warnings, each once."""
+    names = {shown_name(key, results.network): results.name(key, label) for key in results.models}
     doubtful, notes = [], []
+    for text in results.warnings:
+        # They begin with the network as the record calls it.
+        name, colon, rest = text.partition(": ")
+        notes.append(f"{names.get(name, name)}{colon}{rest}")
     for key, model in results.models.items():
         for score in model.attacks.values():
             name = f"{attack_name(score.attack)}, {results.name(key, label)}: "
@@ -93,7 +98,7 @@ def warnings(results: Results, label: str) -> tuple[list[str], list[str]]:
                 doubtful.append(name + ("; ".join(score.warnings) or "no reason was recorded"))
             else:
                 notes += [name + text for text in score.warnings]
-    return doubtful, notes
+    return doubtful, list(dict.fromkeys(notes))
 
 
 def progress_line(record: Record) -> str:

@@ -60,7 +60,6 @@ DECISIVE = {
     },
     "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},
 }
-CLAIM = "paper\N{RIGHT SINGLE QUOTATION MARK}s claim"
 # What the settings of AutoAttack hold of its result, which the waterfall shows.
 OF_THE_NETWORK = {"robust_after", "natural_correct"}
 # These words stand for None, which takes all or the published value.
@@ -84,11 +83,6 @@ def results_section(record: Record) -> dict[str, Any] | None:
         "images": f"{results.test_images:,}",
         "held_out": None if held_out is None else f"{held_out:,}",
         "attacks": attack_rows(results, record.label),
-        "partial": any(
-            s.count != results.test_images
-            for m in results.models.values()
-            for s in m.attacks.values()
-        ),
     }
 
 
@@ -105,6 +99,19 @@ def bar(name: str, style: str, value: float, text: str, **further: Any) -> dict[
     return {**empty, **known, **further}
 
 
+def paper_bar(value: float | None, digits: int, gap: str) -> dict[str, Any]:
+    """Return the bar of what the paper claims, in percent, and how far this run lies from it."""
+    text = "not given" if value is None else f"{value:.{digits}f} %"
+    return bar(
+        "paper\N{RIGHT SINGLE QUOTATION MARK}s claim", "paper", value or 0.0, text, difference=gap
+    )
+
+
+def compared_with(key: str) -> tuple[str, str]:
+    """Return the network that a network's difference is taken from, and its words."""
+    return ("trained", "the best epoch") if key == "last" else ("start", "the start")
+
+
 def attack_groups(results: Results, label: str) -> list[dict[str, Any]]:
     """Return a group of bars for each attack: each network's, and the paper's."""
     groups = []
@@ -116,7 +123,7 @@ def attack_groups(results: Results, label: str) -> list[dict[str, Any]]:
             if score is None:
                 continue
             low, high = wilson(score.correct, score.count)
-            base, other = ("trained", "the best epoch") if key == "last" else ("start", "the start")
+            base, other = compared_with(key)
             gap = "" if key == base else difference(score, scores.get(base))
             bars.append(
                 bar(
@@ -131,18 +138,10 @@ def attack_groups(results: Results, label: str) -> list[dict[str, Any]]:
                     difference=gap and f"{gap} from {other}",
                 )
             )
-        paper = paper_value(results, attack)
         if results.paper:
+            paper = paper_value(results, attack)
             gap = difference(scores["trained"], paper)
-            bars.append(
-                bar(
-                    CLAIM,
-                    "paper",
-                    paper or 0.0,
-                    "not given" if paper is None else f"{paper:.2f} %",
-                    difference=gap and f"{label}: {gap}",
-                )
-            )
+            bars.append(paper_bar(paper, 2, gap and f"{label}: {gap}"))
         part = counts != {results.test_images}
         note = f"first {' or '.join(f'{c:,}' for c in sorted(counts))} of the " if part else ""
         note += f"{results.test_images:,} test images"
@@ -158,19 +157,15 @@ def ratio_groups(results: Results, label: str) -> list[dict[str, Any]]:
         bars = []
         for key, value in values.items():
             if value is not None:
-                base, other = (
-                    ("trained", "the best epoch") if key == "last" else ("start", "the start")
-                )
+                base, other = compared_with(key)
                 theirs = values.get(base) if key != base else None
                 gap = "" if theirs is None else f"{points(value - theirs)} from {other}"
                 text = f"{value:.1f} %"
                 bars.append(bar(results.name(key, label), key, value, text, difference=gap))
-        paper = paper_nrr(results, name)
         if results.paper:
-            ours = values["trained"]
+            paper, ours = paper_nrr(results, name), values["trained"]
             gap = "" if ours is None or paper is None else f"{label}: {points(ours - paper)}"
-            text = "not given" if paper is None else f"{paper:.1f} %"
-            bars.append(bar(CLAIM, "paper", paper or 0.0, text, difference=gap))
+            bars.append(paper_bar(paper, 1, gap))
         score = results.models["trained"].attacks.get({"AA": "aa"}.get(name, "natural"))
         part = score is not None and score.count != results.test_images
         note = f"on the first {score.count:,} images" if score is not None and part else ""

@@ -213,10 +213,10 @@ def test_an_unreliable_result_is_flagged_wherever_it_stands(
 def test_warnings_of_the_evaluation_are_shown(
     page_of: Read, new_run: Make, results: dict[str, Any]
 ) -> None:
-    results["warnings"] = ["PGD-20 leaves fewer images than C&W-20"]
+    results["warnings"] = ["trained: PGD-20 leaves fewer images than C&W-20"] * 2
     results["models"]["start"]["attacks"]["aa"]["warnings"] = ["check_dynamic did not run"]
     text = page_of(new_run(results=results)).text
-    assert "PGD-20 leaves fewer images than C&W-20" in text
+    assert text.count("CURE: PGD-20 leaves fewer images than C&W-20") == 1
     assert "AutoAttack, naturally trained start: check_dynamic did not run" in text
 
 
