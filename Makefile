@@ -9,7 +9,7 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench bench-gpu bench-kernels clean
+.PHONY: help setup train test lint docs bench bench-gpu bench-kernels clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ lint: setup  ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+docs: setup  ## Build the documentation into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: setup  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
@@ -40,5 +43,5 @@ bench-kernels: setup  ## Test the kernels on a CUDA GPU, then measure them; figu
 	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-only $(ARGS)
 
 clean:  ## Remove .venv, caches and build outputs; runs/ and data/ stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks setup.log
 	find cure_fast kernels loaders bench examples tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,5 +1,50 @@
-"""cure-fast: train image classifiers that stay accurate and resist attacks."""
+"""cure-fast: train image classifiers that stay accurate and resist attacks.
+
+docs/python.md has an example of each function. Nothing is imported before it is used.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cure_fast.api.answers import Results, RunFolder
+    from cure_fast.api.models import attack, evaluate, load
+    from cure_fast.api.runs import recipe, train
+    from cure_fast.config import Config
+    from cure_fast.errors import CureFastError, InputError, StoppedError
+
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "CureFastError",
+    "InputError",
+    "Results",
+    "RunFolder",
+    "StoppedError",
+    "attack",
+    "evaluate",
+    "load",
+    "recipe",
+    "train",
+]
+
+_PLACES = {
+    "api.answers": ("Results", "RunFolder"),
+    "api.models": ("attack", "evaluate", "load"),
+    "api.runs": ("recipe", "train"),
+    "config": ("Config",),
+    "errors": ("CureFastError", "InputError", "StoppedError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"cure_fast.{place}"), name)
+    raise AttributeError(f"module 'cure_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

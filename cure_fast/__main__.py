@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from cure_fast.cli.ahead import answered
 from cure_fast.console import open_missing_streams, tell
 from cure_fast.errors import StoppedError
 from cure_fast.signals import Interrupted, StopSignals, ignore_signals
@@ -14,9 +15,11 @@ def main() -> int:
     open_missing_streams()
     try:
         with StopSignals() as stop, stop.at_once():
-            from cure_fast.cli.main import main as run
+            code = answered(sys.argv[1:])
+            if code is None:
+                from cure_fast.cli.main import main as run
 
-            code = run()
+                code = run()
     except Interrupted:
         tell("cure-fast: interrupted")
         code = StoppedError.code

@@ -33,6 +33,10 @@ class StoppedError(CureFastError):
     code = 75
 
 
+class NeedsTorchError(BaseException):
+    """What was asked for cannot be answered ahead of torch; no ``Exception``, which is answered."""
+
+
 # What torch's plain RuntimeErrors say: its CPU allocator, CUDA outside of torch's own allocator
 # (streams, pinned memory), and cuBLAS, cuDNN and oneDNN for their workspaces.
 MESSAGES = (

@@ -50,8 +50,8 @@ QUICKSTART = Recipe(
     ),
     """Handwritten digits with a small ResNet: natural start, CURE, attacks and report on a CPU.
 
-1,437 training images of 8x8 pixels that ship with scikit-learn. The attack radius 0.15 breaks
-the naturally trained start. About two minutes on two CPU cores; no network needed.""",
+1,437 training images of 8x8 pixels, which ship with cure-fast. The attack radius 0.15 breaks the
+naturally trained start. About two minutes on two CPU cores; no network needed.""",
 )
 
 

@@ -27,11 +27,13 @@ class StopSignals:
     The first signal only sets a flag, which training polls after each step and evaluation before
     each pass. Inside :meth:`at_once` it raises :class:`Interrupted` where the program stands. A
     second SIGINT ends the process with exit code 75; files are whole or absent at any moment.
+    Without ``leaves`` it raises KeyboardInterrupt: the process, such as a notebook's, is not ours.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, leaves: bool = True) -> None:
+        self._leaves = leaves
         self._came = 0
         self._raises = False
         self._process = os.getpid()
@@ -52,7 +54,8 @@ class StopSignals:
                 if number != signal.SIGHUP or former is not signal.SIG_IGN:
                     signal.signal(number, self._handle)
                     self._undo.callback(signal.signal, number, former)
-            self._undo.enter_context(interrupts_watched())
+            if self._leaves:
+                self._undo.enter_context(interrupts_watched())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,6 +84,8 @@ class StopSignals:
             return
         first, self._came = not self._came, number
         if number == signal.SIGINT and not first:
+            if not self._leaves:
+                raise KeyboardInterrupt
             leave_at_once()
         if self._raises:
             frames = traceback.walk_stack(frame)

@@ -6,7 +6,7 @@ from .augment import crop_flip, to_float
 from .base import Loader
 from .beton import check_beton, ensure_beton, write_beton
 from .choose import make_loader
-from .datasets import DATASETS, DatasetInfo, read_dataset
+from .datasets import DATASETS, DatasetInfo, names_code, read_dataset
 from .image_set import ImageSet, check_images
 from .split import split_train
 
@@ -20,6 +20,7 @@ __all__ = [
     "crop_flip",
     "ensure_beton",
     "make_loader",
+    "names_code",
     "read_dataset",
     "split_train",
     "to_float",

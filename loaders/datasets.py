@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from cure_fast.errors import InputError
+from cure_fast.plugins.lookup import installed, is_outside, is_reference
 
 from .folder import FOLDER_PREFIX, read_folder
 from .image_set import ImageSet, check_images
+from .own import TORCHVISION_PREFIX, read_own, read_torchvision
+from .stacking import resized
 
 Split = Literal["train", "test"]
-DIGITS_TEST_IMAGES = 360
+# Ships with the package; digits.md beside it says what it holds, where it is from and its licence.
+DIGITS = Path(__file__).with_name("digits.npz")
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,23 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def read_dataset(
-    name: str, root: Path, split: Split = "train", *, download: bool = True
+    name: str,
+    root: Path,
+    split: Split = "train",
+    *,
+    download: bool = True,
+    image_size: int | None = None,
 ) -> ImageSet:
     """Return all images of one split of a data set, checked.
 
     Args:
-        name: a key of :data:`DATASETS`, or ``folder:PATH`` (see :mod:`.folder`).
-        root: folder that holds cifar10, cifar100 and svhn as torchvision lays them out, or
-            receives them.
+        name: a key of :data:`DATASETS`, ``folder:PATH`` (see :mod:`.folder`), or
+            ``torchvision:CLASS``, ``package.module:function`` or a plug-in (see :mod:`.own`).
+        root: folder that holds the sets of torchvision as it lays them out, or receives them.
         split: the training or the test images.
-        download: fetch cifar10, cifar100 or svhn when it is not below ``root``.
+        download: fetch a set of torchvision when it is not below ``root``.
+        image_size: pixels that images are resized and centre-cropped to; None takes them as they
+            are.
 
     Raises:
         InputError: for an unknown name, absent data, a failed download, a damaged file or images
@@ -69,51 +81,66 @@ def read_dataset(
     if split not in ("train", "test"):
         raise InputError(f"split: expected train or test, got {split!r}.")
     if name.startswith(FOLDER_PREFIX):
-        image_set = read_folder(name, split)
-    elif name == "digits":
-        image_set = _read_digits(split)
+        image_set = read_folder(name, split, image_size=image_size)
+    elif name.startswith(TORCHVISION_PREFIX):
+        root, options = Path(root), {"download": download, "image_size": image_size}
+        image_set = read_torchvision(name, root, split, **options)
     elif name in DATASETS:
-        image_set = _read_torchvision(name, Path(root), split, download)
+        if name == "digits":
+            image_set = _read_digits(split)
+        else:
+            image_set = _read_known(name, Path(root), split, download)
+        if image_size is not None:
+            image_set = resized(image_set, image_size)
+    elif is_outside("data", name):
+        image_set = read_own(name, split, image_size=image_size)
     else:
         raise InputError(_unknown(name))
     check_images(image_set, training=split == "train")
     return image_set
 
 
+def names_code(name: str) -> bool:
+    """Return whether a data set is what a function makes that the name itself names."""
+    return is_reference(name) and not name.startswith((FOLDER_PREFIX, TORCHVISION_PREFIX))
+
+
 def _unknown(name: str) -> str:
     """Return the message for a name that is no data set."""
-    valid = [*DATASETS, FOLDER_PREFIX + "PATH"]
+    places = (f"{FOLDER_PREFIX}PATH", f"{TORCHVISION_PREFIX}NAME", "package.module:function")
+    valid = [*DATASETS, *installed("data"), *places]
     close = difflib.get_close_matches(name.lower(), DATASETS, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"--data: expected one of {', '.join(valid)}, got {name!r}.{hint}"
 
 
 def _read_digits(split: Split) -> ImageSet:
-    """Return scikit-learn's 1,797 handwritten digits: 1,437 to train on, 360 to test on."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load_digits()
-    train, test = train_test_split(
-        np.arange(len(digits.target)),
-        test_size=DIGITS_TEST_IMAGES,
-        stratify=digits.target,
-        random_state=0,
-    )
-    chosen = np.sort(train if split == "train" else test)
-    # The values are counts of dark pixels in 4 x 4 blocks, 0 to 16.
-    gray = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    """Return the 1,797 handwritten digits of digits.npz: 1,437 to train on, 360 to test on."""
+    with np.load(DIGITS) as stored:
+        chosen = np.zeros(len(stored["labels"]), bool)
+        chosen[stored["test"]] = True
+        if split == "train":
+            chosen = ~chosen
+        # The values are counts of dark pixels in 4 x 4 blocks, 0 to 16.
+        counts = stored["images"][chosen].astype(np.float64)
+        gray = np.rint(counts * (255 / 16)).astype(np.uint8)
+        labels = stored["labels"][chosen].astype(np.int64)
     return ImageSet(
         name="digits",
         images=np.repeat(gray[..., None], 3, axis=3),
-        labels=digits.target[chosen].astype(np.int64),
+        labels=labels,
         classes=tuple(str(digit) for digit in range(10)),
-        source=f"scikit-learn load_digits, {split}",
+        source=f"UCI handwritten digits, {split}",
     )
 
 
-def _read_torchvision(name: str, root: Path, split: Split, download: bool) -> ImageSet:
-    """Read a torchvision data set below ``root``, downloading it when it is absent and allowed."""
+def _read_known(name: str, root: Path, split: Split, download: bool) -> ImageSet:
+    """Read CIFAR or SVHN below ``root``, downloading it when it is absent and allowed."""
+    if name == "svhn" and importlib.util.find_spec("scipy") is None:
+        raise InputError(
+            "--data: svhn's files are read by scipy, which is not installed. Run: python -m pip "
+            "install scipy"
+        )
     try:
         data = _open_torchvision(name, root, split, download=False)
     except RuntimeError as error:  # torchvision's answer to absent and to damaged files

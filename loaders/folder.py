@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cure_fast.errors import InputError
-from cure_fast.progress import track
 
 from .image_set import ImageSet
+from .stacking import stack_images, to_rgb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FOLDER_PREFIX = "folder:"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# Pillow's modes of at most 8 bits per channel; the others would be cut to 8 bits without a word.
-MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")
 
 
-def read_folder(name: str, split: str) -> ImageSet:
+def read_folder(name: str, split: str, *, image_size: int | None = None) -> ImageSet:
     """Return the images below ``PATH/<split>``, classes and files in the order of their names.
 
     Images become RGB (an alpha channel is dropped). Files and folders whose name begins with a
@@ -27,6 +28,7 @@ def read_folder(name: str, split: str) -> ImageSet:
     Args:
         name: ``folder:PATH``; a relative path starts at the working directory.
         split: ``train`` or ``test``.
+        image_size: as for :func:`stack_images`.
 
     Raises:
         InputError: naming the folder, class or file: absent, empty, unreadable, of another size
@@ -37,19 +39,12 @@ def read_folder(name: str, split: str) -> ImageSet:
     if split != "train":
         _check_same_classes(path, classes, _classes(path / split))
     files = [(file, label) for label, c in enumerate(classes) for file in _files(path / split / c)]
-    first = _read_image(files[0][0])
-    _check_square(files[0][0], first)
-    images = np.empty((len(files), *first.shape), np.uint8)
-    with track(f"reading {path / split}", len(files)) as advance:
-        for index, (file, _) in enumerate(files):
-            image = _read_image(file)
-            if image.shape != first.shape:
-                raise InputError(
-                    f"{file}: expected {_size(first)} pixels like {files[0][0].name}, got "
-                    f"{_size(image)}; bring all images to one size."
-                )
-            images[index] = image
-            advance(1)
+    images = stack_images(
+        ((str(file), _read_image(file)) for file, _ in files),
+        count=len(files),
+        image_size=image_size,
+        title=f"reading {path / split}",
+    )
     return ImageSet(
         name=name,
         images=images,
@@ -102,18 +97,13 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_image(file: Path) -> NDArray[np.uint8]:
-    """Return an image as uint8 [H, W, 3]."""
+def _read_image(file: Path) -> Image:
+    """Return an image as RGB."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            if image.mode not in MODES:
-                raise InputError(
-                    f"{file}: expected 8 bits per channel, got an image of mode {image.mode}; "
-                    f"convert it first."
-                )
-            return np.asarray(image.convert("RGB"))
+            return to_rgb(str(file), image)
     # Pillow raises all of these for files that are cut, mislabelled or hostile.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
@@ -121,16 +111,3 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
         raise InputError(
             f"{file}: the image cannot be read ({error}); replace or delete it."
         ) from error
-
-
-def _check_square(file: Path, image: NDArray[np.uint8]) -> None:
-    if image.shape[0] != image.shape[1]:
-        raise InputError(
-            f"{file}: expected a square image, got {_size(image)} pixels; crop or resize all "
-            f"images to one square size."
-        )
-
-
-def _size(image: NDArray[np.uint8]) -> str:
-    """Return width x height as text."""
-    return f"{image.shape[1]}x{image.shape[0]}"

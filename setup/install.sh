@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds .venv with everything that training and the tests need; a second call finds it done.
+# A line per part is shown; what the parts print is kept in setup.log.
 #
 #   PYTHON=...     the Python to take (default: the first of python3, python3.14 ... that is >= 3.11)
-#   SKIP_FFCV=1    leave FFCV out
+#   SKIP_FFCV=1    leave FFCV out, and the system packages that its build needs
 #
 # Exit codes: 0 done (also without FFCV, which is optional), 1 something failed and was explained.
 set -euo pipefail
@@ -16,9 +17,47 @@ fi
 
 venv=.venv
 stamp=$venv/.cure-fast-setup
+log=setup.log
 
 say() { printf '%s\n' "$*" >&2; }
-fail() { say "Set-up failed: $*"; exit 1; }
+
+fail() {
+    if [ -s "$log" ]; then
+        # A lost connection ends in pip's advice on versions: the lines that name errors, or the last.
+        { grep -E '^(ERROR|E:|WARNING: Retrying)|[Ee]rror: ' "$log" || tail -n 8 "$log"; } |
+            tail -n 4 >&2
+    fi
+    say "Set-up failed: $*"
+    [ ! -s "$log" ] || say "Everything that was printed: $root/$log"
+    exit 1
+}
+
+# Run a command under a name: shown are the name and the seconds, on a terminal as they pass.
+part() {
+    local name=$1 start=$SECONDS ticker='' code=0
+    shift
+    printf '  %-62s' "$name" >&2
+    if [ -t 2 ]; then
+        # An interrupted set-up does not end what runs in its background: this looks whether it lives.
+        while sleep 1 && kill -0 $$ 2>/dev/null; do
+            printf '\r  %-62s%4d s' "$name" $((SECONDS - start)) >&2
+        done &
+        ticker=$!
+    fi
+    say "== $name: $*" 2>>"$log"
+    "$@" >>"$log" 2>&1 || code=$?
+    if [ -n "$ticker" ]; then
+        kill "$ticker"
+        wait "$ticker" 2>/dev/null || true
+        printf '\r  %-62s' "$name" >&2
+    fi
+    if [ "$code" = 0 ]; then
+        printf '%4d s\n' $((SECONDS - start)) >&2
+    else
+        printf 'failed\n' >&2
+    fi
+    return "$code"
+}
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -29,13 +68,19 @@ can_install_packages() {
     command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }
 }
 
+# Says for what, which packages and how large before it installs them.
 install_packages() {
-    local sudo=()
+    local what=$1 size sudo=()
+    shift
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
-    local apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120)
-    say "Installing system packages: $*"
-    "${apt[@]}" update -qq >&2 &&
-        "${apt[@]}" install -y -qq --no-install-recommends "$@" >&2
+    local apt=("${sudo[@]}" env LC_ALL=C DEBIAN_FRONTEND=noninteractive
+        apt-get -o DPkg::Lock::Timeout=120)
+    part "Lists of system packages" "${apt[@]}" update || return 1
+    # Answered by no, apt-get fails; what it prints differs between its versions 2 and 3.
+    size=$("${apt[@]}" install --assume-no --no-install-recommends "$@" 2>>"$log" |
+        grep -E 'Need to get|disk space|Download size|Space needed') || true
+    say "  System packages for $what: $*" "${size:+($(printf '%s' "$size" | tr -s ' \n' ' '))}"
+    part "Installing them" "${apt[@]}" install -y --no-install-recommends "$@"
 }
 
 find_python() {
@@ -65,7 +110,7 @@ ensure_venv_module() {
     "$python" -c 'import venv, ensurepip' 2>/dev/null && return
     package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     if can_install_packages; then
-        install_packages "$package" || say "apt-get could not install $package."
+        install_packages "python -m venv" "$package" || say "apt-get could not install $package."
     fi
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python lacks the modules venv and ensurepip.
@@ -88,10 +133,8 @@ setup_key() {
 }
 
 pip_install() {
-    local quiet=()
-    [ -t 2 ] || quiet=(-q)
-    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check "${quiet[@]}" \
-        -c constraints.txt "$@" >&2
+    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+        -c constraints.txt "$@"
 }
 
 doctor() { "$venv/bin/python" -c "from cure_fast.cli.doctor import *; $1"; }
@@ -106,11 +149,11 @@ install_ffcv() {
     if [ -n "$missing" ]; then
         can_install_packages || return 1
         # shellcheck disable=SC2086  # a list of package names
-        install_packages $missing || return 1
+        install_packages FFCV $missing || return 1
     fi
-    say "Building FFCV (about 20 s)"
-    pip_install -e '.[ffcv]' || return 1
-    doctor 'works, detail = check_ffcv(); print("FFCV", detail); raise SystemExit(not works)' >&2
+    part "FFCV, compiled here" pip_install -e '.[ffcv]' || return 1
+    part "FFCV tried on four images" doctor \
+        'works, detail = check_ffcv(); print("FFCV", detail); raise SystemExit(not works)'
 }
 
 # The classes that `cure-fast export --format robustbench` loads its files into. Beside the other
@@ -121,35 +164,41 @@ install_robustbench() {
 }
 
 main() {
+    local renew=''
     if venv_is_usable; then
         [ "$(cat "$stamp" 2>/dev/null)" != "$(setup_key)" ] || return 0
-    else
+        renew=yes
+    fi
+    : >"$log"
+    say "Setting up $venv. SKIP_FFCV=1 leaves out FFCV, which is optional, and its system packages."
+    say "About 6 GB, and 1 to 5 minutes if the machine is idle; details go to $log."
+    if [ -z "$renew" ]; then
         local python
         python=$(find_python)
         ensure_venv_module "$python"
-        say "Creating $venv with $(version_of "$python") ($python)"
         rm -rf "$venv"
-        "$python" -m venv "$venv" || fail "$python could not create $venv (its message is above)."
+        part "Creating $venv with Python $(version_of "$python") ($python)" "$python" -m venv "$venv" ||
+            fail "$python could not create $venv (its last messages are above)."
     fi
     rm -f "$stamp"
-    say "Installing the Python packages into $venv: about 5.4 GB, 1 to 5 minutes"
-    pip_install -e '.[dev]' ||
-        fail "pip could not install the Python packages (its message is above).
+    part "Python packages, 5.4 GB, mostly PyTorch" pip_install -e '.[dev]' ||
+        fail "pip could not install the Python packages (its last messages are above).
 If it names a connection or a proxy: mend the network and run the same command again.
 If it names the disk: 7 GB must be free here and in ${TMPDIR:-/tmp}."
-    install_robustbench ||
+    part "RobustBench's classes of networks" install_robustbench ||
         say "RobustBench is not installed (optional; only --format robustbench of export needs it)."
     if [ -n "${SKIP_FFCV:-}" ]; then
-        say "FFCV is left out, as SKIP_FFCV asks."
+        say "  FFCV is left out, as SKIP_FFCV asks."
     elif ! install_ffcv; then
         say "
-FFCV is not installed (optional; training takes its own loader instead). To add it, run this line:
+FFCV is not installed (optional; training takes its own loader instead, and $log has the
+details). To add it, run this line:
 $(doctor 'print(mend_ffcv(missing_packages()))')
 "
     fi
     setup_key >"$stamp.new"
     mv "$stamp.new" "$stamp"
-    say "Set-up done."
+    say "Set-up done in $SECONDS s."
 }
 
 main

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read when torch is loaded. One thread for tiny tensors, and as many in each process of a test: the
+# number decides the last bits of what runs are compared by.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest

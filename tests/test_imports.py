@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # folder of cure_fast, or a file at its top.
 ROOMS = (
     *("errors", "console", "progress", "signals", "losses", "batch", "classifier", "kernels"),
+    "plugins",
     *("attacks", "files", "loaders", "config"),
     *("models", "step"),
     "policies",
@@ -24,22 +25,23 @@ ROOMS = (
     *("report", "export"),
     "training",
     "cli",
-    "__main__",
+    *("api", "__main__"),
 )
 # Rooms that know less than all rooms before them: that they can be taken elsewhere, or read alone.
 NARROW = {
     "batch": set(),
     "kernels": set(),
-    "config": {"errors"},
-    "loaders": {"batch", "errors", "kernels", "progress", "signals"},
-    "models": {"classifier", "errors", "files", "loaders"},
+    "plugins": set(),
+    "config": {"errors", "plugins"},
+    "loaders": {"batch", "errors", "kernels", "plugins", "progress", "signals"},
+    "models": {"classifier", "errors", "files", "loaders", "plugins"},
     "step": {
         *("attacks", "batch", "classifier", "config", "console", "errors", "kernels", "loaders"),
     },
-    "policies": {"batch", "classifier", "config", "errors", "kernels", "step"},
+    "policies": {"batch", "classifier", "config", "errors", "kernels", "losses", "step"},
     "methods": {
         *("attacks", "batch", "classifier", "config", "errors", "kernels", "losses", "models"),
-        *("policies", "step"),
+        *("plugins", "policies", "step"),
     },
     "engine": {"batch", "classifier", "config", "console", "errors", "kernels", "step"},
     "recipes": {"config", "errors", "loaders", "methods", "models", "step"},
@@ -48,7 +50,8 @@ NARROW = {
 LIBRARIES = {
     "batch": set(),
     "kernels": {"triton"},
-    "loaders": {"torchvision", "sklearn", "PIL", "ffcv"},
+    "plugins": set(),
+    "loaders": {"torchvision", "PIL", "ffcv"},
     "config": set(),
     "models": {"safetensors", "torchvision", "timm"},
     "step": set(),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cure_fast.cli.configure import base_config, read_config
-from cure_fast.cli.words import pointing_to, read_words
+from cure_fast.cli.flags import pointing_to, split_flags
 from cure_fast.config.checks import shown
 from cure_fast.errors import InputError
 from cure_fast.files import user_path
@@ -34,9 +34,7 @@ def read_comparison(
     """
     name = base_config(recipe, [], prog).name
     with pointing_to("cure-fast compare", "it"):
-        _, own = read_words(
-            words, {**GIVEN, **switches, "name": str, "out": str}, lambda name: None
-        )
+        own, _ = split_flags(words, {**GIVEN, **switches, "name": str, "out": str})
         refuse(own)
         entries = split_entries(own.get("methods", ""))
     read = []
@@ -71,7 +69,7 @@ def split_entries(text: str) -> list[list[str]]:
 def entry_words(entry: Sequence[str]) -> list[str]:
     """Return the words of an entry for train: the flags of its method and policies, and its own."""
     (method, *policies), flags = entry[0].split("+"), entry[1:]
-    _, own = read_words(flags, {**GIVEN, "out": str}, lambda name: None)
+    own, _ = split_flags(flags, {**GIVEN, "out": str})
     refuse(own)
     chosen = ["--policies", ",".join(policies)] if policies else []
     return ["--method", method, *chosen, *flags]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -26,7 +27,7 @@ from cure_fast.errors import InputError
 from cure_fast.runs.versions import PACKAGES, nvidia_driver, package_version
 
 # Import names of what training and its report need, which bring NumPy; FFCV is an extra.
-NEEDED = ("torch", "torchvision", "safetensors", "sklearn", "tyro", "rich", "pyautoattack")
+NEEDED = ("torch", "torchvision", "safetensors", "cyclopts", "rich", "pyautoattack")
 # Receivers of a run's numbers, flags of the same names; training goes on without them.
 RECEIVERS = ("tensorboard", "wandb")
 
@@ -56,8 +57,8 @@ if x_adv.tolist() != [0.25] * 5:
 """
 
 
-def doctor() -> int:
-    """Print the report; return 0 if training can run and 2 (the code of bad input) if not."""
+def doctor(*, as_json: bool = False) -> int:
+    """Print the report, or the same as JSON; return 0 if training can run, else 2."""
     problems = import_problems(NEEDED)
     broken_torch = any(problem.startswith("torch ") for problem in problems)
     gpus, note = ([], "none") if broken_torch else find_gpus()
@@ -83,6 +84,12 @@ def doctor() -> int:
         *((("/dev/shm", shared_memory()),) if Path("/dev/shm").is_dir() else ()),
         ("folder", f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder}"),
     ]
+    if as_json:
+        told = {name: [value for n, value in rows if n == name] for name, _ in rows}
+        mend = None if works else mend_ffcv(missing_packages())
+        ready = {"ready": not problems, "problems": problems, "install_ffcv": mend}
+        print(json.dumps(ready | {k: v if len(v) > 1 else v[0] for k, v in told.items()}, indent=2))
+        return InputError.code if problems else 0
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         print(f"{name:<{width}}{value}")

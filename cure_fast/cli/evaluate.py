@@ -21,18 +21,20 @@ from cure_fast.evaluation.results import (
     print_results,
 )
 from cure_fast.files import file_hash, user_path, write_json
-from cure_fast.loaders import read_dataset
+from cure_fast.loaders import ImageSet, names_code, read_dataset
+from cure_fast.models import ImageClassifier
 from cure_fast.models.building import check_takes, load_model
-from cure_fast.models.weights import read_metadata
+from cure_fast.models.weights import read_metadata, resized_to
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
+from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import StopSignals
 from cure_fast.training.saving import keep_last
 
 # What weights.py reads.
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
-FILE_FLAGS = ("data", "model", "width", "stem", "normalize", "out")
+FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out")
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
@@ -40,7 +42,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
 
     The folder is held meanwhile: neither training nor another evaluation may write in it.
     """
-    given = [f"--{name}" for name in FILE_FLAGS if getattr(args, name) is not None]
+    given = [f"--{n}" for n in FILE_FLAGS if getattr(args, n.replace("-", "_")) is not None]
     if given:
         raise InputError(
             f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "
@@ -54,13 +56,16 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     config = replace(own, eval=changed(own.eval, args), run=replace(own.run, seed=seed))
     check_networks(config.eval.networks, networks_in(folder))
     root = own.data.data_root if args.data_root is None else args.data_root
-    test = read_dataset(own.data.data, user_path(root, "--data-root"), "test")
+    place, size = user_path(root, "--data-root"), own.data.image_size
+    test = read_dataset(own.data.data, place, "test", image_size=size)
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
-        measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+        model = load_model(folder / "model.safetensors", trusted=own.model.model)
+        with threads(threads_asked(args, model, test, config.eval)):
+            measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
             print_results(measured)
@@ -83,6 +88,19 @@ def changed(settings: EvalConfig, args: EvalArgs) -> EvalConfig:
     given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(settings)}
     told: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     return replace(settings, **{k: None if v == "all" else v for k, v in told.items()})
+
+
+def threads_asked(
+    args: EvalArgs, model: ImageClassifier, test: ImageSet, settings: EvalConfig
+) -> int:
+    """Return how many CPU threads to attack the model with."""
+    return choose_threads(
+        args.threads,
+        model,
+        choose_device(args.device),
+        image_size=test.image_size,
+        batch_size=settings.eval_batch_size,
+    )
 
 
 def stated_eps(path: Path, metadata: Mapping[str, str]) -> float:
@@ -117,7 +135,14 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     data = args.data or metadata.get("data")
     if not data:
         raise InputError(f"{path}: the file does not say its data set; name it with --data.")
-    test = read_dataset(data, user_path(args.data_root or "data", "--data-root"), "test")
+    if args.data is None and names_code(data):
+        raise InputError(
+            f"{path}: its images come from {data}, and no file decides which code is run. Where "
+            f"you trust that function, name it: --data {data}"
+        )
+    root = user_path(args.data_root or "data", "--data-root")
+    size = args.image_size or resized_to(path, metadata)
+    test = read_dataset(data, root, "test", image_size=size)
     # The network takes out the mean of the images it was trained on, whatever it is tested on.
     metadata["data"] = metadata.get("data") or data
     metadata.setdefault("num_classes", str(len(test.classes)))
@@ -130,18 +155,19 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
-        attacks = attack_model(
-            model.to(device),
-            test,
-            settings,
-            eps=eps,
-            device=device,
-            seed=seed,
-            state_dir=None if out is None else out / "evaluation",
-            weights=file_hash(path),
-            name=path.stem,
-            stop=stop,
-        )
+        with threads(threads_asked(args, model, test, settings)):
+            attacks = attack_model(
+                model.to(device),
+                test,
+                settings,
+                eps=eps,
+                device=device,
+                seed=seed,
+                state_dir=None if out is None else out / "evaluation",
+                weights=file_hash(path),
+                name=path.stem,
+                stop=stop,
+            )
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": data},

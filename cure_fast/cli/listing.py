@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args, get_origin
+from importlib import resources
+from typing import Any, Literal, get_args, get_origin
 
 from cure_fast.config import Config
 from cure_fast.config.attack_names import ATTACKS
 from cure_fast.config.checks import as_word, field_types, find
 from cure_fast.config.values import sections
-from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS
-from cure_fast.methods import METHODS, paper_row, select_method, set_up_of
+from cure_fast.methods import METHODS, find_method, paper_row, select_method, set_up_of
 from cure_fast.models import MODELS
-from cure_fast.policies import POLICIES
+from cure_fast.plugins.lookup import Kind, installed
+from cure_fast.policies import POLICIES, find_policy
 from cure_fast.recipes import RECIPES, figures, published_recipe, published_recipes
 from cure_fast.step.method import WRITTEN, Method
 from cure_fast.step.policy import Choice
@@ -30,6 +33,11 @@ Published results are natural / PGD-20 / AutoAttack in percent for CIFAR-10, Res
 row says otherwise, and claims of papers; `cure-fast show METHOD-DATA-MODEL` has their settings."""
 
 
+def plugins(kind: Kind) -> dict[str, str]:
+    """Return the installed plug-ins of a kind, none of which is imported for it."""
+    return {name: f"of a plug-in, {value}" for name, value in installed(kind).items()}
+
+
 def recipes() -> dict[str, str]:
     """Return the recipes and the pattern of those of methods, with a line on each."""
     known = ", ".join(name for name, method in METHODS.items() if method.published)
@@ -40,50 +48,75 @@ def recipes() -> dict[str, str]:
 def models() -> dict[str, str]:
     """Return the models with a line on each."""
     own = "your own: FUNCTION(num_classes=N) returns a module from images to logits"
-    return {**{name: info.title for name, info in MODELS.items()}, "MODULE:FUNCTION": own}
+    known = {name: info.title for name, info in MODELS.items()}
+    return {**known, **plugins("models"), "MODULE:FUNCTION": own}
 
 
 def data_sets() -> dict[str, str]:
     """Return the data sets with a line on each."""
-    folder = "class-per-folder images in PATH/train and PATH/test, all of one size"
-    return {**{name: info.title for name, info in DATASETS.items()}, "folder:PATH": folder}
+    others = {
+        "torchvision:NAME": "any of torchvision's with a training and a test split",
+        "folder:PATH": "class-per-folder images in PATH/train and PATH/test",
+        "MODULE:FUNCTION": "your own: FUNCTION(split) returns images and labels",
+    }
+    return {**{name: info.title for name, info in DATASETS.items()}, **plugins("data"), **others}
+
+
+def methods() -> dict[str, str]:
+    """Return the methods with a line on each."""
+    own = {"MODULE:METHOD": "your own: a Method"}
+    return {**{n: method.title for n, method in METHODS.items()}, **plugins("methods"), **own}
+
+
+def policies() -> dict[str, str]:
+    """Return the policies with a line on each."""
+    known = {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()}
+    return {**known, **plugins("policies"), "MODULE:POLICY": "your own: a PolicyInfo"}
 
 
 # Title and rows of each topic, by the word after ``cure-fast list``.
 TOPICS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
     "recipes": ("Recipes (cure-fast train RECIPE)", recipes),
-    "methods": ("Methods (--method)", lambda: {n: method.title for n, method in METHODS.items()}),
-    "policies": (
-        "Policies (--policies A,B,..., with any method)",
-        lambda: {name: f"{info.title} ({info.paper})" for name, info in POLICIES.items()},
-    ),
+    "methods": ("Methods (--method)", methods),
+    "policies": ("Policies (--policies A,B,..., with any method)", policies),
     "models": ("Models (--model)", models),
     "data": ("Data sets (--data)", data_sets),
     "attacks": ("Attacks (--attacks A,B,...)", lambda: ATTACKS),
 }
 
 
-def listing(topic: str = "") -> str:
+def listing(topic: str = "", *, as_json: bool = False) -> str:
     """Return all there is to choose from, a line each, or more on one of :data:`TOPICS`.
+
+    As JSON that is an object by topic and name, or of one topic by name; entries of methods and
+    policies are objects by the headers of their tables.
 
     Raises:
         InputError: for another topic.
     """
     if not topic:
+        if as_json:
+            return json.dumps({name: rows() for name, (_, rows) in TOPICS.items()}, indent=2)
         chosen = {title: rows() for title, rows in TOPICS.values()}
         width = max(len(name) for rows in chosen.values() for name in rows)
         parts = [f"{title}\n{lines(rows, width)}" for title, rows in chosen.items()]
         more = f"`cure-fast list {'|'.join(TOPICS)}` says more of methods, policies and recipes."
         return "\n\n".join([*parts, more])
     title, rows = find("list", TOPICS, topic, expected="nothing or one of")
-    if topic == "methods":
-        return f"{title}\n{method_table()}"
-    if topic == "policies":
-        return f"{title}\n{policy_table()}"
+    if topic in TABLES:
+        table, notes = TABLES[topic]
+        entries = table()
+        if as_json:
+            return json.dumps(entries, indent=2)
+        cells = [[name, *entry.values()] for name, entry in entries.items()]
+        headers = ["name", *next(iter(entries.values()))]
+        return "\n".join([title, aligned([headers, *cells]), "", *notes])
     chosen = rows()
     if topic == "recipes":
         named = {name: published_recipe(name) for name in published_recipes()}
         chosen |= {n: recipe.about.split("\n")[0] for n, recipe in named.items() if recipe}
+    if as_json:
+        return json.dumps(chosen, indent=2)
     return f"{title}\n{lines(chosen, max(map(len, chosen)))}"
 
 
@@ -92,24 +125,32 @@ def lines(rows: dict[str, str], width: int) -> str:
     return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())
 
 
-def method_table() -> str:
-    """Return the table of methods: paper, needs, passes per step, published result."""
-    header = ["name", "paper", "year", "passes", "relative", "published", "needs"]
-    rows, usual = [header], usual_cost()
-    for name, method in METHODS.items():
-        passes, relative, needs = cost(method, usual=usual)
-        rows.append([name, *cited(method), passes, relative, published(method), needs])
-    return f"{aligned(rows)}\n\n{COUNTED}\n{PUBLISHED}"
+def method_table() -> dict[str, dict[str, str]]:
+    """Return of each method its paper, needs, passes per step and published result."""
+    return {
+        name: {
+            **cited(method),
+            **cost(name),
+            "published": published(method),
+            "needs": ", ".join(needs_of(method)) or "-",
+        }
+        for name, method in METHODS.items()
+    }
 
 
-def policy_table() -> str:
-    """Return the table of policies: paper, passes per step of PGD-AT with each, what it does."""
-    header = ["name", "paper", "year", "passes with PGD-AT", "relative", "title"]
-    rows, usual = [header], usual_cost()
-    for name, info in POLICIES.items():
-        passes, relative, _ = cost(METHODS[USUAL], name, usual=usual)
-        rows.append([name, *cited(info), passes, relative, info.title])
-    return f"{aligned(rows)}\n\n{COUNTED}"
+def policy_table() -> dict[str, dict[str, str]]:
+    """Return of each policy its paper, the passes per step of PGD-AT with it, and what it does."""
+    return {
+        name: {**cited(info), **cost(f"{USUAL}+{name}"), "title": info.title}
+        for name, info in POLICIES.items()
+    }
+
+
+# Tables of topics, and what stands below them.
+TABLES: dict[str, tuple[Callable[[], dict[str, dict[str, str]]], tuple[str, ...]]] = {
+    "methods": (method_table, (COUNTED, PUBLISHED)),
+    "policies": (policy_table, (COUNTED,)),
+}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -121,38 +162,40 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def cited(choice: Choice) -> tuple[str, str]:
+def cited(choice: Choice) -> dict[str, str]:
     """Return authors and venue of a paper, and its year; the paper's line where it has none."""
     if choice.year is None:
-        return choice.paper, "-"
+        return {"paper": choice.paper, "year": "-"}
     authors = re.match(r".*? et al\.|[^,]+(, [^,]+)*? and [^,]+|[^,]*", choice.paper)
     venue = choice.paper.rpartition(", ")[2].removesuffix(str(choice.year)).strip()
-    return ", ".join(filter(None, (authors[0] if authors else "", venue))), str(choice.year)
+    told = ", ".join(filter(None, (authors[0] if authors else "", venue)))
+    return {"paper": told, "year": str(choice.year)}
 
 
-def usual_cost() -> float:
-    """Return what a step of PGD-AT computes, in forward passes."""
-    from cure_fast.training.passes import try_method
+@functools.cache
+def counts() -> dict[str, dict[str, Any]]:
+    """Return what was counted of methods, and of METHOD+POLICY; see :mod:`.training.passes`."""
+    text = resources.files("cure_fast.training").joinpath("passes.json").read_text(encoding="utf-8")
+    return json.loads(text)
 
-    return try_method(USUAL).last.cost
+
+def cost(name: str) -> dict[str, str]:
+    """Return passes per step of a method or METHOD+POLICY, and their number relative to PGD-AT."""
+    if name not in counts():
+        return {"passes": "-", "relative": "-"}
+    first, last = counts()[name]["first"], counts()[name]["last"]
+    told = f"{last:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
+    return {"passes": told, "relative": f"{last / counts()[USUAL]['last']:.2f}"}
 
 
-def cost(method: Method, *policies: str, usual: float) -> tuple[str, str, str]:
-    """Return passes per step, their number relative to ``usual``, and what the method needs."""
-    from cure_fast.training.passes import PLAIN, try_method
-
+def needs_of(method: Method) -> list[str]:
+    """Return what a method needs: teachers, a natural start, networks of its own, a model."""
     needs = [f"{name} teacher" for name in method.teachers]
     starts = (own.values.get("pretrain_epochs") for own in method.published.values())
     needs += ["a natural start"] * any(starts)
-    try:
-        trial = try_method(method.name, policies)
-    except InputError as error:
-        return "-", "-", ", ".join([*needs, f"not counted here: {error}"])
-    needs += [f"network {name}" for name in trial.networks]
-    needs += [f"--model {trial.model} or its like"] * (trial.model != PLAIN)
-    first, last = trial.first.cost, trial.last.cost
-    told = f"{last:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
-    return told, f"{last / usual:.2f}", ", ".join(needs) or "-"
+    needs += [f"network {name}" for name in counts().get(method.name, {}).get("networks", ())]
+    needs += ["a transformer, such as --model vit-tiny"] * method.needs_attention
+    return needs
 
 
 def published(method: Method) -> str:
@@ -175,12 +218,12 @@ def print_config(config: Config, base: Config, published: bool) -> None:
         base: the same before flags changed single fields.
         published: whether ``base`` is how the method's authors train.
     """
-    method = METHODS[config.method]
+    method = find_method(config.method)
     print(f"name: {config.name}\nmethod: {config.method} ({method.title})\npaper: {method.paper}")
     if row := paper_row(config):
         print(figures(row))
     for name in config.policies:
-        print(f"policy: {name} ({POLICIES[name].title})")
+        print(f"policy: {name} ({find_policy(name).title})")
     official = set_up_of(config) if published else None
     plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():

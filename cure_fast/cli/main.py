@@ -1,5 +1,7 @@
 """The command line: ``cure-fast train | compare | eval | report | export | data | list | ...``.
 
+cyclopts reads the words, writes help, and says what is wrong with them. Which flags ``train``,
+``compare`` and ``show`` have depends on the recipe, the method and the policies that are named.
 Heavy imports wait inside the commands, so that help is quick.
 """
 
@@ -7,36 +9,44 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
-import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from cyclopts import App
 
-from cure_fast.cli.words import flag_words, flags_of, pointing_to, read_words
+import cure_fast
+from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
-from cure_fast.config.checks import SHOWN, as_word, nearest, shown
+from cure_fast.config.checks import SHOWN, find, shown
+from cure_fast.config.values import to_dict
 from cure_fast.console import discard, say, tell
 from cure_fast.errors import (
     CureFastError,
     InputError,
     MemoryExhaustedError,
+    NeedsTorchError,
     StoppedError,
     is_out_of_memory,
 )
 from cure_fast.signals import Interrupted, StopSignals
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cure_fast.training.compare import Comparison
+
 HELP = {"-h", "--help"}
-# Commands that take a recipe or a run folder, and each field of the configuration as a flag.
-CONFIGURED = {"train", "compare", "show"}
 # Commands whose output is all that they do: a reader that has had enough of it is no failure.
-PRINTING = {"list", "show", "doctor"}
+PRINTING = {"list", "show", "doctor", "completion", "--version"}
 # What to do about an error of the operating system.
 ADVICE = {
     errno.ENOSPC: "Free some space, or name a folder on another disk.",
@@ -51,91 +61,54 @@ ADVICE = {
 # A path that no system takes: its beginning is enough of it in a message.
 LONG_WORD = re.compile(r"\S{1000,}")
 EXIT_CODES = "Exit codes: 0 done, 2 bad input, 3 diverged, 4 out of memory, 75 stopped, resumable."
+ABOUT = f"""\
+Train image classifiers that stay accurate and resist attacks.
+Start with `cure-fast train quickstart`.
+
+{EXIT_CODES}"""
 
 
-def registry() -> tyro.constructors.ConstructorRegistry:
-    """Return how this project's help shows numbers, which may be fractions, and lists."""
-    rules = tyro.constructors.ConstructorRegistry()
-
-    @rules.primitive_rule
-    def as_text(info: tyro.constructors.PrimitiveTypeInfo):
-        many = get_origin(info.type) is tuple
-        if not many and info.type is not float:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="A,B,..." if many else "NUMBER",
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, tuple if many else int | float),
-            str_from_instance=lambda value: [as_word(value)],
-        )
-
-    return rules
-
-
-def show_flags(recipe: str, words: Sequence[str], prog: str) -> None:
-    """Print the help of ``train`` or ``show``: every field of the configuration is a flag."""
-    from cure_fast.cli.configure import base_config
-    from cure_fast.policies import POLICIES
-    from cure_fast.recipes import recipe_called
-
-    known = recipe_called(recipe)
-    about = known.about if known else f"The run in {recipe}."
-    tyro.cli(
-        OmitArgPrefixes[Config],  # pyright: ignore[reportInvalidTypeArguments]
-        default=base_config(recipe, words, prog),
-        args=["--help"],
-        prog=prog,
-        description=f"{about}\n\nEvery field of the configuration is a flag. --policies A,B adds "
-        f"policies to the method ({', '.join(POLICIES)}; none takes them away), whose flags are "
-        "then here too. --regime published takes schedule, optimiser and attack from the method's "
-        "authors, before all other flags; --regime recipe, the default, from the recipe. With "
-        "train, --resume continues the run in --out, or the newest of this recipe, method, "
-        "policies and seed; --override with it accepts flags that differ from the run's. With "
-        "compare, --methods and --seeds, which `cure-fast compare --help` explains. "
-        f"{EXIT_CODES}",
-        registry=registry(),
-    )
-
-
-def train(recipe: Positional[str], resume: bool = False, override: bool = False) -> None:
-    """Train, attack and report. `cure-fast train RECIPE --help` lists all flags.
+def train(recipe: str, *, resume: bool = False, override: bool = False) -> None:
+    """Train, attack and report. `cure-fast train RECIPE --help` shows the recipe's own values.
 
     Args:
-        recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
+        recipe: Name of a recipe (see `cure-fast list`), or a run folder or configuration file
+            (.toml, .json) to take the settings of.
         resume: Continue the run: the one in --out, or the newest of this recipe, method, policies
             and seed.
-        override: With resume: continue although flags differ from what the run was made with.
+        override: With --resume: continue although flags differ from what the run was made with.
     """
 
 
-def compare(recipe: Positional[str], methods: str, seeds: int = 3) -> None:
+def compare(recipe: str, *, methods: str, seeds: int = 3) -> None:
     """Train methods under one recipe with several seeds, and write tables of what they reached.
 
     Takes the flags of train too, for all of them. Called again it goes on where it stopped.
 
     Args:
-        recipe: Name of a recipe (see `cure-fast list`), or a run folder to take the settings of.
+        recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
         methods: Entries with commas between: METHOD[+POLICY...] and flags of its own, such as
             "cure,trades+piat,trades --beta 5"; a value that holds commas is in quotes.
         seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
     """
 
 
-def show(recipe: Positional[str]) -> None:
-    """Print the resolved configuration of a recipe; takes the same flags as train.
+def show(recipe: str, *, toml: bool = False, json: bool = False) -> None:
+    """Print what a recipe and flags come to; takes the same flags as train.
 
     Args:
-        recipe: Name of a recipe (see `cure-fast list`), or a run folder.
+        recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
+        toml: Print it as a configuration file, which `cure-fast train FILE.toml` takes.
+        json: Print it as JSON.
     """
 
 
-def evaluate(target: Positional[str], args: OmitArgPrefixes[EvalArgs]) -> None:
+def evaluate(target: str, args: EvalArgs) -> None:
     """Attack the model of a run, or a file of weights, on the test images; always float32.
 
     Args:
         target: Run folder, or a file of weights (.safetensors, or a .pt of plain tensors).
-        args: How to attack; None takes the run's own, or what a file says of itself.
+        args: How to attack; what is left out is the run's own, or what a file says of itself.
     """
     from cure_fast.cli.evaluate import evaluate_file, evaluate_folder
 
@@ -146,7 +119,7 @@ def evaluate(target: Positional[str], args: OmitArgPrefixes[EvalArgs]) -> None:
         evaluate_file(path, args)
 
 
-def report(run: Positional[str]) -> None:
+def report(run: str) -> None:
     """Write report.html of a run again.
 
     Args:
@@ -157,7 +130,7 @@ def report(run: Positional[str]) -> None:
     say(f"report: {rewrite_report(Path(run))}")
 
 
-def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
+def export(target: str, args: ExportArgs) -> None:
     """Export the model of a run, or a file of weights, for other programs; verified when written.
 
     Args:
@@ -169,7 +142,7 @@ def export(target: Positional[str], args: OmitArgPrefixes[ExportArgs]) -> None:
     export_model(Path(target), args)
 
 
-def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> None:
+def data_write(data: str, args: DataWriteArgs) -> None:
     """Write the training images of a data set as a checked FFCV file, ahead of training.
 
     Training reads the file of its own training split: with the same flags as here it finds this
@@ -184,7 +157,8 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
-    whole = read_dataset(data, user_path(args.data_root, "--data-root"), "train")
+    root = user_path(args.data_root, "--data-root")
+    whole = read_dataset(data, root, "train", image_size=args.image_size)
     images, _ = split_train(
         whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
     )
@@ -193,23 +167,44 @@ def data_write(data: Positional[str], args: OmitArgPrefixes[DataWriteArgs]) -> N
     say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
 
 
-def list_all(topic: Positional[str] = "") -> None:
+def list_all(topic: str = "", *, json: bool = False) -> None:
     """List recipes, methods, policies, models, data sets and attacks.
 
     Args:
         topic: One of these alone, as recipes, methods, policies, models, data or attacks, with more
             on it: of methods the paper, passes per step, published result and needs.
+        json: Print it as JSON.
     """
     from cure_fast.cli.listing import listing
 
-    print(listing(topic))
+    print(listing(topic, as_json=json))
 
 
-def doctor() -> None:
-    """Check versions, GPU, Triton and FFCV, and say how to mend what is missing."""
+def doctor(*, json: bool = False) -> None:
+    """Check versions, GPU, Triton and FFCV, and say how to mend what is missing.
+
+    Args:
+        json: Print it as JSON.
+    """
     from cure_fast.cli.doctor import doctor as check
 
-    sys.exit(check())
+    sys.exit(check(as_json=json))
+
+
+def completion(shell: str) -> None:
+    """Print a script that completes commands and flags, for bash, zsh or fish.
+
+    Save it where the shell looks for such, for instance
+    `cure-fast completion bash > ~/.local/share/bash-completion/completions/cure-fast`.
+
+    Args:
+        shell: bash, zsh or fish.
+    """
+    from cure_fast.recipes import find_recipe
+
+    find("SHELL", {name: name for name in ("bash", "zsh", "fish")}, shell)
+    script = tree(find_recipe("quickstart")).generate_completion(shell=shell)  # pyright: ignore[reportArgumentType]
+    print(script)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -222,112 +217,139 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_all,
     "show": show,
     "doctor": doctor,
+    "completion": completion,
 }
+# Commands that take a recipe, and each field of the configuration as a flag.
+CONFIGURED = ("train", "compare", "show")
 
 
-def dispatch(words: Sequence[str]) -> None:
-    """Run the command that ``words`` name."""
+def tree(config: Config | None = None) -> App:
+    """Return all commands; the flags of a configuration are those of ``config``, or left out."""
+    app = App(name="cure-fast", help=ABOUT, version=cure_fast.__version__, **PLAIN)
+    data = App(name="data", help="Write data sets ahead of training.", version_flags=[], **PLAIN)
+    app.command(data)
+    for name, function in COMMANDS.items():
+        place = data if name.startswith("data ") else app
+        fields = config if name in CONFIGURED else None
+        place.command(application(name.split()[-1], function, config=fields))
+    return app
+
+
+def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
+    """Return what ``words`` ask for, read and checked; None where that was help, which is printed.
+
+    Raises:
+        InputError: for words that are wrong.
+    """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
-    if words[0] in HELP:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            args=["--help"],
-            prog="cure-fast",
-            description="Train image classifiers that stay accurate and resist attacks. "
-            f"Start with `cure-fast train quickstart`. {EXIT_CODES}",
-            registry=registry(),
-        )
-    command, rest = find_command(words)
+    if words[0] in CONFIGURED:
+        return prepare_configured(words[0], words[1:])
+    known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
+    with pointing_to(f"cure-fast {known}".rstrip(), "it" if known else "the commands"):
+        with in_a_line():
+            run, bound, _ = tree().parse_args(words, console=console_for(words))
+        return run(*bound.args, **bound.kwargs)
+
+
+def console_for(words: Sequence[str]) -> Console | None:
+    """Return where help is printed, where that is asked for."""
+    if not HELP & set(words):
+        return None
+    from rich.console import Console
+
+    class HelpConsole(Console):
+        """Leaves a reader that has gone to :func:`main`, where rich would end the program."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return HelpConsole()
+
+
+def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], object] | None:
+    """Return what a command with a recipe is to do, whose flags hang on what is named."""
+    from cure_fast.cli.config_file import expanded
+    from cure_fast.cli.configure import base_config, read_config
+    from cure_fast.recipes import recipe_called
+
     prog = f"cure-fast {command}"
-    named = command in CONFIGURED and rest and not rest[0].startswith("-")
-    if HELP & set(rest):
-        if named:
-            show_flags(rest[0], rest[1:], f"{prog} {rest[0]}")
-        tyro.cli(COMMANDS[command], args=["--help"], prog=prog, registry=registry())
-    if command not in CONFIGURED:
-        COMMANDS[command](*read_arguments(COMMANDS[command], rest, prog))
-        return
-    switches = {k: kind for k, kind in parameters(COMMANDS[command]).items() if k != "recipe"}
+    switches = {k: v for k, v in parameters(COMMANDS[command]).items() if k != "recipe"}
     # `train --resume RUN` is what one writes who thinks of the switch first.
-    alone = flag_words(name for name, kind in switches.items() if kind is bool)
-    first = [word for word in rest if word in alone] if not named else []
-    rest = [word for word in rest if word not in first] + first
-    if not rest or rest[0].startswith("-"):
-        came = f"got {shown(rest[0])} first" if rest else "got nothing"
+    alone = {f"--{name}" for name, kind in switches.items() if kind is bool}
+    first = list(takewhile(alone.__contains__, words))
+    recipe, *rest = [*words[len(first) :], *first] or [""]
+    named = recipe and not recipe.startswith("-")
+    if HELP & set(words):
+        base, rest = expanded(recipe, rest) if named else ("quickstart", rest)
+        known = recipe_called(base)
+        about = f"{prog} {recipe}: {known.about}\n\n{EXIT_CODES}" if named and known else EXIT_CODES
+        config = base_config(base, rest, prog)
+        app = application(prog, COMMANDS[command], config=config, about=about)
+        app.help_print([], console=console_for(words))
+        return None
+    if not named:
+        came = f"got {shown(recipe)} first" if recipe else "got nothing"
         raise InputError(
             f"{command}: expected the name of a recipe or a run folder before the flags, {came}, "
             f"such as: {prog} quickstart. `cure-fast list` shows the recipes."
         )
+    prog = f"{prog} {recipe}"
+    recipe, rest = expanded(recipe, rest)
     if command == "compare":
         from cure_fast.cli.compare import read_comparison
-        from cure_fast.training.compare import compare as run_comparison
 
-        run_comparison(read_comparison(rest[0], rest[1:], f"{prog} {rest[0]}", switches))
-        return
-    from cure_fast.cli.configure import read_config
-
-    config, given = read_config(rest[0], rest[1:], f"{prog} {rest[0]}", switches)
+        return partial(run_comparison, read_comparison(recipe, rest, prog, switches))
+    config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
-        from cure_fast.cli.configure import base_config
-        from cure_fast.cli.listing import print_config
-        from cure_fast.recipes import published_recipe
+        return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
+    return partial(run_training, config, **given)
 
-        base = base_config(rest[0], rest[1:], f"{prog} {rest[0]}")
-        official = "published" in rest or published_recipe(rest[0]) is not None
-        print_config(config, base, official)
+
+def run_comparison(comparison: Comparison) -> None:
+    """Train and evaluate what is compared."""
+    from cure_fast.training.compare import compare
+
+    compare(comparison)
+
+
+def run_training(config: Config, *, resume: bool = False, override: bool = False) -> None:
+    """Train what was configured."""
+    from cure_fast.training.job import train
+
+    train(config, resume=resume, override=override)
+
+
+def print_shown(
+    config: Config, base: Config, recipe: str, words: Sequence[str], given: Mapping[str, bool]
+) -> None:
+    """Print a configuration as it was asked for."""
+    from cure_fast.cli.config_file import as_toml
+    from cure_fast.cli.listing import print_config
+    from cure_fast.recipes import published_recipe
+
+    if given.get("toml"):
+        print(as_toml(config, recipe))
+    elif given.get("json"):
+        print(json.dumps(to_dict(config), indent=2))
     else:
-        from cure_fast.training.job import train as run_job
-
-        if given.get("override") and not given.get("resume"):
-            raise InputError(
-                "--override: expected --resume with it, got --override alone. "
-                "Add --resume to continue a run, or leave --override out."
-            )
-        run_job(config, **given)
+        regime, _ = split_flags(words, {"regime": str})
+        official = "published" in regime.values() or published_recipe(recipe) is not None
+        print_config(config, base, official)
 
 
-def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the command that ``words`` begin with, which may be of two words, and the rest."""
-    for count in (2, 1):
-        if " ".join(words[:count]) in COMMANDS:
-            return " ".join(words[:count]), list(words[count:])
-    if words[0] == "data":
-        if HELP & set(words):
-            return "data write", list(words[1:])
-        came = shown(words[1]) if len(words) > 1 else "nothing"
-        raise InputError(
-            f"data: expected `cure-fast data write`, got {came} after data. "
-            "`cure-fast data write --help` explains it."
-        )
-    raise InputError(
-        f"expected one of the commands {', '.join(COMMANDS)}, got {shown(words[0])}."
-        f"{nearest(words[0], COMMANDS)} `cure-fast --help` explains them."
-    )
+def is_light(words: Sequence[str]) -> bool:
+    """Return whether a command needs no torch."""
+    written = words[0] == "show" and not {"--toml", "--json"}.isdisjoint(words)
+    return written or words[0] in ("list", "completion")
 
 
-def parameters(function: Callable[..., None]) -> dict[str, Any]:
-    """Return the plain type of each parameter of a command by its name."""
-    return {k: v for k, v in get_type_hints(function).items() if k != "return"}
+def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
+    """Run the command line and return its exit code.
 
-
-def read_arguments(function: Callable[..., None], words: Sequence[str], prog: str) -> list[Any]:
-    """Return what a command is called with: text for each word, and its dataclass of flags."""
-    wanted = parameters(function)
-    names = [name for name, kind in wanted.items() if kind is str]
-    kinds = [kind for kind in wanted.values() if hasattr(kind, "__dataclass_fields__")]
-    with pointing_to(prog, "it"):
-        free, values = read_words(words, flags_of(*kinds))
-        most, least = len(names), len(names) - len(function.__defaults__ or ())
-        if not least <= len(free) <= most or not all(map(str.strip, free)):
-            takes = " ".join(name.upper() for name in names) or "no word"
-            came = " ".join(map(shown, free)) or "nothing"
-            raise InputError(f"{prog.removeprefix('cure-fast ')}: expected {takes}, got {came}.")
-        return [*free, *(kind(**values) for kind in kinds)]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    Raises:
+        NeedsTorchError: if it is ``ahead`` of torch, and there is something to do that needs torch.
+    """
     # Read when torch is loaded. By default a waiting OpenMP thread spins for milliseconds and keeps
     # its core from whoever else computes: see docs/log.md for the measurement.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -340,7 +362,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Commands with a state to save catch signals themselves, and poll for them.
         with StopSignals() as stop, stop.at_once():
             try:
-                dispatch(words or ["--help"])
+                prepared = dispatch(words or ["--help"])
+                if ahead and prepared is not None and not is_light(words):
+                    raise NeedsTorchError
+                if prepared is not None:
+                    prepared()
             finally:
                 write_out()
     except CureFastError as error:
@@ -358,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(InputError(f"{path}{error.strerror or error}. {advice}"))
     except Exception as error:
         if is_out_of_memory(error):
-            advice = "Try a smaller --batch-size or --eval-batch-size, or --amp bf16."
+            advice = "Try a smaller --batch-size or --eval-batch-size."
             return fail(MemoryExhaustedError(f"{error} {advice}"))
         raise
     return 0

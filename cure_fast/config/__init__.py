@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, ClassVar, Literal, dataclass_transform
 
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import POSITIVE, Bounds, Checked, Count, Share, Whole, check
@@ -20,12 +20,16 @@ class DataConfig(Checked):
     """Images, the held-out validation split, and how batches are fed."""
 
     data: str = "cifar10"
-    """Data set: cifar10, cifar100, svhn, digits, or folder:PATH with PATH/train/<class>/ and
-    PATH/test/<class>/ image folders."""
+    """Data set: cifar10, cifar100, svhn, digits, folder:PATH with PATH/train/<class>/ and
+    PATH/test/<class>/ image folders, torchvision:NAME such as torchvision:FashionMNIST, or
+    package.module:function of your own, which returns images and labels of train and test."""
     data_root: str = "data"
     """Folder that holds the data sets, or receives them when they are downloaded."""
+    image_size: Annotated[int, Bounds(1, 4096)] | None = None
+    """Pixels to resize the shorter side of each image to, and then to crop out of its middle, 1 to
+    4096; None takes images as they are, which must then be square and of one size."""
     download: bool = True
-    """Download cifar10, cifar100 or svhn when it is not below the data root."""
+    """Download a data set of torchvision when it is not below the data root."""
     train_images: Count | None = None
     """Number of training images to use, drawn evenly over the classes; None takes all."""
     val_images: Count = 1000
@@ -220,9 +224,12 @@ class RunConfig(Checked):
     """Where and how the run executes."""
 
     out: str | None = None
-    """Run folder; None takes runs/<recipe>-<method>+<policies>-s<seed>."""
+    """Run folder; None takes runs/<data>-<model>-<method>+<policies>-s<seed>."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: Annotated[int, Bounds(1, 1024)] | Literal["auto"] = "auto"
+    """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
+    else what is quickest in a second's trial at the start; a resumed run keeps its number."""
     seed: Whole = 0
     """Seed of the weights, the batch order, the augmentation and the attacks, 0 or more."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
@@ -258,7 +265,12 @@ class MethodSettings(Checked):
     """Settings of a method or a policy; each has its own, whose fields are flags.
 
     Classes derived from it are frozen dataclasses without a decorator of their own.
+
+    Attributes:
+        main: fields that help shows with the method; the others it shows last. Empty for all.
     """
+
+    main: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)

@@ -31,6 +31,9 @@ class EvalArgs(Checked):
     per batch; for a file 256."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: Annotated[int, Bounds(1, 1024)] | Literal["auto"] = "auto"
+    """CPU threads that torch computes with, 1 to 1024, or auto: OMP_NUM_THREADS where that is set,
+    else what is quickest in a second's trial at the start."""
     seed: Whole | None = None
     """Seed of the attacks' random starts, 0 or more; for a file 0."""
     data_root: str | None = None
@@ -41,6 +44,9 @@ class EvalArgs(Checked):
     """For a run alone: epochs of its result to attack, best, last, or both."""
     data: str | None = None
     """For a file alone: data set of the test images."""
+    image_size: Annotated[int, Bounds(1, 4096)] | None = None
+    """For a file alone: pixels to resize and centre-crop test images to, 1 to 4096; None takes what
+    it was trained with."""
     model: str | None = None
     """For a file alone: architecture."""
     width: Annotated[int, Bounds(1, 4096)] | None = None
@@ -60,6 +66,8 @@ class DataWriteArgs(Checked):
 
     data_root: str = "data"
     """Folder that holds the data sets, or receives them when they are downloaded."""
+    image_size: Annotated[int, Bounds(1, 4096)] | None = None
+    """Pixels to resize and centre-crop images to, 1 to 4096, as for training."""
     train_images: Count | None = None
     """Number of training images, 1 or more, as for training; None takes all but --val-images."""
     val_images: Count = 1000

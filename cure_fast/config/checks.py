@@ -10,9 +10,20 @@ import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cure_fast.errors import InputError
+from cure_fast.plugins.lookup import Kind, installed, is_outside, load
 
 T = TypeVar("T")
 
@@ -61,8 +72,34 @@ def find(flag: str, table: Mapping[str, T], name: str, *, expected: str = "one o
     """Return the entry called ``name``, or raise ``InputError`` with the flag and the entries."""
     if name in table:
         return table[name]
-    raise InputError(
-        f"{flag}: expected {expected} {listed(table)}, got {shown(name)}.{nearest(name, table)}"
+    raise _unknown(flag, table, name, expected)
+
+
+def find_any(
+    flag: str, table: Mapping[str, T], name: str, *, plugins: Kind, expected: str = "one of"
+) -> T:
+    """Return what :func:`find` does, or an entry of the same type from outside of the package.
+
+    That is what ``package.module:name`` names, or an installed plug-in of the kind ``plugins``.
+    """
+    if name in table:
+        return table[name]
+    if not is_outside(plugins, name):
+        raise _unknown(flag, {**table, **installed(plugins)}, name, expected)
+    found, problem = load(plugins, name)
+    kind = type(next(iter(table.values())))
+    if not problem and not isinstance(found, kind):
+        problem = f"expected a {kind.__name__}, got {type(found).__name__}."
+    if problem:
+        raise InputError(f"{flag} {name}: {problem}")
+    return found
+
+
+def _unknown(flag: str, names: Iterable[str], name: str, expected: str) -> InputError:
+    """Return the error for a name that is none of those known."""
+    names = list(names)
+    return InputError(
+        f"{flag}: expected {expected} {listed(names)}, got {shown(name)}.{nearest(name, names)}"
     )
 
 
@@ -75,7 +112,9 @@ def check(condition: bool, flag: str, value: object, expected: str) -> None:
 @functools.cache
 def field_types(kind: type, *, extras: bool = False) -> Mapping[str, Any]:
     """Return the type of each field, worked out once as it takes long; ``extras`` keep bounds."""
-    return types.MappingProxyType(get_type_hints(kind, include_extras=extras))
+    hints = get_type_hints(kind, include_extras=extras)
+    own = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+    return types.MappingProxyType(own)
 
 
 def alternatives(hint: Any) -> list[Any]:

@@ -62,24 +62,27 @@ def from_dict(kind: type[T], values: Mapping[str, Any], **narrow: type) -> T:
             f"configuration: unknown {', '.join(map(shown, unknown))} in {kind.__name__}; "
             f"it has {', '.join(names)}."
         )
-    return kind(**{name: _convert(name, hints[name], value) for name, value in values.items()})
+    return kind(**{name: convert(name, hints[name], value) for name, value in values.items()})
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """Return the JSON ``value`` as the field type ``hint``, or raise :class:`InputError`."""
+def convert(name: str, hint: Any, value: Any) -> Any:
+    """Return the JSON ``value`` as the type ``hint`` of the field ``name``; refuse another."""
     origin, arguments = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)  # pyright: ignore[reportArgumentType]
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(name, next(a for a in arguments if a is not type(None)), value)
+        kinds = [a for a in arguments if a is not type(None)]
+        # A word in a number's place.
+        words = [a for a in kinds if get_origin(a) is Literal and isinstance(value, str)]
+        return convert(name, [*words, *kinds][0], value)
     if origin is Literal:
         check(value in arguments, name, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         check(isinstance(value, list | tuple), name, value, "a list")
-        return tuple(_convert(name, arguments[0], item) for item in value)
+        return tuple(convert(name, arguments[0], item) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         check(abs(value) <= sys.float_info.max, name, value, "a number that a float can hold")
         return float(value)

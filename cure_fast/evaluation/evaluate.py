@@ -31,7 +31,7 @@ def evaluate(
     images: Tensor,
     labels: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None,
     attacks: Sequence[str],
     eps: float,
     step_size: float | None,
@@ -50,7 +50,7 @@ def evaluate(
         model: from images [N, C, H, W] in [0, 1] to logits [N, num_classes]; left as it is.
         images: uint8 [N, H, W, C], or floating in [0, 1] (stored adversarial images).
         labels: int64 [N] in [0, num_classes).
-        num_classes: number of classes, at least 2.
+        num_classes: number of classes, at least 2; None takes the model's number of logits.
         attacks: names that :func:`parse_attack` takes.
         eps: radius of the L-inf ball in pixel units, in [0, 1].
         step_size: length of a step of pgdK and cwK in pixel units; None takes eps / 10.
@@ -71,7 +71,8 @@ def evaluate(
     """
     specs = {text: parse_attack(text) for text in attacks}
     _check_data(images, labels)
-    _check_classes(labels, num_classes)
+    if num_classes is not None:
+        _check_classes(labels, num_classes)
     task = Measurement(
         guard=Guard(model, num_classes=num_classes, stop=stop),
         images=images,
@@ -87,6 +88,8 @@ def evaluate(
     )
     results = {}
     with _measuring(model, task.device):
+        if num_classes is None:
+            _ask_classes(task)
         for text, spec in specs.items():
             results[text] = task.result(spec)
             if on_result is not None:
@@ -149,6 +152,58 @@ def adversarial_examples(
     kinds = ("natural", "adversarial")
     of_both = (f"{kind}_{what}" for what in ("prediction", "confidence") for kind in kinds)
     return dict(zip(("adversarial", *of_both), arrays, strict=True))
+
+
+def adversarial_images(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: str,
+    eps: float,
+    step_size: float | None,
+    batch_size: int,
+    device: torch.device | str,
+    seed: int,
+) -> Tensor:
+    """Return what an attack makes of all the images, right or wrong: [N, C, H, W] on the device.
+
+    They are those that :func:`evaluate` measures with the same arguments, which are as there, but
+    for ``attack``: ``fgsm``, ``pgdK`` or ``cwK``.
+    """
+    spec = parse_attack(attack)
+    if spec.family in ("natural", "aa"):
+        raise InputError(f"attack: expected fgsm, pgdK or cwK, got {attack!r}.")
+    _check_data(images, labels)
+    task = Measurement(
+        guard=Guard(model),
+        images=images,
+        labels=labels,
+        device=torch.device(device),
+        eps=eps,
+        step_size=_check_settings(eps, step_size, batch_size, seed, None, {spec.name: spec}),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    found: list[Tensor] = []
+
+    def perturb(indices: Tensor) -> None:
+        x, y = task.load(indices)
+        task.guard.at(x, indices, spec.name)
+        found.append(task.perturb(spec, x, y, indices))
+
+    with _measuring(model, task.device):
+        _ask_classes(task)
+        task.each_batch(torch.arange(len(images)), perturb)
+        task.watch.check()
+    return torch.cat(found)
+
+
+def _ask_classes(task: Measurement) -> None:
+    """Take the number of classes from the logits of the first image."""
+    x, _ = task.load(torch.arange(1))
+    task.guard.num_classes = task.guard(x).shape[1]
+    _check_classes(task.labels, task.guard.num_classes)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from cure_fast.config.values import digest
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult, nrr
+from cure_fast.evaluation.chance import chance_warnings
 from cure_fast.evaluation.trust import trust_warnings
 from cure_fast.files import replacing, write_json
 
@@ -113,8 +114,8 @@ def merge_results(
         results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
         of = {key: value for key, value in entry.items() if key in ("network", "epoch", "weights")}
         models[name] = model_entry(entry["title"], results) | of
-    warnings = model_warnings(models, measured.get("network"))
-    return measured | {"models": models, "warnings": warnings}, complete
+    record = measured | {"models": models}
+    return record | {"warnings": record_warnings(record)}, complete
 
 
 def write_aside(folder: Path, results: dict[str, Any]) -> Path:
@@ -128,6 +129,16 @@ def write_aside(folder: Path, results: dict[str, Any]) -> Path:
 def shown_name(key: str, network: str | None) -> str:
     """Return what people read instead of a record's key: the result's network where told."""
     return network if key == "trained" and network not in (None, "model") else key
+
+
+def record_warnings(record: dict[str, Any]) -> list[str]:
+    """Return what speaks against the results of a record, or against its networks."""
+    network = record.get("network")
+    return model_warnings(record["models"], network) + [
+        f"{shown_name(key, network)}: {text}"
+        for key, found in chance_warnings(record).items()
+        for text in found
+    ]
 
 
 def model_warnings(models: dict[str, Any], network: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from cure_fast.evaluation.record import (
     FORMAT,
     main_settings,
     model_entry,
-    model_warnings,
+    record_warnings,
     shown_name,
 )
 from cure_fast.files import file_hash
@@ -119,7 +119,7 @@ def new_record(
     **settings: Any,
 ) -> dict[str, Any]:
     """Return a record of entries of :func:`model_entry` and settings of :func:`main_settings`."""
-    return {
+    record = {
         "format": FORMAT,
         **described,
         "classes": list(test.classes),
@@ -127,8 +127,8 @@ def new_record(
         **settings,
         "paper": paper,
         "models": models,
-        "warnings": model_warnings(models, described.get("network")),
     }
+    return record | {"warnings": record_warnings(record)}
 
 
 def targets_of(folder: Path, config: Config) -> dict[str, Target]:

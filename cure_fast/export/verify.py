@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from cure_fast.errors import InputError
 from cure_fast.export.source import Source
 from cure_fast.files import user_path
-from cure_fast.loaders import DATASETS, read_dataset
+from cure_fast.loaders import DATASETS, names_code, read_dataset
+from cure_fast.models.weights import resized_to
 
 IMAGES = 1000
 # Does not divide IMAGES: the last batch has another size, as the exported file must allow.
@@ -35,7 +36,10 @@ def trial_images(
     own = source.config.data.data_root if source.config else "data"
     root = user_path(own if data_root is None else data_root, "--data-root")
     try:
-        test = read_dataset(data, root, "test", download=False)
+        if source.config is None and names_code(data):
+            raise InputError(f"{source.path}: no file decides which code is run.")
+        image_size = resized_to(source.path, source.metadata)
+        test = read_dataset(data, root, "test", download=False, image_size=image_size)
     except InputError:
         size = DATASETS[data].image_size if data in DATASETS else USUAL_SIZE
         told = f"{count:,} random images of {size}x{size} pixels, as {data} is not in {root}"

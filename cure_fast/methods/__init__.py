@@ -7,7 +7,8 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from cure_fast.config import Config
-from cure_fast.config.checks import check, find
+from cure_fast.config.checks import check, find_any
+from cure_fast.config.values import sections
 from cure_fast.errors import InputError
 from cure_fast.methods.act import ACT
 from cure_fast.methods.alp import ALP, ALP_MIX
@@ -37,6 +38,7 @@ from cure_fast.methods.seat import SEAT
 from cure_fast.methods.st_at import ST_AT
 from cure_fast.methods.te import TE, TE_TRADES
 from cure_fast.methods.trades import TRADES
+from cure_fast.plugins.lookup import short
 from cure_fast.policies import POLICIES, find_policy
 from cure_fast.step.method import Method, PaperRow, SetUp
 
@@ -91,8 +93,8 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """Return the method called ``name``; raise ``InputError`` for an unknown one."""
-    return find("--method", METHODS, name)
+    """Return a method by its name, a plug-in's, or ``package.module:METHOD``; refuse others."""
+    return find_any("--method", METHODS, name, plugins="methods")
 
 
 def select_method(config: Config, name: str) -> Config:
@@ -137,6 +139,7 @@ def check_config(config: Config) -> None:
     """Raise ``InputError`` for a configuration whose method and policies contradict."""
     method = find_method(config.method)
     method.check(config)
+    check_names(config)
     given_teachers(config)
     averages = [name for name in config.policies if find_policy(name).result is not None]
     if len(averages) > 1:
@@ -149,6 +152,21 @@ def check_config(config: Config) -> None:
             f"--policies: expected policies that --method {method.name} has not itself, got "
             f"{averages[0]}. Leave it out."
         )
+
+
+def check_names(config: Config) -> None:
+    """Refuse a method or policy from outside with a setting that something else has too."""
+    parts, owner = sections(config), {}
+    # What may be from outside comes last.
+    for section in sorted(parts, key=lambda s: s == "settings" or s in config.policies):
+        whose = config.method if section == "settings" else section
+        for name in vars(parts[section]):
+            if name in owner:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: expected the settings of {whose} to have other "
+                    f"names than those of {owner[name]}, got {name} in both. Rename its own."
+                )
+            owner[name] = whose
 
 
 def given_teachers(config: Config) -> dict[str, str]:
@@ -171,10 +189,10 @@ def given_teachers(config: Config) -> dict[str, str]:
 def labels(method: str, policies: Iterable[str] = ()) -> str:
     """Return what papers call a method with its policies, such as ``TRADES + PIAT + AWP``.
 
-    Names may be from a record: unknown ones stand as they are.
+    Names may be from a record: unknown ones stand as they are, those from outside in short.
     """
-    told = [METHODS[method].label if method in METHODS else method]
-    told += [POLICIES[name].label if name in POLICIES else name for name in policies]
+    told = [METHODS[method].label if method in METHODS else short(method)]
+    told += [POLICIES[name].label if name in POLICIES else short(name) for name in policies]
     return " + ".join(told)
 
 

@@ -42,6 +42,8 @@ from cure_fast.step.run import Run, Terms
 class CureSettings(ConserveSettings, RevisingSettings):
     """CURE. Where paper and public code differ, the help names both choices."""
 
+    main = ("percentile", "alpha", "beta", "gamma", "natural_share")
+
     beta: Weight = 5.0
     """Weight of KL(p(x) || p(x')) (paper: 1 by Eq. 5; code: 5)."""
     gamma: Weight = 1.0

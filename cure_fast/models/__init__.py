@@ -12,8 +12,9 @@ import torch
 
 from cure_fast.classifier import ImageClassifier, Normalize
 from cure_fast.errors import InputError
+from cure_fast.plugins.lookup import installed, is_outside
 
-from .own import call_factory, is_factory
+from .own import call_factory
 from .pointwise import protect_pointwise
 from .preact_resnet import PreActResNet, WideResNet
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -87,8 +88,8 @@ def build_model(
     """Return the model with fresh float32 weights from torch's generator, in channels-last layout.
 
     Args:
-        name: a key of :data:`MODELS`, or ``package.module:function`` for what that function makes
-            (:func:`.own.call_factory`).
+        name: a key of :data:`MODELS`, or ``package.module:function`` or a plug-in for what that
+            makes (:func:`.own.call_factory`).
         num_classes: number of logits, at least 2.
         width: channels of the first stage, or widening factor of a wide ResNet; ``None`` takes the
             published.
@@ -102,14 +103,15 @@ def build_model(
         InputError: for an unknown name, a function that makes no network, a stem the model does not
             have, or a value out of range.
     """
-    own = is_factory(name)
+    own = name not in MODELS and is_outside("models", name)
     info = ModelInfo(name, partial(call_factory, name), 1) if own else MODELS.get(name)
     if own and width is not None:
         raise InputError(f"--width: expected none for {name}, got {width!r}. Leave it out.")
     if info is None:
         close = difflib.get_close_matches(name.lower(), MODELS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}.{hint}")
+        known = ", ".join([*MODELS, *installed("models")])
+        raise InputError(f"--model: expected one of {known}, got {name!r}.{hint}")
     if stem not in info.stems:
         having = [other for other, known in MODELS.items() if stem in known.stems]
         instead = f"; {stem} is for {', '.join(having)}" if having else ""

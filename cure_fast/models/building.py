@@ -13,8 +13,8 @@ from torch import nn
 from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS
 from cure_fast.models import ImageClassifier, build_model
-from cure_fast.models.own import is_factory
 from cure_fast.models.weights import load_into, read_metadata, read_weights
+from cure_fast.plugins.lookup import is_reference
 
 # Added to a run's seed: no run draws its own network from such a one. The CPU's generator takes
 # 32 bits of it.
@@ -74,7 +74,7 @@ def load_model(
             f"{path}: the file does not say its {' and '.join(missing)}; "
             "name the architecture with --model and the data set with --data."
         )
-    if is_factory(metadata["model"]) and metadata["model"] != trusted:
+    if is_reference(metadata["model"]) and metadata["model"] != trusted:
         raise InputError(
             f"{path}: its network is made by {metadata['model']}, and no file decides which code "
             f"is run. Where you trust that function, name it: --model {metadata['model']}"

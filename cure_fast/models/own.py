@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from cure_fast.classifier import ImageClassifier
 from cure_fast.errors import InputError
+from cure_fast.plugins.lookup import first_line, load
 
 PREFIX = "net."
 
@@ -39,44 +39,30 @@ class Wrapped(ImageClassifier):
         return {name if own else PREFIX + name: tensor for name, tensor in weights.items()}
 
 
-def is_factory(name: str) -> bool:
-    """Return whether a model's name is that of a function, ``package.module:function``."""
-    return ":" in name
-
-
 def call_factory(name: str, *, num_classes: int) -> ImageClassifier:
-    """Return the network that ``package.module:function`` makes, with real weights on the CPU.
+    """Return the network that a function makes, with real weights on the CPU.
 
-    The function is called as ``function(num_classes=...)``. What it returns maps images in [0, 1]
-    to logits; what is no :class:`ImageClassifier` is wrapped into one.
+    ``name`` is ``package.module:function``, or that of a plug-in. The function is called as
+    ``function(num_classes=...)``. What it returns maps images in [0, 1] to logits; what is no
+    :class:`ImageClassifier` is wrapped into one.
 
     Raises:
         InputError: if it cannot be imported or called, or returns no module.
     """
-    module, _, function = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"--model {name}: cannot be imported ({type(error).__name__}: {_first_line(error)}). "
-            "Expected package.module:function of what is installed or in a folder of PYTHONPATH."
-        ) from error
+    factory, problem = load("models", name)
+    if problem:
+        raise InputError(f"--model {name}: {problem}")
     try:
         # Also where what can be built is only looked at: code of others may read its weights.
         with torch.device("cpu"):
             net = factory(num_classes=num_classes)
     except Exception as error:  # code of the user's own: whatever it throws is told in one line
         raise InputError(
-            f"--model {name}: {function}(num_classes={num_classes}) failed "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"--model {name}: the call with num_classes={num_classes} failed ({first_line(error)})."
         ) from error
     if not isinstance(net, nn.Module):
         raise InputError(
-            f"--model {name}: expected {function}(num_classes={num_classes}) to return a "
+            f"--model {name}: expected the call with num_classes={num_classes} to return a "
             f"torch.nn.Module, got {type(net).__name__}."
         )
     return net if isinstance(net, ImageClassifier) else Wrapped(net)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -113,6 +113,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return described
 
 
+def resized_to(path: Path, metadata: Mapping[str, str]) -> int | None:
+    """Return the size that images of a file's network were brought to, None if they were not."""
+    text = metadata.get("resized", "")
+    if text and not (text.isdecimal() and 1 <= int(text[:9]) <= 4096):
+        raise InputError(f"{path}: expected resized from 1 to 4096, the file says {text!r}.")
+    return int(text) if text else None
+
+
 def save_weights(
     source: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cure_fast.config import Config
-from cure_fast.config.checks import find
+from cure_fast.config.checks import find_any
 from cure_fast.errors import InputError
 from cure_fast.policies.average import EMA
 from cure_fast.policies.awp import AWP
@@ -23,8 +23,9 @@ POLICIES: dict[str, PolicyInfo] = {
 
 
 def find_policy(name: str) -> PolicyInfo:
-    """Return the policy called ``name``; raise ``InputError`` for an unknown one."""
-    return find("--policies", POLICIES, name, expected="none or some of")
+    """Return a policy by its name, a plug-in's, or ``package.module:POLICY``; refuse others."""
+    expected = "none or some of"
+    return find_any("--policies", POLICIES, name, plugins="policies", expected=expected)
 
 
 def select_policies(config: Config, names: Sequence[str]) -> Config:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cure_fast.config.checks import format_pixel
 from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.plugins.lookup import short
 from cure_fast.step.method import WRITTEN
 
 # 97.5 % quantile of the standard normal.
@@ -33,10 +34,10 @@ DATA = {**WRITTEN, "digits": "handwritten digits"}
 
 
 def data_name(data: str) -> str:
-    """Return a data set's name as papers write it, or the last part of a folder's path."""
+    """Return a data set's name as papers write it, or the last part of a path or reference."""
     if data.startswith("folder:"):
         return data.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
-    return DATA.get(data, data)
+    return DATA.get(data, short(data))
 
 
 def attack_name(attack: str) -> str:

@@ -11,8 +11,13 @@ from typing import Any
 import torch
 
 import cure_fast
+from cure_fast.console import warn
 from cure_fast.errors import InputError
 from cure_fast.runs.versions import PACKAGES, command_output, nvidia_driver, package_version
+
+CPUINFO = Path("/proc/cpuinfo")
+# What processors are said to have that multiply in bfloat16: x86's, ARM's.
+BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def environment() -> dict[str, Any]:
@@ -33,14 +38,29 @@ def environment() -> dict[str, Any]:
     }
 
 
+def processor() -> dict[str, str]:
+    """Return what Linux tells of the first processor, by its words; elsewhere nothing."""
+    if not CPUINFO.exists():
+        return {}
+    first = CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def processor_name() -> str:
     """Return the processor's model name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor().get("model name") or platform.processor() or platform.machine()
+
+
+def warn_of_emulation(amp: str, device: torch.device) -> None:
+    """Print a warning where bf16 is asked of a processor that has no instructions for it."""
+    told = processor()
+    flags = f"{told.get('flags', '')} {told.get('Features', '')}".split()  # of x86, of ARM
+    if amp == "bf16" and device.type == "cpu" and flags and BF16.isdisjoint(flags):
+        warn(
+            "--amp bf16: this processor has no instructions for it, and takes 2 to 10 times as "
+            "long as for float32; leave --amp out"
+        )
 
 
 def commit() -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from cure_fast.console import say, warn
 from cure_fast.errors import InputError
 from cure_fast.files import clear_unfinished, locked, user_path, write_json
 from cure_fast.methods import find_method
+from cure_fast.plugins.lookup import short
 from cure_fast.policies import find_policy
 from cure_fast.runs.environment import environment
 from cure_fast.runs.former import upgraded
@@ -46,6 +49,7 @@ FIXED_FIELDS = (
 # What decides which images an epoch's batches hold: it may change between two epochs alone.
 EPOCH_FIELDS = (
     "data.data",
+    "data.image_size",
     "data.split_seed",
     "data.train_images",
     "data.val_images",
@@ -53,7 +57,7 @@ EPOCH_FIELDS = (
     "run.seed",
 )
 # What may change the last bits of a result where it differs from before.
-BITS = ("cure_fast", "torch", "gpu")
+BITS = {"cuda": ("cure_fast", "torch", "gpu"), "cpu": ("cure_fast", "torch", "threads")}
 
 
 def load_config(folder: Path) -> Config:
@@ -68,7 +72,7 @@ def load_config(folder: Path) -> Config:
     except OSError as error:
         raise InputError(
             f"{path}: expected the configuration of a run: {error.strerror}. "
-            "Give the folder of a run, such as runs/quickstart-cure-s0."
+            "Give the folder of a run, such as runs/digits-resnet-small-cure-s0."
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
@@ -99,8 +103,9 @@ def config_from_dict(values: Any) -> Config:
 def run_folder(config: Config, *, resume: bool) -> Path:
     """Return the folder for a new run, or of the run to resume; nothing is made yet.
 
-    A folder named with --out is never written over. Without --out the name is made from recipe,
-    method, policies and seed, with a number where it is taken; resuming takes the newest of them.
+    A folder named with --out is never written over. Without --out the name says data, model,
+    method, policies and seed, with a number where it is taken; resuming takes the newest of them
+    that is of the same recipe, or else the newest.
 
     Raises:
         InputError: if the folder exists (new run) or holds no run (resume).
@@ -115,13 +120,21 @@ def run_folder(config: Config, *, resume: bool) -> Path:
                 "Add --resume to continue the run in it, or name another."
             )
         return folder
-    # Such as quickstart-trades+awp-s0; a policy called as the method that brings it comes once.
-    parts = "+".join(dict.fromkeys((config.method, *config.policies)))
-    base = Path("runs") / f"{config.name}-{parts}-s{config.run.seed}"
+    # A policy called as the method that brings it comes once.
+    trained = "+".join(dict.fromkeys(map(short, (config.method, *config.policies))))
+    data, model = short_name(config.data.data), short_name(config.model.model)
+    base = Path("runs") / f"{data}-{model}-{trained}-s{config.run.seed}"
     if resume:
-        return newest_run(base)
+        return newest_run(base, config.name)
     names = (base.with_name(f"{base.name}-{n}") for n in count(2))
     return next(path for path in chain([base], names) if not path.exists())
+
+
+def short_name(name: str) -> str:
+    """Return what a folder's name has for a data set or model: of ``kind:path`` the path's end."""
+    kind, colon, place = name.partition(":")
+    end = Path(place).name if colon else name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", end)[:64].strip("-.") or kind
 
 
 def is_free(folder: Path) -> bool:
@@ -136,8 +149,10 @@ def is_free(folder: Path) -> bool:
     return all(name == LOCK or (name.startswith(".") and ".tmp-" in name) for name in left)
 
 
-def newest_run(base: Path) -> Path:
+def newest_run(base: Path, recipe: str) -> Path:
     """Return the run among ``base``, ``base-2``, ``base-3`` ... with the highest number.
+
+    Those of ``recipe`` come before all others.
 
     Raises:
         InputError: if there is none.
@@ -149,7 +164,9 @@ def newest_run(base: Path) -> Path:
             numbers[int(number)] = path
     if not numbers:
         raise InputError(f"--resume: there is no run in {base}; name its folder with --out.")
-    return numbers[max(numbers)]
+    newest_first = [numbers[number] for number in sorted(numbers, reverse=True)]
+    same = (path for path in newest_first if load_config(path).name == recipe)
+    return next(same, newest_first[0])
 
 
 @contextmanager
@@ -243,11 +260,10 @@ def read_environments(path: Path) -> list[dict[str, Any]]:
 
 
 def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
-    """Print a warning where a run goes on with other versions, or on another kind of GPU."""
-    names = BITS if here["device"] == "cuda" else [name for name in BITS if name != "gpu"]
+    """Print a warning where a run goes on with other versions, threads, or kind of GPU."""
     told = [
         f"{name} {before[name]} then and {here[name]} now"
-        for name in names
+        for name in BITS[here["device"]]
         if before.get(name) is not None and before[name] != here[name]
     ]
     if told:
@@ -255,6 +271,18 @@ def warn_of_other_bits(before: dict[str, Any], here: dict[str, Any]) -> None:
             f"the run goes on with {', '.join(told)}: its results may differ in their last bits "
             "from those of a run that was never stopped"
         )
+
+
+def recorded_threads(folder: Path) -> int | None:
+    """Return how many threads a run computed with when it last began, where this machine has them.
+
+    Raises:
+        InputError: if its record is damaged.
+    """
+    path = folder / "environment.json"
+    number = read_environments(path)[-1].get("threads") if path.exists() else None
+    fits = type(number) is int and 0 < number <= (os.cpu_count() or 1)
+    return number if fits else None
 
 
 def check_device(folder: Path, device: torch.device) -> None:

@@ -43,7 +43,7 @@ class Entry:
     @property
     def slug(self) -> str:
         """What its run folders begin with."""
-        return re.sub(r"[^a-z0-9.+_]+", "-", self.name).strip("-")
+        return re.sub(r"[^A-Za-z0-9.+_]+", "-", self.name).strip("-")
 
 
 @dataclass(frozen=True)

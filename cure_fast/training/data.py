@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +23,10 @@ class Data:
 
 def read_data(config: Config) -> Data:
     """Read the data set and hold out the validation split."""
-    options = {"download": config.data.download}
+    options: dict[str, Any] = {
+        "download": config.data.download,
+        "image_size": config.data.image_size,
+    }
     name, root = config.data.data, user_path(config.data.data_root, "--data-root")
     whole = read_dataset(name, root, "train", **options)
     train, val = split_train(

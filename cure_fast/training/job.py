@@ -24,15 +24,17 @@ from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
 from cure_fast.runs.checkpoint import has_checkpoints
-from cure_fast.runs.environment import choose_device
+from cure_fast.runs.environment import choose_device, warn_of_emulation
 from cure_fast.runs.folder import (
     check_device,
     check_position,
     check_same_run,
     own_folder,
+    recorded_threads,
     run_folder,
     start_record,
 )
+from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
@@ -62,9 +64,15 @@ def train(
     if stop is None:
         with StopSignals() as stop:
             return train(config, resume=resume, override=override, stop=stop)
+    if override and not resume:
+        raise InputError(
+            "--override: expected --resume with it, got --override alone. "
+            "Add --resume to continue a run, or leave --override out."
+        )
     device = choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
+    warn_of_emulation(config.run.amp, device)
     with torch.device("meta"):
         # What cannot be built is refused before any data is read.
         check_attention(config, new_model(config, num_classes=2))
@@ -74,11 +82,19 @@ def train(
     try:
         with stop.at_once():
             data, loader, model, teachers = prepare(config, device, named)
+            number = choose_threads(
+                config.run.threads,
+                model,
+                device,
+                image_size=data.train.image_size,
+                batch_size=config.optim.batch_size,
+                recorded=recorded_threads(named) if resume else None,
+            )
     except Interrupted as error:
         again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
-    with own_folder(config, resume=resume) as folder:
+    with own_folder(config, resume=resume) as folder, threads(number):
         kept = {"device": device, "changes": list(changes.values())}
         record = partial(start_record, folder, config, loader.reason, **kept)
         # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a
@@ -172,6 +188,7 @@ def check_unfinished(run: TrainState, changes: Iterable[str]) -> None:
 def forget_best(run: TrainState, changes: Iterable[str]) -> None:
     """Choose the best epoch anew where validation no longer measures what it did."""
     measured = ("attack.", "eval.val_", "data.val_images", "data.split_seed", "data.data")
+    measured += ("data.image_size",)
     found = [name for name in changes if name.startswith(measured)]
     if found and run.best:
         run.best = {}

@@ -27,6 +27,8 @@ def weights_metadata(config: Config, network: nn.Module) -> dict[str, str]:
     told = {"recipe": config.name, "method": config.method, "eps": repr(config.attack.eps)}
     if config.policies:
         told["policies"] = ",".join(config.policies)
+    if config.data.image_size is not None:
+        told["resized"] = str(config.data.image_size)
     return told | (network.description if isinstance(network, ImageClassifier) else {})
 
 

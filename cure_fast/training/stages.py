@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from cure_fast.console import say
 from cure_fast.engine import engine_asked
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluation.evaluate import evaluate
-from cure_fast.files import clear_unfinished, locked, user_path
+from cure_fast.files import clear_unfinished, file_hash, locked, user_path
 from cure_fast.loaders import ImageSet, Loader
 from cure_fast.models import ImageClassifier
 from cure_fast.models.building import build_for_data
@@ -89,21 +91,21 @@ def take_start(stage: Stage, model: ImageClassifier) -> None:
         # Already loaded, when the input was checked.
         say(f"start: weights of {config.model.init_from}")
     elif config.pretrain.pretrain_epochs:
-        weights = pretrain(stage)
+        weights = pretrain(stage, model)
         load_into(model, read_weights(weights), source=str(weights))
     else:
         return
     save_weights(model, kept, weights_metadata(config, model))
 
 
-def pretrain(stage: Stage) -> Path:
+def pretrain(stage: Stage, model: ImageClassifier) -> Path:
     """Train naturally, or take the result from the cache; return the file of weights.
 
     The cache's key is all that decides the weights. The stage's epochs are copied into the run's
     metrics, so that its report shows them whether they ran now or earlier.
     """
     staged = natural_stage(stage.config)
-    key = pretrain_key(staged, stage.data, stage.device)
+    key = pretrain_key(staged, model, stage.data, stage.device)
     cached = user_path(staged.run.cache, "--cache") / "pretrained" / key
     cached.mkdir(parents=True, exist_ok=True)
     weights, done = cached / "model.safetensors", cached / "done"
@@ -117,10 +119,10 @@ def pretrain(stage: Stage) -> Path:
             say(f"start: naturally pre-trained earlier, {weights}")
         else:
             train = stage.data.train
-            model = new_model(staged, len(train.classes), train.image_size)
+            fresh = new_model(staged, len(train.classes), train.image_size)
             loader = open_loader(staged, stage.data, stage.device)
             natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
-            train_stage(natural, model, loader)
+            train_stage(natural, fresh, loader)
             done.touch()
         # Also where an earlier run had finished and was killed before or while it did this.
         shutil.rmtree(cached / "checkpoints", ignore_errors=True)
@@ -132,12 +134,15 @@ def pretrain(stage: Stage) -> Path:
     return weights
 
 
-def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
+def pretrain_key(staged: Config, model: ImageClassifier, data: Data, device: torch.device) -> str:
     """Return the name of the cache folder: a digest of all that decides the stage's weights."""
     values = to_dict(staged)
     return digest(
         {
             "model": values["model"],
+            "tensors": {n: [str(t.dtype), *t.shape] for n, t in model.state_dict().items()},
+            "layers": repr(model),
+            "sources": model_sources(model),
             "optim": values["optim"],
             "seed": staged.run.seed,
             "deterministic": staged.run.deterministic,
@@ -153,6 +158,23 @@ def pretrain_key(staged: Config, data: Data, device: torch.device) -> str:
             "versions": [torch.__version__, cure_fast.__version__],
         }
     )
+
+
+def model_sources(model: ImageClassifier) -> dict[str, str]:
+    """Return the SHA-256 of each file of code that makes the network, by the name of its module.
+
+    These are the files of its layers' classes and, for ``package.module:function``, that of the
+    function; torch's are left to its version. A class of a notebook has none, and nothing says
+    whether it still is the same: in its place are random digits.
+    """
+    names = {part.__module__ for layer in model.modules() for part in type(layer).__mro__}
+    names |= {"cure_fast.models", model.description["model"].partition(":")[0]} & sys.modules.keys()
+    found = {}
+    for name in names - set(sys.builtin_module_names):
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        if not name.startswith("torch."):
+            found[name] = file_hash(file) if file.is_file() else os.urandom(16).hex()
+    return found
 
 
 def natural_stage(config: Config) -> Config:

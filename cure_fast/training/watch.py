@@ -7,7 +7,6 @@ one step withstands that step and nothing else (Wong et al., Fast is better than
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from cure_fast.batch import Batch
 from cure_fast.classifier import attack_mode
 from cure_fast.console import warn
 from cure_fast.errors import is_out_of_memory
+from cure_fast.evaluation.chance import beats_chance
 from cure_fast.losses import cross_entropy, kl_divergence
 from cure_fast.step.state import TrainState, Undo
 
@@ -32,8 +32,6 @@ LEAST_MOVE = 0.01
 # What it may take from the cross-entropy, as a share of what that step adds: an attack on another
 # loss, such as TRADES', takes a little where many predictions are wrong.
 MOST_LOSS = 0.1
-# A network has learnt where it is right by this many standard deviations more often than by chance.
-SURE = 3
 # "None is right" needs so many images, "no better than chance" so many that chance gets right.
 LEAST_IMAGES, LEAST_EXPECTED = 64, 10
 # Share of predictions that are of one class where a network tells nothing apart.
@@ -72,7 +70,7 @@ class Seen:
     def learnt(self) -> bool:
         """Whether more is right than by chance, and than by naming the commonest class."""
         share = max(1 / self.classes, self.common / self.count)
-        return self.right > self.count * share + SURE * math.sqrt(self.count * share * (1 - share))
+        return beats_chance(self.right, self.count, share)
 
 
 def watch_step(run: TrainState, batch: Batch, *, stage: str) -> None:

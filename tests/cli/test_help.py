@@ -45,6 +45,8 @@ def own_helps(kind: type) -> dict[str, str]:
     found = {}
     for node, after in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if "ClassVar" in ast.unparse(node.annotation):
+                continue
             value = after.value if isinstance(after, ast.Expr) else None
             text = value.value if isinstance(value, ast.Constant) else ""
             found[node.target.id] = text.strip() if isinstance(text, str) else ""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cure_fast.cli.configure import OWN, read_config
+from cure_fast.cli.configure import read_config
 from cure_fast.config import (
     AttackConfig,
     Config,
@@ -31,6 +31,7 @@ from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES, select_policies
 from cure_fast.recipes import RECIPES, find_recipe
 from cure_fast.runs.folder import config_from_dict
+from cure_fast.training.choices import CHOICES
 
 SECTIONS = (
     DataConfig,
@@ -50,7 +51,7 @@ def test_no_two_fields_share_a_flag():
         assert len(policies) >= len(POLICIES) - 2
         kinds = (*SECTIONS, kind, *(type(policy.settings) for policy in policies))
         names = [f.name for s in kinds for f in dataclasses.fields(s)]
-        names += [*OWN, "resume", "override"]
+        names += [*CHOICES, "resume", "override"]
         assert len(names) == len(set(names))
 
 

@@ -270,7 +270,8 @@ def test_ratios_take_the_longest_attack_on_the_same_images() -> None:
 @pytest.mark.parametrize("count", [9, 10, 11])
 def test_a_result_is_replaced_by_one_of_as_many_images(count: int) -> None:
     def record(result: AttackResult) -> dict[str, Any]:
-        return {"models": {"trained": model_entry("t", {"pgd1": result}) | {"weights": "w"}}}
+        models = {"trained": model_entry("t", {"pgd1": result}) | {"weights": "w"}}
+        return {"classes": ["a", "b"], "models": models}
 
     merged, complete = merge_results(
         record(result("pgd1", 5, 10)), record(result("pgd1", 4, count))

@@ -11,14 +11,14 @@ import pytest
 import bad_input
 from bad_input import answer, prepared
 from bad_input_cases import CASES
-from cure_fast.cli.configure import OWN
-from cure_fast.cli.main import COMMANDS, parameters
-from cure_fast.cli.words import flags_of
+from cure_fast.cli.flags import flags_of, parameters
+from cure_fast.cli.main import COMMANDS
 from cure_fast.config.checks import alternatives
 from cure_fast.config.values import sections
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from cure_fast.recipes import find_recipe
+from cure_fast.training.choices import CHOICES
 
 # Numbers that are looked at again with the images at hand.
 DEEP = ("train_images", "val_images", "split_seed", "width", "workers", "batch_size", "networks")
@@ -96,7 +96,7 @@ def train_flags() -> list[tuple[str, str, Any]]:
     ]:
         for name, hint in flags_of(*map(type, {**recipe, "settings": settings}.values())).items():
             found.setdefault((name, str(hint)), (words, name, hint))
-    return [*found.values(), *(("--method cure", name, hint) for name, hint in OWN.items())]
+    return [*found.values(), *(("--method cure", name, hint) for name, hint in CHOICES.items())]
 
 
 def command_flags() -> list[tuple[str, str, Any]]:
@@ -121,7 +121,7 @@ def check_values(start: list[str], name: str, hint: Any) -> None:
     """Give a flag every value of its kind after the words ``start``."""
     flag, kind = f"--{name.replace('_', '-')}", kind_of(hint)
     if kind is bool:
-        for words in ([f"{flag}=yes"], [flag, "yes"], [f"{flag}="], [f"--no-{flag}"]):
+        for words in ([f"{flag}=maybe"], [flag, "yes"], [f"{flag}="], [f"--no-{flag}"]):
             code, errors = answer([*start, *words])
             assert code == 2, words
             assert_one_line(errors)

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bad_input import answer, prepared
-from cure_fast.cli.main import COMMANDS, parameters
-from cure_fast.cli.words import flag_words, flags_of
+from cure_fast.cli.flags import flag_words, flags_of, parameters
+from cure_fast.cli.main import COMMANDS
 from cure_fast.config.values import sections, to_dict
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, select_method

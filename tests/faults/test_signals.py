@@ -27,7 +27,7 @@ SOON_S = 120.0
 # Where the signal comes, the number of the call, and the checkpoint that is there afterwards: of
 # the natural pre-training, and of the run. The tiny run takes 3 steps naturally, then twice 3.
 PHASES = {
-    "reading data": ("sklearn.datasets:load_digits", 1, None, None),
+    "reading data": ("cure_fast.loaders.datasets:_read_digits", 1, None, None),
     "pre-training": ("torch.optim:SGD.step", 2, 2, None),
     "training step": ("torch.optim:SGD.step", 5, None, 2),
     "inside the attack": ("cure_fast.attacks:pgd_step_", 3, None, 2),

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -12,28 +12,39 @@ import pytest
 
 from cure_fast.errors import InputError
 from cure_fast.loaders import DATASETS, check_images, read_dataset
+from cure_fast.loaders.datasets import DIGITS as DIGITS_FILE
 
-# SHA-256 of shape, pixels and labels, so that a change of scikit-learn's data or draw is noticed.
+# SHA-256 of shape, pixels and labels.
 DIGITS = {
     "train": "907f780f4ec64291e3f591d9871e11afac63aa8fcb60299516fc59e551af5325",
     "test": "66afc15240fbb07715bb47785ab92196bda8786536b699d86d7d7e85d27d1c6c",
 }
+# SHA-256 of scikit-learn's load_digits(): its images, then its labels, as uint8.
+SCIKIT_LEARN = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+
+
+def test_the_digits_are_those_of_scikit_learn() -> None:
+    with np.load(DIGITS_FILE) as stored:
+        images, labels, test = stored["images"], stored["labels"], stored["test"]
+    assert images.shape == (1797, 8, 8) and images.dtype == labels.dtype == np.uint8
+    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == SCIKIT_LEARN
+    assert len(set(test.tolist())) == 360
+    assert DIGITS_FILE.stat().st_size < 100_000
 
 
 def test_digits_are_all_there_once() -> None:
-    from sklearn.datasets import load_digits
-
     parts = [read_dataset("digits", Path("none"), split) for split in ("train", "test")]
     assert [len(part) for part in parts] == [1437, 360]
-    digits: Any = load_digits()
+    with np.load(DIGITS_FILE) as stored:
+        images, labels = stored["images"], stored["labels"]
     whole = np.concatenate([part.images[..., 0].reshape(-1, 64) for part in parts])
-    expected = np.rint(digits.data * 255 / 16)
+    expected = np.rint(images.reshape(-1, 64) * (255 / 16))
     assert sorted(map(tuple, whole.tolist())) == sorted(map(tuple, expected.tolist()))
     for part in parts:
         assert part.images.max() == 255 and part.images.min() == 0
         assert (part.images == part.images[..., :1]).all()
         shares = np.bincount(part.labels) / len(part)
-        assert np.abs(shares - np.bincount(digits.target) / 1797).max() < 0.002
+        assert np.abs(shares - np.bincount(labels) / 1797).max() < 0.002
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -161,6 +172,16 @@ def test_svhn_layout(tmp_path, monkeypatch) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"train_32x32\.mat is damaged"):
         read_dataset("svhn", tmp_path, download=True)
+
+
+def test_svhn_without_scipy_names_the_command(tmp_path, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "scipy" else found(name)
+    )
+    with pytest.raises(InputError, match="Run: python -m pip install scipy"):
+        read_dataset("svhn", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.real_data

@@ -13,7 +13,7 @@ from cure_fast.loaders.base import AUGMENTATIONS
 from cure_fast.methods import check_config, find_method, paper_row, publish, select_method
 from cure_fast.recipes import find_recipe
 from cure_fast.training.data import read_data
-from cure_fast.training.stages import natural_stage, pretrain_key
+from cure_fast.training.stages import natural_stage, new_model, pretrain_key
 
 
 def idbh(recipe: str) -> Config:
@@ -69,5 +69,5 @@ def test_a_natural_start_is_that_of_its_augmentation():
     for augment in AUGMENTATIONS:
         config = replace(Config(), data=replace(data, augment=augment), pretrain=stage)
         staged = natural_stage(config)
-        keys.add(pretrain_key(staged, images, torch.device("cpu")))
+        keys.add(pretrain_key(staged, new_model(staged, 10), images, torch.device("cpu")))
     assert len(keys) == len(AUGMENTATIONS)

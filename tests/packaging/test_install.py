@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = (
     *("bash", "env", "cat", "cp", "mkdir", "touch", "rm", "mv", "cut", "grep", "dirname"),
-    *("sha256sum", "flock"),
+    *("sha256sum", "flock", "tail", "tr", "sleep"),
 )
 DEV, FFCV, ROBUSTBENCH = ".[dev]", ".[ffcv]", "robustbench"
 
@@ -26,6 +26,7 @@ case "$*" in
         echo "command = python3 -m venv $(pwd -P)/$3" >"$3/pyvenv.cfg" ;;
     "-m pip "*)
         echo "pip ${{@: -1}}" >>"$LOG"
+        echo "WARNING: pip warns of something" >&2
         [ "${{@: -1}}" = "${{PIP_FAILS:-}}" ] || exit 0
         echo "no route to host" >&2
         exit 1 ;;
@@ -36,9 +37,15 @@ case "$*" in
 esac
 """
 APT = """#!/usr/bin/env bash
+case "$*" in *--assume-no*)
+    echo "The following NEW packages will be installed:"
+    echo "Need to get 43.9 MB/151 MB of archives."
+    echo "After this operation, 686 MB of additional disk space will be used."
+    exit 1
+esac
 echo "apt-get $*" >>"$LOG"
 touch "$HOME/ensurepip"
-[ "${APT_FAILS:-}" = "" ] || exit 100
+case "$*" in *"${APT_FAILS:-nothing}"*) exit 100; esac
 """
 SUDO = """#!/usr/bin/env bash
 [ "${SUDO_ASKS:-}" = "" ] || exit 1
@@ -135,6 +142,23 @@ def test_a_fresh_machine_gets_everything(machine: Machine) -> None:
     assert machine.stamp.is_file()
 
 
+def test_little_is_shown_and_the_rest_kept(machine: Machine) -> None:
+    _, output, _ = machine.setup(MISSING="g++ libopencv-dev")
+    lines = output.splitlines()
+    assert len(lines) <= 12
+    assert "SKIP_FFCV=1" in lines[0]
+    assert "pip warns" not in output
+    assert sum(line.endswith(" s") for line in lines) == 7  # a part each, with its seconds
+    assert (machine.checkout / "setup.log").read_text(encoding="utf-8").count("pip warns") == 3
+
+
+def test_system_packages_are_named_with_their_size_before_they_come(machine: Machine) -> None:
+    _, output, _ = machine.setup(MISSING="g++ libopencv-dev", APT_FAILS="install")
+    named = output.index("System packages for FFCV: g++ libopencv-dev")
+    assert named < output.index("43.9 MB/151 MB") < output.index("686 MB")
+    assert output.index("686 MB") < output.index("Installing them")
+
+
 def test_a_second_call_does_nothing(machine: Machine) -> None:
     machine.setup()
     assert machine.setup() == (0, "", [])
@@ -182,6 +206,7 @@ def test_a_network_failure_says_so_and_leaves_no_stamp(machine: Machine) -> None
     assert code == 1
     assert "no route to host" in output
     assert "mend the network and run the same command again" in output
+    assert output.splitlines()[-1].endswith(str(machine.checkout / "setup.log"))
     assert not machine.stamp.exists()
     code, output, calls = machine.setup()
     assert code == 0, output
@@ -213,7 +238,7 @@ def test_sudo_without_password_is_used(machine: Machine) -> None:
     machine.put("sudo", SUDO)
     code, output, calls = machine.setup(MISSING="libopencv-dev")
     assert code == 0, output
-    assert calls.count("sudo -n") == 2
+    assert calls.count("sudo -n") == 3  # the lists, the size, the packages
     assert installs(calls) == ["libopencv-dev"]
     assert pip_calls(calls) == [DEV, ROBUSTBENCH, FFCV]
 
@@ -221,7 +246,7 @@ def test_sudo_without_password_is_used(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("variables", "pip"),
     [
-        ({"MISSING": "libopencv-dev", "APT_FAILS": "1"}, [DEV, ROBUSTBENCH]),
+        ({"MISSING": "libopencv-dev", "APT_FAILS": "update"}, [DEV, ROBUSTBENCH]),
         ({"MISSING": "libopencv-dev", "PIP_FAILS": FFCV}, [DEV, ROBUSTBENCH, FFCV]),
         ({"MISSING": "libopencv-dev", "FFCV_FAILS": "1"}, [DEV, ROBUSTBENCH, FFCV]),
     ],
@@ -259,6 +284,7 @@ def test_complete_system_packages_need_no_apt(machine: Machine) -> None:
 def test_ffcv_is_skipped_on_request_and_added_later(machine: Machine) -> None:
     code, output, calls = machine.setup(SKIP_FFCV="1", MISSING="libopencv-dev")
     assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])
+    assert "System packages" not in output
     assert "MEND" not in output
     assert machine.setup(SKIP_FFCV="1") == (0, "", [])
     assert pip_calls(machine.setup()[2]) == [DEV, ROBUSTBENCH, FFCV]
@@ -345,7 +371,7 @@ def test_make_offers_the_promised_targets() -> None:
         return done.stdout
 
     shown = make("help")
-    for target in ("setup", "train", "test", "lint", "bench", "clean"):
+    for target in ("setup", "train", "test", "lint", "docs", "bench", "clean"):
         assert f"make {target} " in shown
     plan = make("-n", "train", "ARGS=--epochs 3")
     assert plan.splitlines() == [
@@ -355,11 +381,11 @@ def test_make_offers_the_promised_targets() -> None:
     assert ".venv/bin/python -m pytest" in make("-n", "test")
 
 
-def test_ci_runs_lint_and_tests() -> None:
+def test_ci_runs_lint_docs_and_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert os.access(ROOT / "setup" / "install.sh", os.X_OK)
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
-    assert lines[-2:] == ["make lint", "make test"]
+    assert lines[-3:] == ["make lint", "make docs", "make test"]

@@ -56,7 +56,7 @@ blocked = {
     for module, owners in importlib.metadata.packages_distributions().items()
     if not {plain(owner) for owner in owners} & kept
 }
-assert {"numpy", "tyro", "rich", "torchvision", "sklearn", "triton"} <= blocked, blocked
+assert {"numpy", "cyclopts", "rich", "torchvision", "triton"} <= blocked, blocked
 blocked.add("ffcv")
 Block.blocked = blocked
 for name in [n for n in sys.modules if n.partition(".")[0] in blocked]:

@@ -47,15 +47,12 @@ PRELOADED = (
     "cure_fast.cli.evaluate",
     "cure_fast.report",
     "cure_fast.cli.listing",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
     "pyautoattack",
     "rich.progress",
     "rich.table",
-    "sklearn.datasets",
     # What torch imports when it is told which algorithms to take.
     "torch._inductor",
-    "tyro.extras",
+    "cyclopts",
 )
 # Threads do not survive a fork, so the server must never make any.
 SINGLE = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}

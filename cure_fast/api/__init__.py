@@ -1,0 +1,3 @@
+"""What ``import cure_fast`` offers to Python; see docs/python.md."""
+
+from __future__ import annotations

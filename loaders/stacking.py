@@ -1,0 +1,132 @@
+"""Images of any kind as one array: RGB, square, of one size, resized and cropped where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cure_fast.errors import InputError
+from cure_fast.progress import track
+
+from .image_set import ImageSet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Pillow's modes of at most 8 bits per channel.
+MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")
+REMEDY = "or give --image-size N, which resizes and centre-crops all to NxN"
+
+
+def stack_images(
+    images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
+) -> NDArray[np.uint8]:
+    """Return images as uint8 [N, S, S, 3]; those of other modes become RGB, alpha is dropped.
+
+    Args:
+        images: each with what messages call it.
+        count: how many there are.
+        image_size: pixels that the shorter side is resized to, and that are then cropped out of the
+            middle of the longer; None takes images as they are.
+        title: what the progress bar says.
+
+    Raises:
+        InputError: naming the image that is not square, or not of the first one's size.
+    """
+    stacked, first = np.empty((count, 0, 0, 3), np.uint8), ""
+    with track(title, count) as advance:
+        for place, (name, image) in enumerate(images):
+            pixels = _pixels(name, image, image_size)
+            if place == 0:
+                first = name
+                if pixels.shape[0] != pixels.shape[1]:
+                    raise InputError(
+                        f"{name}: expected a square image, got {_size(pixels)} pixels; bring all "
+                        f"images to one square size, {REMEDY}."
+                    )
+                stacked = np.empty((count, *pixels.shape), np.uint8)
+            if pixels.shape != stacked.shape[1:]:
+                raise InputError(
+                    f"{name}: expected {_size(stacked[0])} pixels like {first}, got "
+                    f"{_size(pixels)}; bring all images to one size, {REMEDY}."
+                )
+            stacked[place] = pixels
+            advance(1)
+    return stacked
+
+
+def resized(image_set: ImageSet, image_size: int) -> ImageSet:
+    """Return a set with its images brought to another size."""
+    from PIL.Image import fromarray
+
+    images = ((image_set.name, fromarray(image)) for image in image_set.images)
+    title = f"resizing {image_set.name}"
+    stacked = stack_images(images, count=len(image_set), image_size=image_size, title=title)
+    return replace(image_set, images=stacked)
+
+
+def to_image(name: str, image: Any) -> Image:
+    """Return a Pillow image of what a data set holds, which messages call ``name``.
+
+    That is a Pillow image, an array of uint8 [H, W] or [H, W, C], or a tensor [C, H, W] of uint8 or
+    of floats in [0, 1], as torchvision's ``ToTensor`` makes it.
+
+    Raises:
+        InputError: for anything else.
+    """
+    from PIL import Image
+    from torch import Tensor
+    from torchvision.transforms.functional import to_pil_image
+
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor) and image.is_floating_point():
+        # Written so that NaN is outside.
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise InputError(
+                f"{name}: expected values in [0, 1], got {float(image.min()):g} to "
+                f"{float(image.max()):g}; leave out what normalises: --normalize dataset has the "
+                "model do it."
+            )
+        # Rounded, where to_pil_image would cut.
+        image = (image * 255).round().byte()
+    if str(getattr(image, "dtype", "")) in ("uint8", "torch.uint8"):
+        with suppress(TypeError, ValueError):
+            return to_pil_image(image)
+    came = type(image).__name__
+    if hasattr(image, "dtype"):
+        came = f"{came} of {image.dtype} {list(image.shape)}"
+    raise InputError(
+        f"{name}: expected a Pillow image, an array of uint8 [H, W, 3] or a tensor [3, H, W] of "
+        f"uint8 or of floats in [0, 1], got {came}."
+    )
+
+
+def to_rgb(name: str, image: Image) -> Image:
+    """Return a Pillow image as RGB; refuse one of more than 8 bits, which would be cut."""
+    if image.mode not in MODES:
+        raise InputError(
+            f"{name}: expected 8 bits per channel, got an image of mode {image.mode}; "
+            "convert it first."
+        )
+    return image.convert("RGB")
+
+
+def _pixels(name: str, image: Image, image_size: int | None) -> NDArray[np.uint8]:
+    """Return an image as uint8 [H, W, 3]."""
+    from torchvision.transforms import functional as F
+
+    image = to_rgb(name, image)
+    if image_size is not None:
+        image = F.center_crop(F.resize(image, [image_size]), [image_size])  # pyright: ignore
+    return np.asarray(image)
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    """Return width x height as text."""
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
