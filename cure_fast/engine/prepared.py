@@ -151,7 +151,10 @@ class Prepared:
         return found
 
     def judge(self, terms: Terms) -> tuple[Tensor, Tensor]:
-        """Return whether the loss is finite, and whether anything is not, 0-d bool."""
+        """Return whether the loss is finite, and whether anything is not, 0-d bool.
+
+        Adds the gradient's norm to the terms.
+        """
         loss_is_finite = torch.stack(list(terms.values())).isfinite().all()
         going = loss_is_finite
         groups = [[p.grad for p in self.run.trained_parameters if p.grad is not None]]
@@ -160,7 +163,9 @@ class Prepared:
             # Their norms are stacked, which for more than one dtype copies each by a launch.
             for dtype in dict.fromkeys(grad.dtype for grad in group):
                 alike = [grad for grad in group if grad.dtype == dtype]
-                going = going & torch.nn.utils.get_total_norm(alike).isfinite()
+                norm = torch.nn.utils.get_total_norm(alike)
+                terms.setdefault("gradient_norm", norm.nan_to_num(0, 0, 0))
+                going = going & norm.isfinite()
         return loss_is_finite, ~going
 
     def clear(self) -> None:

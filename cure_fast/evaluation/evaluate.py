@@ -141,7 +141,8 @@ def adversarial_examples(
 
     Returns:
         ``adversarial`` float32 [N, H, W, C] in [0, 1], and the predicted classes int64 [N] as
-        ``natural_prediction`` and ``adversarial_prediction``.
+        ``natural_prediction`` and ``adversarial_prediction``, with the network's probabilities of
+        them float32 [N] as ``natural_confidence`` and ``adversarial_confidence``.
     """
     spec = parse_attack(f"pgd{steps}")
     _check_data(images, labels)
@@ -157,7 +158,7 @@ def adversarial_examples(
         seed=seed,
         norm=norm,
     )
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
 
     def attack(indices: Tensor) -> None:
         x, y = task.load(indices)
@@ -166,14 +167,17 @@ def adversarial_examples(
         _check_classes(labels, logits.shape[1])
         x_adv = task.perturb(spec, x, y, indices, Round())
         after = task.guard(x_adv)
-        found.append((x_adv.permute(0, 2, 3, 1).float(), logits.argmax(1), after.argmax(1)))
+        classes = (each.argmax(1) for each in (logits, after))
+        confidences = (each.float().softmax(1).amax(1) for each in (logits, after))
+        found.append((x_adv.permute(0, 2, 3, 1).float(), *classes, *confidences))
 
     with _measuring(model, task.device):
         task.each_batch(torch.arange(len(images)), attack)
         task.watch.check()
     arrays = [torch.cat(parts).cpu().contiguous().numpy() for parts in zip(*found, strict=True)]
-    names = ("adversarial", "natural_prediction", "adversarial_prediction")
-    return dict(zip(names, arrays, strict=True))
+    kinds = ("natural", "adversarial")
+    of_both = (f"{kind}_{what}" for what in ("prediction", "confidence") for kind in kinds)
+    return dict(zip(("adversarial", *of_both), arrays, strict=True))
 
 
 def adversarial_images(

@@ -32,6 +32,8 @@ from cure_fast.models.weights import read_metadata
 
 # Pictures in the report: enough to see what an attack does, few enough for one page.
 EXAMPLES = 8
+# Steps of PGD that make them.
+EXAMPLE_STEPS = 20
 # The result's weights after the last epoch: name of their file, and of their entry in a record.
 LAST = "last"
 
@@ -76,6 +78,7 @@ def measure_run(
     examples = test.subset(np.array(firsts))
     pictures = torch.from_numpy(examples.images), torch.from_numpy(examples.labels)
     arrays = {"natural": examples.images.astype(np.float32) / 255, "labels": examples.labels}
+    arrays["attack"] = np.array(f"pgd{EXAMPLE_STEPS}")
     for key, target in targets_of(folder, config).items():
         model = load_model(target.path, trusted=config.model.model)
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -96,7 +99,9 @@ def measure_run(
             "epoch": target.epoch,
             "weights": weights,
         }
-        shown = adversarial_examples(model, *pictures, step_size=eps / 10, steps=20, **shared)
+        shown = adversarial_examples(
+            model, *pictures, step_size=eps / 10, steps=EXAMPLE_STEPS, **shared
+        )
         arrays |= {f"{key}_{name}": value for name, value in shown.items()}
     described = {
         "recipe": config.name,

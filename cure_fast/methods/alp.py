@@ -60,6 +60,7 @@ ALP = Method(
     name="alp",
     label="ALP",
     title="ALP: cross-entropy on PGD images plus distance of natural and adversarial logits",
+    arxiv="1803.06373",
     paper="Kannan, Kurakin and Goodfellow, Adversarial Logit Pairing, 2018",
     settings=AlpSettings(),
     attack=attack,

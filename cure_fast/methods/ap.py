@@ -155,6 +155,7 @@ AP_AT = Method(
     name="ap_at",
     label="A&P",
     title="A&P over AT: attention and patches dropped in the attack on transformers",
+    arxiv="2210.07540",
     paper="Mo et al., When Adversarial Training Meets Vision Transformers, NeurIPS 2022",
     settings=ApAtSettings(),
     attack=weakened(mixed_attack),

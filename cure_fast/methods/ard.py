@@ -56,6 +56,7 @@ ARD = Method(
     name="ard",
     label="ARD",
     title="ARD: the adversarial prediction follows a robust teacher's natural one",
+    arxiv="1905.09747",
     paper="Goldblum et al., Adversarially Robust Distillation, AAAI 2020",
     settings=ArdSettings(),
     attack=attack,

@@ -24,6 +24,7 @@ AWP_AT = with_policies(
     PGD_AT,
     name="awp_at",
     title="AT-AWP: PGD-AT with --policies awp and its authors' length",
+    arxiv="2004.05884",
     paper=AWP.paper,
     policies={"awp": replace(AWP.settings, awp_gamma=0.01)},
     published={
@@ -40,6 +41,7 @@ AWP_TRADES = with_policies(
     TRADES,
     name="awp_trades",
     title="TRADES-AWP: TRADES with --policies awp and its authors' length",
+    arxiv="2004.05884",
     paper=AWP.paper,
     policies={"awp": replace(AWP.settings, awp_gamma=0.005, awp_warmup=10)},
     published={"*": SetUp(CODE, clamp_start=False)},

@@ -202,6 +202,7 @@ CURE = Method(
     name="cure",
     label="CURE",
     title="CURE, the recommended choices where paper and code differ",
+    arxiv="2401.14948",
     paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
     settings=CureSettings(),
     attack=attack,

@@ -104,6 +104,7 @@ FAT = Method(
     name="fat",
     label="FAT",
     title="FAT: PGD-AT whose attack stops soon after an image is misclassified",
+    arxiv="2002.11242",
     paper="Zhang et al., Attacks Which Do Not Kill Training Make Adversarial Learning Stronger, "
     "ICML 2020",
     settings=FatSettings(),

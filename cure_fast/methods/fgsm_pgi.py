@@ -152,6 +152,7 @@ FGSM_PGI = Method(
     name="fgsm_pgi",
     label="FGSM-PGI",
     title="FGSM-PGI: one step from each image's last perturbation, and distance of the two logits",
+    arxiv="2207.08859",
     paper="Jia et al., Prior-Guided Adversarial Initialization for Fast Adversarial Training, "
     "ECCV 2022",
     settings=PgiSettings(),

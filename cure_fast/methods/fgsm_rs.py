@@ -73,6 +73,7 @@ FGSM_RS = Method(
     name="fgsm_rs",
     label="FGSM-RS",
     title="FGSM-RS: cross-entropy on images of one step from a random start",
+    arxiv="2001.03994",
     paper="Wong, Rice and Kolter, Fast is better than free, ICLR 2020",
     settings=FgsmSettings(),
     attack=attack,

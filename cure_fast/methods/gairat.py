@@ -93,6 +93,7 @@ GAIRAT = Method(
     name="gairat",
     label="GAIRAT",
     title="GAIRAT: cross-entropy on PGD images weighted by their distance from the boundary",
+    arxiv="2010.01736",
     paper="Zhang et al., Geometry-aware Instance-reweighted Adversarial Training, ICLR 2021",
     settings=GairatSettings(),
     attack=attack,

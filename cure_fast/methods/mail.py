@@ -93,6 +93,7 @@ MAIL_AT = Method(
     name="mail_at",
     label="MAIL-AT",
     title="MAIL-AT: cross-entropy on PGD images weighted by their margins",
+    arxiv="2106.07904",
     paper="Wang et al., Probabilistic Margins for Instance Reweighting in Adversarial Training, "
     "NeurIPS 2021",
     settings=MailSettings(),

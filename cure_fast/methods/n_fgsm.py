@@ -51,6 +51,7 @@ N_FGSM = replace(
     name="n_fgsm",
     label="N-FGSM",
     title="N-FGSM: cross-entropy on images of one step from noise wider than the ball",
+    arxiv="2202.01181",
     paper="de Jorge et al., Make Some Noise: Reliable and Efficient Single-Step Adversarial "
     "Training, NeurIPS 2022",
     settings=NFgsmSettings(),

@@ -39,6 +39,7 @@ PGD_AT = Method(
     name="pgd_at",
     label="PGD-AT",
     title="PGD adversarial training: cross-entropy on adversarial images",
+    arxiv="1706.06083",
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018",
     attack=attack,
     loss=loss,

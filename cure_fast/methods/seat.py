@@ -25,6 +25,7 @@ SEAT = with_policies(
     PGD_AT,
     name="seat",
     title="SEAT: PGD-AT with --policies ema, whose average of all steps is evaluated",
+    arxiv="2203.09678",
     paper=EMA.paper,
     policies={"ema": EMA.settings},
     published={

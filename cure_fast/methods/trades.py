@@ -58,6 +58,7 @@ TRADES = Method(
     name="trades",
     label="TRADES",
     title="TRADES: cross-entropy on natural images plus KL to the adversarial prediction",
+    arxiv="1901.08573",
     paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, "
     "ICML 2019",
     settings=TradesSettings(),

@@ -10,7 +10,7 @@ from cure_fast.config.checks import find_any
 from cure_fast.errors import InputError
 from cure_fast.policies.average import EMA
 from cure_fast.policies.awp import AWP
-from cure_fast.policies.conserve import RGP, UPDATED
+from cure_fast.policies.conserve import RGP
 from cure_fast.policies.fawa import FAWA
 from cure_fast.policies.piat import PIAT
 from cure_fast.policies.revision import REVISION
@@ -20,9 +20,6 @@ from cure_fast.step.policy import PolicyInfo
 POLICIES: dict[str, PolicyInfo] = {
     info.name: info for info in (PIAT, AWP, EMA, SWA, FAWA, RGP, REVISION)
 }
-
-# Title and caption of the charts of what policies record of each tensor, by its name in the rows.
-BY_TENSOR: dict[str, tuple[str, str]] = {"updated": UPDATED}
 
 
 def find_policy(name: str) -> PolicyInfo:

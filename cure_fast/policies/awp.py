@@ -69,6 +69,7 @@ AWP = PolicyInfo(
     name="awp",
     label="AWP",
     title="AWP: each update is computed at adversarially perturbed weights",
+    arxiv="2004.05884",
     paper="Wu, Xia and Wang, Adversarial Weight Perturbation, NeurIPS 2020",
     settings=AwpSettings(),
     build=Perturb,

@@ -6,6 +6,7 @@ its score is the magnitude of the gradient that updates, as in mode ``rgp`` of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import itemgetter
@@ -23,14 +24,27 @@ from cure_fast.kernels import Selection, rgp_mask_
 from cure_fast.step.policy import Policy, PolicyInfo, Wanted
 from cure_fast.step.run import Run, Terms
 
-# Title and caption of the chart of the epochs' ``updated``.
-UPDATED = (
-    "Weights updated per layer",
-    "Share of each tensor's weights whose gradient the mask kept, mean over the epoch's steps. "
-    "With --mask-scope tensor it is nearly constant by construction, near 100 less --percentile; "
-    "small tensors deviate, as they count in whole weights. Momentum and weight decay still move "
-    "the weights that are masked, but for --freeze hard.",
-)
+# Titles and captions of the charts of what an epoch's row holds of each layer.
+BY_LAYER = {
+    "movement": (
+        "Movement of the weights per layer",
+        "Norm of the change of a layer's weights over the epoch, divided by their norm at its "
+        "start. Momentum and weight decay move masked weights too, but for --freeze hard.",
+    ),
+    "mask_overlap": (
+        "Overlap of the mask from epoch to epoch, per layer",
+        "Masked in the last step of this epoch and of the one before, of all that are masked in "
+        "one of the two (Jaccard).",
+    ),
+    "masked_energy": (
+        "Gradient energy that the mask takes, per layer",
+        "Sum of squares of the masked scores over that of all of a layer's, in the last step.",
+    ),
+    "updated": (
+        "Weights updated per layer",
+        "Share of a layer's weights that the mask kept in the epoch's last step.",
+    ),
+}
 
 
 class ConserveSettings(MethodSettings):
@@ -87,7 +101,7 @@ def maskable_parameters(
 
 
 class Conserve(Policy):
-    """Masks gradients of low prominence; counts the fraction of weights left to update.
+    """Masks gradients of low prominence; tells what the mask of each epoch's last step was like.
 
     Args:
         active: from the run to whether the step under way is masked.
@@ -112,15 +126,24 @@ class Conserve(Policy):
         self.names = list(chosen)
         self.parameters = list(chosen.values())
         device = self.parameters[0].device
-        self.kept_sum = torch.zeros(len(self.names), device=device)
-        self.kept_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.state = {"kept_sum": self.kept_sum, "kept_steps": self.kept_steps}
+        # Of all their weights one after the other: which the epoch before masked in its last step,
+        # and which every epoch so far did, of how many.
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.masked = torch.zeros(sum(self.sizes), dtype=torch.bool, device=device)
+        self.never = torch.ones_like(self.masked)
+        self.epochs = torch.zeros((), dtype=torch.int64, device=device)
+        self.state = {"masked": self.masked, "never": self.never, "epochs": self.epochs}
         # Where freezing is hard: the weights before the step, and which of them are masked.
         self.kept_weights: list[Tensor] = []
         self.frozen: list[Tensor] = []
-        # The last selection, where steps keep it, and whether it comes from a checkpoint.
+        # The last selection, and whether it comes from a checkpoint, which has its energies.
         self.selection: Selection | None = None
         self.stored = False
+        self.energies: Tensor | None = None
+        # Without selections: 1 for each weight that the last step kept.
+        self.kept: list[Tensor] = []
+        # The weights at the start of the epoch under way.
+        self.begun: list[Tensor] = []
 
     def wants(self, run: Run) -> dict[str, Wanted]:
         """Return what the score is made of, in a step that selects the mask by it.
@@ -139,6 +162,11 @@ class Conserve(Policy):
 
         return {"score": Wanted(mixture, self.parameters)}
 
+    def before(self, run: Run, batch: Batch) -> None:
+        """Keep the weights that the epoch begins with."""
+        if run.batch == 0:
+            self.begun = [parameter.detach().clone() for parameter in self.parameters]
+
     def around(self, run: Run, batch: Batch) -> AbstractContextManager[None]:
         """Keep the weights where freezing is hard, before another policy moves them."""
         if self.settings.freeze == "hard" and self.active(run):
@@ -151,18 +179,11 @@ class Conserve(Policy):
             return
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(grads) == len(self.parameters), "every maskable weight takes part in the loss"
-        kept = self._mask(run, grads)
-        skip = run.engine.skip
-        self.kept_sum += kept if skip is None else kept * ~skip
-        self.kept_steps += 1 if skip is None else ~skip
-
-    def _mask(self, run: Run, grads: list[Tensor]) -> Tensor:
-        """Mask the step's gradients; return the fraction kept, float32 [L]."""
         settings = self.settings
         if not self.selects(run):
             assert self.selection is not None
             run.engine.mask(self.parameters, self.selection)
-            return self.selection.kept
+            return
         if self.by_update:
             natural = adversarial = [grad.clone() for grad in grads]
         elif settings.score == "abs":
@@ -179,15 +200,16 @@ class Conserve(Policy):
                 score=settings.score,
             )
             run.engine.mask(self.parameters, selection)
-            if settings.mask_every > 1:
-                self.selection, self.stored = selection, False
-            return selection.kept
+            # Its memory is the selector's, where replays of a captured step find it too.
+            self.selection, self.stored = selection, False
+            return
         keep = self._keep(natural, adversarial)
         for grad, kept in zip(grads, keep, strict=True):
             grad.mul_(kept)
         if settings.freeze == "hard":
             self.frozen = [kept == 0 for kept in keep]
-        return torch.stack([kept.mean() for kept in keep])
+        self.kept = self.kept or [torch.empty_like(kept) for kept in keep]
+        torch._foreach_copy_(self.kept, keep)  # pyright: ignore[reportPrivateImportUsage]
 
     def selects(self, run: Run) -> bool:
         """Return whether the step selects its mask, and does not keep that of the step before."""
@@ -229,45 +251,108 @@ class Conserve(Policy):
         self.frozen, self.kept_weights = [], []
 
     def epoch_metrics(self, run: Run) -> dict[str, Any]:
-        """Return the mean fraction updated per tensor since the last call; None for no step."""
-        if not self.kept_steps:
-            return {"updated": None}
-        fractions = (self.kept_sum / self.kept_steps).tolist()
-        self.kept_sum.zero_()
-        self.kept_steps.zero_()
-        return {"updated": dict(zip(self.names, fractions, strict=True))}
+        """Return how far weights moved, and what the mask of the epoch's last step is like.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts of the epoch that is under way, and the mask that steps keep."""
-        state, found = super().state_dict(), self.selection
-        if found is None:
-            return state
-        masks = [
-            torch.zeros(p.shape, dtype=torch.bool) if values is None else (values < limit).cpu()
+        All are shares: of a layer's weights, and under ``mask`` of all that are maskable. What
+        cannot be told, such as the overlap of the first mask, is left out.
+        """
+        row, whole, masks = {}, {}, self._masks()
+        if self.begun:
+            moved = [
+                (parameter.detach() - old).norm() / old.norm()
+                for parameter, old in zip(self.parameters, self.begun, strict=True)
+            ]
+            row["movement"], self.begun = self._by_layer(torch.stack(moved)), []
+        # A step that was left out may have been the last, and have left scores that are none.
+        finite = self.selection is None or not self.selection.nonfinite.any()
+        if masks and finite and self.active(run):
+            now = torch.cat([mask.flatten() for mask in masks])
+            if self.epochs:
+                both, either = self._sums(now & self.masked), self._sums(now | self.masked)
+                row["mask_overlap"] = self._by_layer(both / either)
+                whole["overlap"] = float(both.sum() / either.sum())
+            if (energies := self._energies()) is not None:
+                row["masked_energy"] = self._by_layer(energies[0] / energies[1])
+                whole["energy"] = float(energies[0].sum() / energies[1].sum())
+            if self.settings.mask_scope == "global":
+                shares = [1 - mask.float().mean() for mask in masks]
+                row["updated"] = self._by_layer(torch.stack(shares))
+            self.never &= now
+            whole["never_updated"] = float(self.never.float().mean())
+            self.masked.copy_(now)
+            self.epochs += 1
+        return {**row, "mask": whole} if whole else row
+
+    def _masks(self) -> list[Tensor]:
+        """Return the weights that the last mask holds, bool, shaped as they are; none before it."""
+        if self.kept:
+            return [kept == 0 for kept in self.kept]
+        if self.selection is None:
+            return []
+        return [
+            torch.zeros_like(p, dtype=torch.bool) if values is None else values < limit
             for p, values, limit in zip(
-                self.parameters, found.scores, found.thresholds, strict=True
+                self.parameters, self.selection.scores, self.selection.thresholds, strict=True
             )
         ]
-        return {**state, "masks": masks, "kept": found.kept.cpu()}
+
+    def _energies(self) -> Tensor | None:
+        """Return sums of the squares of scores by tensor, masked and all, [2, L]; None if gone."""
+        if self.stored or self.kept or self.selection is None:
+            return self.energies
+        # An exempt tensor has no scores, and none of its weights is masked.
+        found = [
+            torch.ones_like(p) if v is None else v
+            for p, v in zip(self.parameters, self.selection.scores, strict=True)
+        ]
+        squares = [scores.double().square() for scores in found]
+        pairs = zip(squares, self._masks(), strict=True)
+        masked = torch.stack([(square * mask).sum() for square, mask in pairs])
+        return torch.stack([masked, torch.stack([square.sum() for square in squares])])
+
+    def _sums(self, flags: Tensor) -> Tensor:
+        """Return how many flags, bool as :attr:`masked`, each tensor has, int64 [L]."""
+        return torch.stack([part.sum() for part in flags.split(self.sizes)])
+
+    def _by_layer(self, values: Tensor) -> dict[str, float]:
+        """Return those [L] of layers' weights, which have two dimensions or more, by name."""
+        return {
+            name: value
+            for name, parameter, value in zip(
+                self.names, self.parameters, values.tolist(), strict=True
+            )
+            if parameter.ndim > 1 and math.isfinite(value)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what epochs are compared with; in mid-epoch also its start and its last mask."""
+        state = super().state_dict()
+        # The next epoch begins with a selection of its own.
+        if self.begun:
+            state["begun"] = self.begun
+        if self.begun and (masks := self._masks()):
+            state |= {"masks": [mask.cpu() for mask in masks], "energies": self._energies()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore counts and mask."""
-        super().load_state_dict(state)
+        """Restore epochs and mask."""
+        # Earlier versions compared none.
+        super().load_state_dict({**self.state, **state})
+        device = self.masked.device
+        self.kept, self.energies = [], state.get("energies")
+        self.begun = [
+            torch.empty_like(parameter).copy_(old)
+            for parameter, old in zip(self.parameters, state.get("begun", []), strict=False)
+        ]
         self.selection, self.stored = None, "masks" in state
         if self.stored:
             # Scores of 0 and 1 around a threshold of 1 mask the same weights.
-            device = self.kept_sum.device
             scores = [
-                torch.empty_like(parameter).copy_(~mask)
+                torch.empty_like(parameter, dtype=torch.float32).copy_(~mask)
                 for parameter, mask in zip(self.parameters, state["masks"], strict=True)
             ]
-            count = len(scores)
-            self.selection = Selection(
-                scores,
-                torch.ones(count, device=device),
-                state["kept"].to(device),
-                torch.zeros(count, dtype=torch.int32, device=device),
-            )
+            one = torch.ones(len(scores), device=device)
+            self.selection = Selection(scores, one, one, torch.zeros_like(one, dtype=torch.int32))
 
 
 class RgpSettings(MethodSettings):
@@ -290,6 +375,7 @@ RGP = PolicyInfo(
     name="rgp",
     label="RGP",
     title="RGP: CURE's mask; weights whose gradient is smallest in their tensor are conserved",
+    arxiv="2401.14948",
     paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
     settings=RgpSettings(),
     build=build_rgp,

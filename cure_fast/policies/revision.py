@@ -130,6 +130,7 @@ REVISION = PolicyInfo(
     name="revision",
     label="revision",
     title="CURE's revision: a slow average of the weights, to whose predictions the loss ties",
+    arxiv="2401.14948",
     paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
     settings=RevisionSettings(),
     build=build_revision,

@@ -6,24 +6,24 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from cure_fast.policies import BY_TENSOR
-from cure_fast.report.html import Html, element, figure, fold, paragraph, scroll, section, table
+from cure_fast.policies.conserve import BY_LAYER
 from cure_fast.report.record import Epoch, Reached, Record, Step
 from cure_fast.report.svg import (
     Axis,
     Band,
     Line,
-    data_uri,
-    encode_png,
     heat_colours,
     heat_map,
     legend,
     line_chart,
     linear_axis,
     nice_step,
+    picture,
 )
 from cure_fast.report.text import attack_name, number
 
@@ -33,6 +33,14 @@ TERMS = {
     "natural_ce": "cross-entropy, natural",
     "adversarial_ce": "cross-entropy, adversarial",
     "kl": "KL(natural, adversarial)",
+}
+# Terms that are no part of the loss.
+NO_LOSS = {"natural_accuracy", "adversarial_accuracy", "gradient_norm"}
+# What an epoch's row holds of the mask as a whole.
+MASK = {
+    "energy": "gradient energy masked",
+    "overlap": "overlap with the epoch before",
+    "never_updated": "never updated so far",
 }
 TERM_STYLES = ("c0", "c1", "c2", "c3", "c4", "c5")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
@@ -78,7 +86,7 @@ class Timeline:
 
     def chart(
         self, lines: list[Line], y_axis: Axis, label: str, mark: tuple[float, str] | None = None
-    ) -> Html:
+    ) -> Markup:
         """Return a chart of lines over both stages, the first of them shaded."""
         bands = []
         if self.pretrain:
@@ -103,35 +111,46 @@ def pieces(
     return [stretch for stretch in stretches.values() if stretch]
 
 
-def missing(title: str, reason: str) -> Html:
+# A figure of the page, by the names that the template knows.
+Figure = dict[str, Any]
+
+
+def figure(title: str, caption: str, drawing: Markup, **further: Any) -> Figure:
+    """Return a figure: its drawing with what stands around it."""
+    empty = {"absent": None, "legend": "", "high": None}
+    return {**empty, "title": title, "caption": caption, "drawing": drawing, **further}
+
+
+def missing(title: str, reason: str) -> Figure:
     """Return a figure that says why there is none."""
-    return element("figure", element("h3", title), paragraph(reason, class_="absent"))
+    return figure(title, "", Markup(), absent=reason)
 
 
-def curves(record: Record) -> Html:
-    """Return the section with all charts, and the numbers behind them."""
+def training(record: Record) -> dict[str, Any] | None:
+    """Return the charts of a run and the numbers behind them; None where nothing is logged."""
     if not record.epochs and not record.steps:
-        reason = "metrics.jsonl holds no step and no epoch yet: training had not begun to log."
-        return section("Training", paragraph(reason, class_="absent"), anchor="training")
+        return None
     timeline, rows = Timeline.of(record), record.stage("train")
     charts = [
         accuracy_chart(record, timeline),
         loss_chart(record, timeline),
+        mask_chart(record, timeline),
+        norm_chart(record, timeline),
         rate_chart(record, timeline),
         speed_chart(record, timeline),
     ]
-    return section(
-        "Training",
-        element("div", *charts, class_="charts"),
-        *(_heat(rows, key) for key in dict.fromkeys(key for row in rows for key in row.by_tensor)),
-        epoch_table(record),
-        anchor="training",
-    )
+    names = dict.fromkeys(key for row in rows for key in row.by_tensor)
+    return {
+        "charts": [chart for chart in charts if chart is not None],
+        "layers": [heat_chart(rows, name) for name in names],
+        "table": epoch_table(record),
+    }
 
 
-def accuracy_chart(record: Record, timeline: Timeline) -> Html:
+def accuracy_chart(record: Record, timeline: Timeline) -> Figure:
     """Return natural and robust accuracy on the validation images, by epoch."""
-    title = "Accuracy on validation images"
+    trained_on = any("natural_accuracy" in row.terms for row in record.epochs)
+    title = f"Accuracy {'in training and ' if trained_on else ''}on validation images"
     rows = [row for row in record.epochs if row.natural is not None]
     if not rows:
         return missing(title, "No epoch with a validation has finished yet.")
@@ -153,6 +172,13 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
         Line(name, style, pieces(timeline, rows, values, " %"), dash, marker)
         for name, values, style, dash, marker in shown
     ]
+    lines += [
+        Line(name, style, pieces(timeline, record.epochs, values, " %"), "1 3", "none")
+        for name, style, values in (
+            ("natural, in training", "natural", terms_of(record, "natural_accuracy")),
+            ("training attack, in training", "robust", terms_of(record, "adversarial_accuracy")),
+        )
+    ]
     lines = [line for line in lines if line.pieces]
     best = record.best
     mark = (timeline.x(best), f"best: epoch {best.epoch}") if best else None
@@ -161,6 +187,11 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
         f"{' or '.join(f'{c:,}' for c in counts)} images held out of the training set pick the "
         "best epoch, whose weights then meet the test images; no test image is used for it."
     )
+    if trained_on:
+        caption += (
+            " In training: on the batches of the epoch, augmented, by the network in training mode "
+            "before each step moves it; far above validation it has learned them by heart."
+        )
     if timeline.pretrain and attacks:
         caption += " Natural pre-training is judged by natural accuracy alone."
     if network is not None:
@@ -178,13 +209,13 @@ def accuracy_chart(record: Record, timeline: Timeline) -> Html:
         )
     label = f"Natural accuracy and accuracy {robust} by epoch, in percent"
     chart = timeline.chart(lines, linear_axis(100, "accuracy in %"), label, mark)
-    return figure(title, caption, legend(lines), chart)
+    return figure(title, caption, chart, legend=legend(lines))
 
 
-def loss_chart(record: Record, timeline: Timeline) -> Html:
+def loss_chart(record: Record, timeline: Timeline) -> Figure:
     """Return each term of the loss by epoch, and the total of single steps behind them."""
     names = list(dict.fromkeys(name for row in record.epochs for name in row.terms))
-    names = sorted(names, key=lambda name: name != "total")
+    names = sorted((n for n in names if n not in NO_LOSS), key=lambda name: name != "total")
     lines = []
     for name, style, dash in zip(names, cycle(TERM_STYLES), cycle(DASHES), strict=False):
         points = pieces(timeline, record.epochs, (row.terms.get(name) for row in record.epochs))
@@ -204,10 +235,53 @@ def loss_chart(record: Record, timeline: Timeline) -> Html:
         caption += " Single steps above the axis are cut off."
     axis = linear_axis(high, "loss", low=min(0.0, *heights, *steps))
     chart = timeline.chart(lines, axis, "Terms of the loss by epoch")
-    return figure("Loss", caption, legend(lines), chart)
+    return figure("Loss", caption, chart, legend=legend(lines))
 
 
-def rate_chart(record: Record, timeline: Timeline) -> Html:
+def terms_of(record: Record, name: str) -> list[float | None]:
+    """Return a term's mean in each epoch."""
+    return [row.terms.get(name) for row in record.epochs]
+
+
+def norm_chart(record: Record, timeline: Timeline) -> Figure | None:
+    """Return the norm of the gradient by epoch; None where it was not logged."""
+    lines = [Line("norm", "c2", pieces(timeline, record.epochs, terms_of(record, "gradient_norm")))]
+    heights = [y for piece in lines[0].pieces for _, y, _ in piece]
+    if not heights:
+        return None
+    axis = linear_axis(max(heights), "norm")
+    chart = timeline.chart(lines, axis, "Norm of the gradient by epoch")
+    caption = "L2 norm over all weights, a mean over the steps, before masking and clipping."
+    return figure("Norm of the gradient", caption, chart)
+
+
+def mask_chart(record: Record, timeline: Timeline) -> Figure | None:
+    """Return what the mask does as a whole by epoch; None where there is none."""
+    rows = record.stage("train")
+    lines = []
+    for (key, name), style, dash in zip(MASK.items(), TERM_STYLES[1:], DASHES, strict=False):
+        values = [row.numbers.get(f"mask {key}") for row in rows]
+        shares = [None if value is None else 100 * value for value in values]
+        lines.append(Line(name, style, pieces(timeline, rows, shares, " %"), dash))
+    lines = [line for line in lines if line.pieces]
+    if not lines:
+        return None
+    caption = (
+        "Of all maskable weights, by the masks of each epoch's last step. Energy: squares of the "
+        "masked weights' scores over those of all; small, the mask takes what gradients hardly "
+        "ask for. Overlap: masked in this epoch and the one before, of all masked in one of the "
+        "two (Jaccard). Never updated: masked in every epoch so far."
+    )
+    rgp = (record.config.get("policies") or {}).get("rgp", {})
+    percent = (record.config.get("settings") or {}).get("percentile", rgp.get("rgp_percentile"))
+    if isinstance(percent, int | float) and 0 < percent <= 100:
+        chance = 100 * percent / (200 - percent)
+        caption += f" Masks of {percent:g} % drawn at random overlap by {chance:.0f} %."
+    chart = timeline.chart(lines, linear_axis(100, "share in %"), "What the mask does by epoch")
+    return figure("What the mask does", caption, chart, legend=legend(lines))
+
+
+def rate_chart(record: Record, timeline: Timeline) -> Figure:
     """Return the learning rate over the run."""
     rows = record.steps or record.epochs
     rows = rows[:: max(1, math.ceil(len(rows) / MOST_STEPS))]
@@ -223,7 +297,7 @@ def rate_chart(record: Record, timeline: Timeline) -> Html:
     return figure("Learning rate", caption, chart)
 
 
-def speed_chart(record: Record, timeline: Timeline) -> Html:
+def speed_chart(record: Record, timeline: Timeline) -> Figure:
     """Return the training images per second of each epoch."""
     # An epoch that is resumed behind its last step trains on no image.
     rows = [row for row in record.epochs if row.images_per_s]
@@ -236,25 +310,23 @@ def speed_chart(record: Record, timeline: Timeline) -> Html:
     return figure("Speed", "Training images per second, validation not counted.", chart)
 
 
-def _heat(epochs: list[Epoch], key: str) -> Html:
-    """Return a heat map by tensor and epoch of what policies recorded of each tensor."""
-    title, caption = BY_TENSOR.get(key, (f"{key.replace('_', ' ')} by tensor", ""))
+def heat_chart(epochs: list[Epoch], key: str) -> Figure:
+    """Return a heat map by layer and epoch of shares that policies recorded of each layer."""
+    title, caption = BY_LAYER.get(key, (f"{key.replace('_', ' ')} by layer", ""))
     rows = {row.epoch: row.by_tensor[key] for row in epochs if key in row.by_tensor}
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    values = np.array([[row.get(name, np.nan) for row in rows.values()] for name in names])
-    low, high = 100 * np.nanmin(values), 100 * np.nanmax(values)
-    caption = f"{caption} Here {low:.1f} to {high:.1f} %.".lstrip()
-    drawing = heat_map(names, [str(epoch) for epoch in rows], values, label=f"{title}. {caption}")
-    colours = data_uri(encode_png(heat_colours(np.linspace(0, 1, 128)[None, :])))
-    image = element("img", src=colours, alt="colour scale from dark blue to yellow")
-    scale = element("p", "0 %", image, "100 %", class_="scale")
-    return figure(title, caption, scale, scroll(drawing, title), class_="wide")
+    values = np.array([[row.get(name, np.nan) for row in rows.values()] for name in names]) * 100
+    high = linear_axis(max(float(np.nanmax(values)), 1e-9), "").high
+    label = f"{title}. {caption}"
+    drawing = heat_map(names, [str(epoch) for epoch in rows], values, high=high, label=label)
+    colours = picture(heat_colours(np.linspace(0, 1, 128)[None, :]))
+    return figure(title, caption, drawing, high=f"{high:g} %", colours=colours)
 
 
-def epoch_table(record: Record) -> Html:
-    """Return the numbers behind the charts, folded away."""
+def epoch_table(record: Record) -> dict[str, Any] | None:
+    """Return the numbers behind the charts; None before the first epoch is finished."""
     if not record.epochs:
-        return paragraph("No epoch has finished yet.", class_="absent")
+        return None
     names = list(dict.fromkeys(name for row in record.epochs for name in row.terms))
     header = ["Epoch", "Natural %", "Robust %", "Learning rate", "Images/s", "Seconds"]
     further: dict[str, list[float | None]] = {}
@@ -280,10 +352,7 @@ def epoch_table(record: Record) -> Html:
         values = [row.terms.get(name) for name in names]
         values += [column[index] for column in further.values()]
         rows.append([*cells, *("" if value is None else number(value) for value in values)])
-    whole = table(
-        header, rows, caption="Validation accuracy and mean loss of every epoch", class_="numbers"
-    )
-    return fold("The numbers behind the charts", whole)
+    return {"header": header, "rows": rows}
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -307,7 +307,7 @@ def picture(entrants: Sequence[Entrant], attack: str) -> str:
 
 def chart_style() -> str:
     """Return the rules of the page's style sheet for charts, in the light colours themselves."""
-    sheet = files("cure_fast.report").joinpath("style.css").read_text(encoding="utf-8")
+    sheet = files("cure_fast.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"--([\w-]+): ([^;]+);", sheet.partition("}")[0]))
     rules = re.findall(
         r"^\.(?:chart text|grid|axis|line (?:path|circle)|c\d)\b.*$", sheet, re.MULTILINE

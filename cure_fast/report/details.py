@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cure_fast.report.answer import progress_line
-from cure_fast.report.html import Html, code, element, fold, paragraph, section, table
 from cure_fast.report.record import Record
-from cure_fast.report.text import setting, size
+from cure_fast.report.results import bar
+from cure_fast.report.text import attack_name, setting, size
 from cure_fast.runs.log import duration
 
 SECTIONS = {
@@ -22,7 +22,6 @@ SECTIONS = {
     "eval": "Evaluation",
     "run": "Run",
 }
-FIELDS = "Every field is a flag of cure-fast train"
 # What is not called as its entry.
 ENVIRONMENT = {
     "cure_fast": "cure-fast",
@@ -48,84 +47,79 @@ FILES = {
 }
 
 
-def details(record: Record) -> Html:
-    """Return the sections on settings, machine and files."""
-    parts = (_run(record), _settings(record), _environment(record), _files(record.folder))
-    return element("div", *parts)
-
-
-def _run(record: Record) -> Html:
-    """Return how to make this run again, and how long it took."""
-    parts = []
+def details(record: Record) -> dict[str, Any]:
+    """Return what the sections on the run, its settings, machine and files show."""
     command = (record.environment or {}).get("command")
-    if isinstance(command, list) and command:
-        parts.append(paragraph("This command made the run:"))
-        line = code(shlex.join(map(str, command)))
-        parts.append(element("pre", line, tabindex="0", aria_label="Command line"))
-    else:
-        reason = "The command line is not known: environment.json is not in this folder."
-        parts.append(paragraph(reason, class_="absent"))
-    pretrain = record.stage("pretrain")
-    text = f"Training: {progress_line(record)}, validation not counted."
-    if pretrain:
-        seconds = sum(row.seconds or 0.0 for row in pretrain)
-        text += (
-            f" Natural pre-training before it: {len(pretrain)} epochs in {duration(seconds)}, "
-            "in this run or in an earlier one with the same settings."
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    return {
+        "command": shlex.join(words) or None,
+        "progress": progress_line(record),
+        "pretrain": len(record.stage("pretrain")),
+        "times": time_bars(record),
+        # In order, each once: a run may have gone on by another engine than it began with.
+        "engines": list(dict.fromkeys(r.engine for r in record.stage("train") if r.engine)),
+        "cut_off": record.cut_off,
+        "settings": setting_groups(record.config),
+        "environment": environment_rows(record.environment),
+        "files": file_rows(record.folder),
+    }
+
+
+def time_bars(record: Record) -> list[dict[str, Any]]:
+    """Return a group of bars: how long each part of the run took."""
+    spent: dict[str, float] = {}
+    for stage, name in (("pretrain", "natural pre-training"), ("train", record.label)):
+        rows = record.stage(stage)
+        spent[name] = sum(row.seconds or 0.0 for row in rows)
+        spent["validation"] = spent.get("validation", 0.0) + sum(
+            row.validation_seconds or 0.0 for row in rows
         )
-    parts.append(paragraph(text))
-    # In order, each once: a run may have gone on by another engine than it began with.
-    if engines := dict.fromkeys(row.engine for row in record.stage("train") if row.engine):
-        parts.append(paragraph(f"Engine of its steps: {'; then '.join(engines)}."))
-    if record.cut_off:
-        text = "The last line of metrics.jsonl was cut off and is left out."
-        parts.append(paragraph(text, class_="absent"))
-    return section("This run", *parts, anchor="run")
+    models = record.results.models.values() if record.results else ()
+    for attack in record.results.attacks if record.results else ():
+        scores = (model.attacks.get(attack) for model in models)
+        name = "natural test images" if attack == "natural" else attack_name(attack)
+        spent[name] = sum(score.seconds for score in scores if score)
+    whole = sum(spent.values())
+    bars = [
+        bar(name, "time", 100 * seconds / whole, duration(seconds))
+        for name, seconds in spent.items()
+        if seconds
+    ]
+    note = f"{duration(whole)} in all" if whole else ""
+    return [{"title": "Time", "note": note, "bars": bars}] if bars else []
 
 
-def _settings(record: Record) -> Html:
-    """Return every field of the configuration, folded by section."""
-    config = record.config
+def setting_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every field of the configuration, by section."""
     found = {f"Method: {config['method']}": config.get("settings")}
     found |= {f"Policy: {name}": v for name, v in (config.get("policies") or {}).items()}
     found |= {title: config.get(name) for name, title in SECTIONS.items()}
-    folds = []
+    groups = []
     for title, values in found.items():
         if isinstance(values, Mapping) and values:
-            rows: list[list[str]] = [
-                [code(f"--{key.replace('_', '-')}"), setting(key, value)]
-                for key, value in values.items()
-            ]
-            listing = table(["Flag", "Value"], rows, caption=FIELDS, class_="texts")
-            folds.append(fold(title, listing))
-    return section("Settings", *folds, anchor="settings")
+            rows = [(f"--{k.replace('_', '-')}", setting(k, v)) for k, v in values.items()]
+            groups.append({"title": title, "rows": rows})
+    return groups
 
 
-def _environment(record: Record) -> Html:
-    title, anchor = "Machine and versions", "environment"
-    if record.environment is None:
-        reason = "Versions and machine are not known: environment.json is not in this folder."
-        return section(title, paragraph(reason, class_="absent"), anchor=anchor)
-    known: dict[str, Any] = dict(record.environment)
+def environment_rows(environment: dict[str, Any] | None) -> list[tuple[str, str]] | None:
+    """Return what the run ran on; None where that is not known."""
+    if environment is None:
+        return None
+    known = dict(environment)
     dirty = known.pop("dirty", None)
     known.pop("command", None)
     if known.get("commit") and dirty:
         known["commit"] = f"{known['commit']}, with changes that are not committed"
-    rows: list[list[str]] = [
-        [
-            ENVIRONMENT.get(name, name.capitalize()),
-            "none" if value is None else setting(name, value),
-        ]
-        for name, value in known.items()
+    return [
+        (ENVIRONMENT.get(k, k.capitalize()), "none" if v is None else setting(k, v))
+        for k, v in known.items()
     ]
-    caption = "As they were when training was last started"
-    listing = table(["What", "Value"], rows, caption=caption, class_="texts")
-    return section(title, listing, anchor=anchor)
 
 
-def _files(folder: Path) -> Html:
-    """Return the entries of the run folder with their sizes."""
-    rows: list[list[str]] = []
+def file_rows(folder: Path) -> list[tuple[str, str, str]]:
+    """Return the entries of the run folder with what they hold and their sizes."""
+    rows = []
     for path in sorted(folder.iterdir()):
         if path.name == "report.html" or path.name.startswith("."):
             continue
@@ -133,10 +127,8 @@ def _files(folder: Path) -> Html:
         total = size(sum(p.stat().st_size for p in inside))
         label = f"{path.name}/" if path.is_dir() else path.name
         within = f" in {len(inside)}" if path.is_dir() else ""
-        rows.append([code(label), _content(path), f"{total}{within}"])
-    header, caption = ["Name", "What it holds", "Size (in files)"], "When this page was written"
-    listing = table(header, rows, caption=caption, class_="texts")
-    return section("Files in this folder", listing, anchor="files")
+        rows.append((label, _content(path), f"{total}{within}"))
+    return rows
 
 
 def _content(path: Path) -> str:

@@ -24,12 +24,17 @@ class Examples:
         labels: their classes.
         adversarial: by model (``start``, ``trained``), images made against that model.
         predictions: by (model, ``natural`` or ``adversarial``), predicted classes [n].
+        confidences: the same for the probability in [0, 1] that the model gives that class; empty
+            in files of earlier versions.
+        attack: what made the images, as ``pgd20``; None in files of earlier versions.
     """
 
     natural: np.ndarray
     labels: np.ndarray
     adversarial: dict[str, np.ndarray]
     predictions: dict[tuple[str, str], np.ndarray]
+    confidences: dict[tuple[str, str], np.ndarray]
+    attack: str | None
 
 
 def read_examples(path: Path) -> Examples | None:
@@ -66,4 +71,10 @@ def read_examples(path: Path) -> Examples | None:
             raise InputError(f"{path}: expected {name} as {len(natural)} whole numbers.")
     adversarial = {model: arrays[f"{model}_adversarial"] for model in present}
     predictions = {key: arrays[name] for key, name in guesses.items()}
-    return Examples(natural, labels, adversarial, predictions)
+    sure = {key: f"{key[0]}_{key[1]}_confidence" for key in guesses}
+    confidences = {key: arrays[name] for key, name in sure.items() if name in arrays}
+    for key, values in confidences.items():
+        if values.shape != labels.shape or not np.all((values >= 0) & (values <= 1)):
+            raise InputError(f"{path}: expected {sure[key]} as {len(labels)} shares in [0, 1].")
+    attack = str(arrays["attack"]) if "attack" in arrays else None
+    return Examples(natural, labels, adversarial, predictions, confidences, attack)

@@ -15,6 +15,7 @@ from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.record import shown_name
 from cure_fast.methods import labels
 from cure_fast.report.examples import Examples, read_examples
+from cure_fast.report.text import without_folders
 from cure_fast.runs.log import beside, rows_of
 
 # Fields of config.json without which a page cannot say what was trained.
@@ -24,7 +25,7 @@ REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "
 # What an epoch's row holds of every run; the rest is of its policies.
 COMMON = frozenset(
     {"event", "stage", "epoch", "step", "lr", "terms", "skipped", "micro_batch_size", "images"}
-    | {"seconds", "images_per_s", "engine", "validation", "collapsed"}
+    | {"seconds", "images_per_s", "engine", "validation", "validation_seconds", "collapsed"}
 )
 
 
@@ -54,6 +55,7 @@ class Epoch:
     lr: float
     terms: dict[str, float]
     seconds: float | None = None
+    validation_seconds: float | None = None
     images_per_s: float | None = None
     engine: str | None = None
     natural: float | None = None
@@ -111,12 +113,14 @@ class Results:
         order = {"start": 0, "trained": 1, "last": 2}
         return sorted(self.models, key=lambda key: order.get(key, len(order)))
 
-    def name(self, key: str) -> str:
-        """Return what the page calls a network."""
+    def name(self, key: str, label: str) -> str:
+        """Return what the page calls a network of a run of the method that ``label`` names."""
+        if key == "start":
+            return "naturally trained start"
+        if key == "last":
+            return f"{label}, last epoch"
         name = shown_name(key, self.network)
-        if name == "last":
-            return "last epoch"
-        return name if name in ("start", "trained") else f"{name} network"
+        return label if name == "trained" else f"{label}, {name} network"
 
     @property
     def attacks(self) -> list[str]:
@@ -188,12 +192,14 @@ def read_record(folder: Path) -> Record:
     results = _read_json(folder / "results.json")
     return Record(
         folder=folder,
-        config=config,
-        environment=_read_json(folder / "environment.json"),
+        config=without_folders(config),
+        environment=without_folders(_read_json(folder / "environment.json")),
         epochs=epochs,
         steps=steps,
         cut_off=cut_off,
-        results=None if results is None else _results(folder / "results.json", results),
+        results=None
+        if results is None
+        else _results(folder / "results.json", without_folders(results)),
         examples=read_examples(folder / "examples.npz"),
     )
 
@@ -284,6 +290,7 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
         lr=_take(row, "lr", float, where),
         terms=_terms(row, "terms", where),
         seconds=_maybe(row, "seconds", float, where),
+        validation_seconds=_maybe(row, "validation_seconds", float, where),
         images_per_s=_maybe(row, "images_per_s", float, where),
         engine=_maybe(row, "engine", str, where),
         natural=_maybe(validation, "natural", float, where),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cure_fast.config.checks import format_pixel
 from cure_fast.config.values import to_dict
-from cure_fast.evaluation.attack_result import AttackResult, nrr
+from cure_fast.evaluation.attack_result import nrr
 from cure_fast.methods import labels
 from cure_fast.models import MODELS
 from cure_fast.policies import POLICIES
 from cure_fast.recipes import RECIPES, published_recipe
-from cure_fast.report.html import Html, code, element, figure, join, paragraph, section, table
 from cure_fast.report.record import Record, Results
 from cure_fast.report.text import (
     attack_name,
@@ -52,6 +50,7 @@ DECISIVE = {
         "pretrain_schedule": "its schedule",
     },
     "attack": {
+        "norm": "norm of the training eps",
         "eps": "training eps",
         "step_size": "training attack's step size",
         "attack_steps": "training attack's steps",
@@ -62,179 +61,156 @@ DECISIVE = {
     },
     "optim": {"epochs": "epochs", "batch_size": "batch size", "lr": "learning rate"},
 }
+# What the settings of AutoAttack hold of its result, which the waterfall shows.
+OF_THE_NETWORK = {"robust_after", "natural_correct"}
 # These words stand for None, which takes all or the published value.
 UNSET = {"train_images": "all", "width": "the published one", "init_from": "none"}
 
 
-def results_section(record: Record) -> Html:
-    """Return the section with all results on test images."""
-    title, anchor = "Results on test images", "results"
-    results = record.results
+def results_section(record: Record) -> dict[str, Any] | None:
+    """Return what the section on results shows; None where there are none."""
+    results, config = record.results, record.config
     if results is None:
-        reason = "results.json is not in this folder: no evaluation on test images has finished. "
-        advice = paragraph(reason, code("cure-fast eval"), " does that.", class_="absent")
-        return section(title, advice, anchor=anchor)
-    parts = [_bars(results), _table(results), *_paper_note(record, results), _attacks(results)]
-    return section(title, *parts, anchor=anchor)
+        return None
+    held_out = config["data"].get("val_images")
+    return {
+        "groups": [*attack_groups(results, record.label), *ratio_groups(results, record.label)],
+        "networks": [results.models[key].title for key in results.keys],
+        "waterfall": waterfalls(results, record.label),
+        "radius": results.radius,
+        "paper": results.paper and results.paper["row"],
+        "obstacles": differences(config, results) if results.paper else [],
+        "setting": f"{data_name(config['data']['data'])}, {config['model']['model']}",
+        "images": f"{results.test_images:,}",
+        "held_out": None if held_out is None else f"{held_out:,}",
+        "attacks": attack_rows(results, record.label),
+    }
 
 
-def _paper_value(results: Results, attack: str) -> float | None:
+def paper_value(results: Results, attack: str) -> float | None:
+    """Return what the paper claims under an attack, in percent."""
     value = (results.paper or {}).get(attack)
     return float(value) if isinstance(value, int | float) else None
 
 
-def _bars(results: Results) -> Html:
-    """Return one group of bars per attack: each model's, and the paper's."""
+def bar(name: str, style: str, value: float, text: str, **further: Any) -> dict[str, Any]:
+    """Return a bar of ``value`` percent; what it lacks is empty."""
+    empty = {"low": None, "high": None, "lost": 0.0, "detail": "", "difference": ""}
+    known = {"name": name, "style": style, "value": value, "text": text, "reliable": True}
+    return {**empty, **known, **further}
+
+
+def paper_bar(value: float | None, digits: int, gap: str) -> dict[str, Any]:
+    """Return the bar of what the paper claims, in percent, and how far this run lies from it."""
+    text = "not given" if value is None else f"{value:.{digits}f} %"
+    return bar(
+        "paper\N{RIGHT SINGLE QUOTATION MARK}s claim", "paper", value or 0.0, text, difference=gap
+    )
+
+
+def compared_with(key: str) -> tuple[str, str]:
+    """Return the network that a network's difference is taken from, and its words."""
+    return ("trained", "the best epoch") if key == "last" else ("start", "the start")
+
+
+def attack_groups(results: Results, label: str) -> list[dict[str, Any]]:
+    """Return a group of bars for each attack: each network's, and the paper's."""
     groups = []
     for attack in results.attacks:
+        scores = {key: results.models[key].attacks.get(attack) for key in results.keys}
+        counts = {score.count for score in scores.values() if score}
         bars = []
-        for key in results.keys:
-            score = results.models[key].attacks.get(attack)
-            if score:
-                low, high = wilson(score.correct, score.count)
-                text = [percent(score), *([] if score.reliable else [_doubt()])]
-                bars.append(_bar(results.name(key), key, score.accuracy, text, (low, high)))
-        paper = _paper_value(results, attack)
-        if paper is not None:
-            bars.append(_bar("paper", "paper", paper, [f"{paper:.2f} %"], None))
-        heading = element("h4", attack_name(attack))
-        groups.append(element("div", heading, *bars, class_="bar-group"))
-    paper_text = ", the paper's claim hatched" if results.paper else ""
-    caption = (
-        f"Accuracy in percent{paper_text}. The thin line on a bar is the 95 % interval that the "
-        "number of test images leaves open."
-    )
-    body = element("div", *groups, class_="bars")
-    return figure("Accuracy by attack", caption, body, class_="wide")
+        for key, score in scores.items():
+            if score is None:
+                continue
+            low, high = wilson(score.correct, score.count)
+            base, other = compared_with(key)
+            gap = "" if key == base else difference(score, scores.get(base))
+            bars.append(
+                bar(
+                    results.name(key, label),
+                    key,
+                    score.accuracy,
+                    percent(score),
+                    low=low,
+                    high=high,
+                    reliable=score.reliable,
+                    detail=f"{score.correct:,} of {score.count:,}; 95 %: {interval(score)}",
+                    difference=gap and f"{gap} from {other}",
+                )
+            )
+        if results.paper:
+            paper = paper_value(results, attack)
+            gap = difference(scores["trained"], paper)
+            bars.append(paper_bar(paper, 2, gap and f"{label}: {gap}"))
+        part = counts != {results.test_images}
+        note = f"first {' or '.join(f'{c:,}' for c in sorted(counts))} of the " if part else ""
+        note += f"{results.test_images:,} test images"
+        groups.append({"title": attack_name(attack), "note": note, "bars": bars})
+    return groups
 
 
-def _doubt() -> Html:
-    """Return the warning sign that marks a number, and its word for those who hear the page."""
-    sign = element("span", " \N{WARNING SIGN}", class_="flag", title="unreliable")
-    return join([sign, element("span", " unreliable", class_="spoken")])
+def ratio_groups(results: Results, label: str) -> list[dict[str, Any]]:
+    """Return a group of bars for each harmonic mean of natural and robust accuracy."""
+    groups = []
+    for name in dict.fromkeys(n for key in results.keys for n in results.models[key].nrr):
+        values = {key: results.models[key].nrr.get(name) for key in results.keys}
+        bars = []
+        for key, value in values.items():
+            if value is not None:
+                base, other = compared_with(key)
+                theirs = values.get(base) if key != base else None
+                gap = "" if theirs is None else f"{points(value - theirs)} from {other}"
+                text = f"{value:.1f} %"
+                bars.append(bar(results.name(key, label), key, value, text, difference=gap))
+        if results.paper:
+            paper, ours = paper_nrr(results, name), values["trained"]
+            gap = "" if ours is None or paper is None else f"{label}: {points(ours - paper)}"
+            bars.append(paper_bar(paper, 1, gap))
+        score = results.models["trained"].attacks.get({"AA": "aa"}.get(name, "natural"))
+        part = score is not None and score.count != results.test_images
+        note = f"on the first {score.count:,} images" if score is not None and part else ""
+        groups.append({"title": f"NRR ({name})", "note": note, "bars": bars})
+    return groups
 
 
-def _bar(
-    name: str, style: str, value: float, text: list[str], spread: tuple[float, float] | None
-) -> Html:
-    parts = [element("span", class_=f"fill {style}", style=f"width:{value:.2f}%")]
-    if spread:
-        width = spread[1] - spread[0]
-        place = f"left:{spread[0]:.2f}%;width:{width:.2f}%"
-        parts.append(element("span", class_="spread", style=place))
-    return element(
-        "div",
-        element("span", name, class_="bar-name"),
-        element("span", *parts, class_="track", aria_hidden="true"),
-        element("span", *text, class_="bar-value"),
-        class_="bar",
-    )
-
-
-def _table(results: Results) -> Html:
-    """Return the table of accuracies: a row per attack, a column per model, and the paper's."""
-    start, last = results.models.get("start"), results.models.get("last")
-    keys, ours = results.keys, results.name("trained").capitalize()
-    header = ["Attack", *(results.models[k].title for k in keys)]
-    if last:
-        # Negative where training went on for too long: robust overfitting.
-        header.append("Last \N{MINUS SIGN} best epoch")
-    if start:
-        header.append(f"{ours} \N{MINUS SIGN} start")
-    if results.paper:
-        header += [results.paper["row"], f"{ours} \N{MINUS SIGN} paper"]
-    rows: list[list[str]] = []
-
-    def add(cells: list[str], over_best: str, over_start: str, paper: str, over_paper: str) -> None:
-        row = cells + ([over_best] if last else []) + ([over_start] if start else [])
-        rows.append(row + ([paper, over_paper] if results.paper else []))
-
-    for attack in results.attacks:
-        scores = {k: results.models[k].attacks.get(attack) for k in keys}
-        cells = [_score_cell(score, results.test_images) for score in scores.values()]
-        paper = _paper_value(results, attack)
-        add(
-            [attack_name(attack), *cells],
-            difference(scores.get("last"), scores["trained"]),
-            difference(scores["trained"], scores.get("start")),
-            "not given" if paper is None else f"{paper:.2f} %",
-            difference(scores["trained"], paper),
-        )
-    for name in dict.fromkeys(n for k in keys for n in results.models[k].nrr):
-        values = {k: results.models[k].nrr.get(name) for k in keys}
-        attack = {"AA": "aa"}.get(name, "natural")
-        cells = [
-            _nrr_cell(values[k], results.models[k].attacks.get(attack), results.test_images)
-            for k in keys
-        ]
-        paper = _paper_nrr(results, name)
-        add(
-            [f"NRR ({name})", *cells],
-            _between(values.get("last"), values["trained"]),
-            _between(values["trained"], values.get("start")),
-            "not given" if paper is None else f"{paper:.1f} %",
-            _between(values["trained"], paper),
-        )
-    caption = (
-        f"Accuracy on test images within {results.radius}: right images of all, "
-        "and the 95 % interval (Wilson) in percent; differences in points"
-    )
-    return table(header, rows, caption=caption, class_="results")
-
-
-def _score_cell(score: AttackResult | None, test_images: int) -> Html | str:
-    if score is None:
-        return "not run"
-    part = "" if score.count == test_images else ", a part of the test images"
-    lines = [
-        element("strong", percent(score)),
-        element("span", f"{score.correct:,} of {score.count:,}{part}", class_="small"),
-        element("span", f"95 %: {interval(score)}", class_="small"),
-    ]
-    if not score.reliable:
-        lines.append(element("span", "\N{WARNING SIGN} unreliable", class_="flag"))
-    return join(lines)
-
-
-def _nrr_cell(value: float | None, score: AttackResult | None, test_images: int) -> str:
-    """Return a ratio, and on which images it was taken where these are not all."""
-    if value is None:
-        return ""
-    if score is None or score.count == test_images:
-        return f"{value:.1f} %"
-    return f"{value:.1f} % on the first {score.count:,} images"
-
-
-def _between(ours: float | None, theirs: float | None) -> str:
-    return "" if ours is None or theirs is None else points(ours - theirs)
-
-
-def _paper_nrr(results: Results, name: str) -> float | None:
+def paper_nrr(results: Results, name: str) -> float | None:
     """Return the harmonic mean of the paper's natural and robust accuracy."""
-    natural = _paper_value(results, "natural")
-    robust = _paper_value(results, {"C&W": "cw20", "AA": "aa"}[name])
+    natural = paper_value(results, "natural")
+    robust = paper_value(results, {"C&W": "cw20", "AA": "aa"}[name])
     return None if natural is None or robust is None else nrr(natural, robust)
 
 
-def _paper_note(record: Record, results: Results) -> list[Html]:
-    """Return what stands between this run and the paper's row."""
-    if results.paper is None:
-        text = "The paper gives no result for this combination of data set and model."
-        return [paragraph(text, class_="remark")]
-    config = record.config
-    setting = f"{data_name(config['data']['data'])}, {config['model']['model']}"
-    text = (
-        "The paper's row is its own claim, not measured here. It can only be compared where data "
-        f"set, model and all test images are the same. This run: {setting}, "
-        f"{results.test_images:,} test images, {results.radius}."
-    )
-    obstacles = differences(config, results)
-    if obstacles:
-        text += f" Not comparable as it stands: {'; '.join(obstacles)}."
-    held_out = config["data"].get("val_images")
-    if held_out is not None:
-        text += f" {held_out:,} training images were held out to pick the best epoch."
-    return [paragraph(text, class_="remark")]
+def waterfalls(results: Results, label: str) -> list[dict[str, Any]]:
+    """Return for each network the bars of what natural accuracy is left after each sub-attack."""
+    groups = []
+    for key in results.keys:
+        score = results.models[key].attacks.get("aa")
+        after = score.settings.get("robust_after") if score else None
+        natural = score.settings.get("natural_correct") if score else None
+        if score is None or not isinstance(after, dict) or not isinstance(natural, int):
+            continue
+        bars, before = [], natural
+        for name, left in {"natural": natural, **after}.items():
+            if not isinstance(left, int) or not 0 <= left <= before <= score.count:
+                bars = []
+                break
+            share, fell = 100 * left / score.count, before - left
+            bars.append(
+                bar(
+                    f"after {attack_name(name)}" if bars else "Natural",
+                    key,
+                    share,
+                    f"{left:,}",
+                    lost=100 * fell / score.count,
+                    difference=f"\N{MINUS SIGN}{fell:,}" if fell else "",
+                )
+            )
+            before = left
+        if bars:
+            note = f"of {score.count:,} images"
+            groups.append({"title": results.name(key, label), "note": note, "bars": bars})
+    return groups
 
 
 def differences(config: dict[str, Any], results: Results) -> list[str]:
@@ -264,6 +240,19 @@ def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
     return next((r for r in recipes if (r["data"]["data"], r["model"]["model"]) == pair), None)
 
 
+def _with_steps(*attacks: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return attacks with the lengths of their steps, unless they are the same share of eps."""
+    shares = {a.get("step_share") if a.get("step_size") is None else None for a in attacks}
+    if len(shares) == 1 and None not in shares:
+        return attacks
+    return tuple(
+        {**a, "step_size": a["eps"] * a["step_share"]}
+        if a.get("step_size") is None and "step_share" in a
+        else a
+        for a in attacks
+    )
+
+
 def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """Return each decisive setting in which the configuration differs from the recipe."""
     method, usual = config["method"], recipe["method"]
@@ -275,6 +264,8 @@ def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]
         found.append(f"policies {_policies(ours)} instead of {_policies(theirs)}")
     for group in ("settings", "model", "attack", "pretrain", "optim", "data"):
         ours, theirs, words = config.get(group, {}), recipe[group], DECISIVE.get(group, {})
+        if group == "attack":
+            ours, theirs = _with_steps(ours, theirs)
         # All of a method's and the optimiser's settings decide; of data, not how it is fed.
         whole = group in ("settings", "optim")
         if group == "settings" and not method.startswith(usual):
@@ -318,47 +309,20 @@ def _value(name: str, value: Any) -> str:
     return f"{value:,}" if name == "train_images" else setting(name, value)
 
 
-def _attacks(results: Results) -> Html:
-    """Return how each attack was run; models share a row where their settings are equal."""
-    rows: list[list[str]] = []
+def attack_rows(results: Results, label: str) -> list[dict[str, Any]]:
+    """Return how each attack was run; networks share a row where their settings are equal."""
+    rows = []
     for attack in results.attacks:
         groups: dict[tuple[str, str], list[str]] = {}
-        for key, model in results.models.items():
-            score = model.attacks.get(attack)
-            if score:
-                shown = (settings(score.settings), score.precision)
-                groups.setdefault(shown, []).append(
-                    f"{results.name(key)} {duration(score.seconds)}"
-                )
+        for key in results.keys:
+            if score := results.models[key].attacks.get(attack):
+                own = {k: v for k, v in score.settings.items() if k not in OF_THE_NETWORK}
+                shown = (settings(own), score.precision)
+                took = f"{results.name(key, label)} {duration(score.seconds)}"
+                groups.setdefault(shown, []).append(took)
         rows += [
-            [attack_name(attack), shown, precision, ", ".join(models)]
-            for (shown, precision), models in groups.items()
+            {"attack": attack_name(attack), "settings": shown, "precision": precision}
+            | {"times": ", ".join(times)}
+            for (shown, precision), times in groups.items()
         ]
-    header = ["Attack", "Settings", "Precision", "Time"]
-    return table(header, rows, caption="How each attack was run", class_="texts")
-
-
-def how_to_read(record: Record) -> Html:
-    """Return the paragraph for readers who meet these numbers for the first time."""
-    eps = record.results.eps if record.results else record.config["attack"]["eps"]
-    ball = (
-        f"the image by up to eps = {format_pixel(eps)} in L2, the root of the sum of the squared "
-        "changes of all its pixels, each from 0 to 1"
-        if record.results and record.results.norm == "l2"
-        else f"every pixel by up to eps = {format_pixel(eps)} of the full range from 0 to 1 (an "
-        "L-inf ball)"
-    )
-    items = {
-        "Natural": "the share of unchanged test images that the model classifies right.",
-        "Under attack": "an image counts as right only if the model is right on the natural image "
-        f"and on the attacked one. The attack may change {ball}, and it sees the model's weights.",
-        "PGD-k, C&W-k": "k steps uphill on the cross-entropy, or on the margin between the best "
-        "wrong class and the right one.",
-        "AutoAttack": "four attacks in a row, one of them without gradients. It is the strictest "
-        "test here; where it was run on fewer images, compare its count.",
-        "NRR": "the harmonic mean of natural and robust accuracy: high only if both are.",
-        "Intervals": "say how far a share moves by the choice of test images alone. Another seed "
-        "moves it too; one run does not show by how much.",
-    }
-    entries = [part for k, v in items.items() for part in (element("dt", k), element("dd", v))]
-    return section("How to read this", element("dl", *entries), anchor="how-to-read")
+    return rows

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
-from cure_fast.report.html import Html, element, join
+from cure_fast.report.html import element, join
 
 # Size of a line chart in its own units; small, so that its text stays legible on a telephone.
 WIDTH, HEIGHT = 480, 280
@@ -124,7 +124,7 @@ def line_chart(
     label: str,
     bands: Iterable[Band] = (),
     mark: tuple[float, str] | None = None,
-) -> Html:
+) -> Markup:
     """Return a chart of lines, in order from back to front.
 
     The label says what it shows to readers who do not see it; the mark is a place on the x axis,
@@ -149,7 +149,7 @@ def line_chart(
     )
 
 
-def _band(band: Band, x_axis: Axis) -> Html:
+def _band(band: Band, x_axis: Axis) -> Markup:
     left = _x(x_axis, band.low)
     wide = _x(x_axis, band.high) - left
     parts = []
@@ -163,7 +163,7 @@ def _band(band: Band, x_axis: Axis) -> Html:
     return join(parts)
 
 
-def _grid(x_axis: Axis, y_axis: Axis) -> Html:
+def _grid(x_axis: Axis, y_axis: Axis) -> Markup:
     parts = []
     for value, label in y_axis.ticks:
         y = _y(y_axis, value)
@@ -182,7 +182,7 @@ def _grid(x_axis: Axis, y_axis: Axis) -> Html:
     return join(parts)
 
 
-def _line(line: Line, x_axis: Axis, y_axis: Axis) -> Html:
+def _line(line: Line, x_axis: Axis, y_axis: Axis) -> Markup:
     parts = []
     markers = line.marker != "none" and sum(map(len, line.pieces)) <= MOST_MARKERS
     for piece in line.pieces:
@@ -196,14 +196,14 @@ def _line(line: Line, x_axis: Axis, y_axis: Axis) -> Html:
     return element("g", *parts, class_=f"line {line.style}{' faint' if line.faint else ''}")
 
 
-def _marker(marker: str, x: float, y: float, text: str) -> Html:
+def _marker(marker: str, x: float, y: float, text: str) -> Markup:
     title = element("title", text)
     if marker == "square":
         return element("rect", title, x=x - 3, y=y - 3, width=6, height=6)
     return element("circle", title, cx=x, cy=y, r=3.2)
 
 
-def scatter(points: list[Point], x_axis: Axis, y_axis: Axis, *, label: str, style: str) -> Html:
+def scatter(points: list[Point], x_axis: Axis, y_axis: Axis, *, label: str, style: str) -> Markup:
     """Return a picture of points, numbered, with a legend at its right; a file of its own.
 
     The label is as in :func:`line_chart`; the style is the rules for all classes.
@@ -231,7 +231,7 @@ def scatter(points: list[Point], x_axis: Axis, y_axis: Axis, *, label: str, styl
     height = max(HEIGHT, TOP + 18 * len(points) + 10)
     return element(
         "svg",
-        element("style", Html(style)),
+        element("style", Markup(style)),
         element("rect", width=width, height=height, fill="white"),
         _grid(x_axis, y_axis),
         *parts,
@@ -245,7 +245,7 @@ def scatter(points: list[Point], x_axis: Axis, y_axis: Axis, *, label: str, styl
     )
 
 
-def legend(lines: list[Line]) -> Html:
+def legend(lines: list[Line]) -> Markup:
     """Return the list that names the lines, each with a sample."""
     items = []
     for line in lines:
@@ -259,21 +259,23 @@ def legend(lines: list[Line]) -> Html:
     return element("ul", *items, class_="legend")
 
 
-def heat_map(rows: list[str], columns: list[str], values: np.ndarray, *, label: str) -> Html:
-    """Return a heat map of fractions, with each row's mean in percent at its right.
+def heat_map(
+    rows: list[str], columns: list[str], values: np.ndarray, *, high: float, label: str
+) -> Markup:
+    """Return a heat map of percentages, with each row's mean at its right.
 
-    Values are [rows, columns] in [0, 1]; NaN is drawn grey. Some columns are named below.
+    Values are [rows, columns] in [0, high]; NaN is drawn grey. Some columns are named below.
     """
     height = 15 if len(rows) <= 24 else 12
     left, wide, top = 190, 400, 6
     bottom = top + height * len(rows)
     place = {"x": left, "y": top, "width": wide, "height": bottom - top}
-    colours = data_uri(encode_png(heat_colours(values)))
+    colours = picture(heat_colours(values / high))
     parts = [element("image", href=colours, **place, preserveAspectRatio="none")]
     for index, name in enumerate(rows):
         known = values[index][np.isfinite(values[index])]
         y = top + height * (index + 0.5) + 3.5
-        mean = f"{100 * known.mean():.1f} %" if known.size else "none"
+        mean = f"{known.mean():.1f} %" if known.size else "none"
         parts.append(element("text", name, x=left - 6, y=y, text_anchor="end"))
         parts.append(element("text", mean, x=left + wide + 6, y=y))
     every = max(1, round(nice_step(max(len(columns), 2), 8)))
@@ -298,25 +300,10 @@ def heat_colours(values: np.ndarray) -> np.ndarray:
     return np.rint(colours).astype(np.uint8)
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Return a PNG file of ``pixels``, uint8 [H, W, 3] (ISO/IEC 15948, 8-bit RGB, no filter)."""
-    height, width, _ = pixels.shape
+def picture(pixels: np.ndarray) -> str:
+    """Return the address of a PNG that holds its own pixels, uint8 [H, W, 3]."""
+    from PIL import Image
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    # Each row begins with the number of its filter.
-    lines = np.insert(pixels.reshape(height, width * 3), 0, 0, axis=1)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )
-
-
-def data_uri(png: bytes) -> str:
-    """Return the PNG as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -15,6 +15,21 @@ from cure_fast.step.method import WRITTEN
 # 97.5 % quantile of the standard normal.
 Z95 = 1.959963984540054
 PIXEL_FIELDS = frozenset({"eps", "step_size", "eval_eps", "eval_step_size"})
+# A path from the root or from home: alone or behind a word such as ``folder:``, and within a text.
+WHOLE_PATH = re.compile(r"((?:--?[\w-]+=)?(?:\w\w+:)?)(?:~|[A-Za-z]:)?[/\\].*?([^/\\]*)[/\\]?")
+PATH_IN_TEXT = re.compile(
+    r"""(?<![^\s'"=:(,])(?:~|[A-Za-z]:)?[/\\](?:[^\s'"/\\]+[/\\])+([^\s'"/\\]*)"""
+)
+# The last four are AutoAttack's parts.
+ATTACKS = {
+    "natural": "Natural",
+    "aa": "AutoAttack",
+    "fgsm": "FGSM",
+    "apgd-ce": "APGD-CE",
+    "apgd-t": "APGD-T",
+    "fab-t": "FAB-T",
+    "square": "Square",
+}
 DATA = {**WRITTEN, "digits": "handwritten digits"}
 
 
@@ -27,12 +42,11 @@ def data_name(data: str) -> str:
 
 def attack_name(attack: str) -> str:
     """Return ``PGD-20`` for ``pgd20`` and the like."""
-    fixed = {"natural": "Natural", "aa": "AutoAttack", "fgsm": "FGSM"}
     steps = re.fullmatch(r"(pgd|cw)(\d+)(-t)?", attack)
     if steps:
         targeted = ", targeted" if steps[3] else ""
         return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}{targeted}"
-    return fixed.get(attack, attack)
+    return ATTACKS.get(attack, attack)
 
 
 def class_name(classes: list[str], index: int) -> str:
@@ -97,9 +111,29 @@ def number(value: float) -> str:
 
 
 def distance(value: float) -> str:
-    """Return a distance in pixel units, as ``8/255`` or to four digits where that is not whole."""
-    text = format_pixel(value)
-    return text if "/" in text else f"{value:.4g}"
+    """Return a distance in pixel units: ``8/255``, ``0.8/255``, or ``0.15`` where that is it."""
+    text, tenths = format_pixel(value), 2550 * value
+    if "/" in text or math.isclose(float(f"{value:.3g}"), value, rel_tol=1e-9):
+        return text
+    # Float32 images hold 255ths only nearly.
+    whole = tenths >= 1 and math.isclose(tenths, round(tenths), rel_tol=1e-4)
+    return f"{round(tenths) / 10:g}/255" if whole else f"{value:.4g}"
+
+
+def without_folders(value: Any) -> Any:
+    """Return text, or all text inside lists and mappings, with ``…/name`` for absolute paths.
+
+    A page is sent to others, whom folders of this machine tell more than they should.
+    """
+    if isinstance(value, str):
+        if whole := WHOLE_PATH.fullmatch(value):
+            return f"{whole[1]}…/{whole[2]}"
+        return PATH_IN_TEXT.sub(r"…/\1", value)
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, dict):
+        return {without_folders(key): without_folders(item) for key, item in value.items()}
+    return value
 
 
 def setting(name: str, value: Any) -> str:

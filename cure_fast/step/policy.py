@@ -137,6 +137,7 @@ class Choice:
         label: name as papers write it, for reports.
         title: one line for ``cure-fast list``.
         paper: authors, title, venue with the year.
+        arxiv: its number there, for links; empty where it has none or is not known.
         settings: default settings; the fields of their type are flags, those of a policy begin with
             its name.
         result: name of its network that is the run's result; None for the trained one.
@@ -147,6 +148,7 @@ class Choice:
     label: str
     title: str
     paper: str
+    arxiv: str = ""
     settings: MethodSettings = field(default_factory=MethodSettings)
     result: str | None = None
     fixed: tuple[str, ...] = ()

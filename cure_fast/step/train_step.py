@@ -109,7 +109,11 @@ def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
 
 
 def loss_of(state: TrainState, batch: Batch) -> Terms:
-    """Return the terms of the method's loss, with those that policies add."""
+    """Return the terms of the method's loss, with those that policies add.
+
+    Beside them stands the accuracy in percent on the natural and the adversarial images, where the
+    loss has a pass of the trained network over them.
+    """
     with passes_of(state.model) as passes:
         terms = state.method.loss(state, batch)
 
@@ -121,6 +125,12 @@ def loss_of(state: TrainState, batch: Batch) -> Terms:
 
         for policy in state.policies:
             policy.on_loss(state, batch, terms, logits)
+    kinds = {"natural": batch.x} | ({} if batch.x_adv is batch.x else {"adversarial": batch.x_adv})
+    for kind, images in kinds.items():
+        found = next((logits for given, logits in passes if given is images), None)
+        if found is not None:
+            right = (found.detach().argmax(1) == batch.y).to(terms["total"].dtype)
+            terms[f"{kind}_accuracy"] = 100 * right.mean()
     return terms
 
 
@@ -176,13 +186,16 @@ class Verdict(NamedTuple):
 
 
 def judge(state: TrainState, terms: Terms) -> Verdict:
-    """Return what of the step is finite; reads the device once."""
+    """Return what of the step is finite, and add the gradient's norm to the terms; read the
+    device once.
+    """
     grads = [p.grad for p in state.trained_parameters if p.grad is not None]
     further = [grad for group in state.gradients.values() for grad in group]
     finite = [torch.stack([*terms.values()]).isfinite().all()]
-    finite += [
-        torch.nn.utils.get_total_norm(group).isfinite() for group in (grads, further) if group
-    ]
+    norms = [torch.nn.utils.get_total_norm(group) for group in (grads, further) if group]
+    finite += [norm.isfinite() for norm in norms]
+    # A step that moves nothing counts as none: fp16 overflows while it looks for its loss scale.
+    terms["gradient_norm"] = norms[0].nan_to_num(0, 0, 0)
     # A method without further gradients has none that is not finite.
     return Verdict(*torch.stack(finite).tolist())
 

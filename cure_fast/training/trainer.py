@@ -192,11 +192,13 @@ def fit(
                 run.pending = train_epoch(run, log, stop)
             last = run.epoch == epochs
             due = last or run.epoch % config.eval.val_every == 0
+            started = time.monotonic()
             validation = validated(run, validate) if due else None
         except StoppedError:
             save(run, ())
             raise
         row, run.pending = {**run.pending, "validation": validation}, None
+        row["validation_seconds"] = time.monotonic() - started
         best: set[str] = set()
         if validation is not None and collapsed(run, validation):
             row["collapsed"] = True

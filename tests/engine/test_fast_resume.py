@@ -278,8 +278,8 @@ def test_a_fast_command_stopped_and_resumed_ends_as_an_unbroken_one(tmp_path, me
             # The natural start has no policies.
             if row["stage"] == "train":
                 assert row["revision"] == other["revision"]
-                # Ranks are the engines' own, but how many weights a rank leaves is not.
-                assert row["updated"] == pytest.approx(other["updated"], abs=1e-3)
+                # Ranks are the engines' own.
+                assert row["masked_energy"] == pytest.approx(other["masked_energy"], abs=0.05)
     config = json.loads((whole / "config.json").read_text())
     assert config["run"]["engine"] == "fast"
     check_resumed_by_the_eager_engine(tmp_path / "other", method)

@@ -328,6 +328,11 @@ def test_examples_match_the_evaluation(conv_net, data):
     )["pgd10"]
     right = found["adversarial_prediction"] == labels.numpy()
     assert int(right.sum()) == result.correct < 20
+    with torch.no_grad():
+        probabilities = model.eval()(images.permute(0, 3, 1, 2) / 255).softmax(1).numpy()
+    expected = probabilities[range(20), found["natural_prediction"]]
+    assert found["natural_confidence"] == pytest.approx(expected, rel=1e-4)
+    assert ((found["adversarial_confidence"] > 0.1) & (found["adversarial_confidence"] < 1)).all()
     natural = images.numpy().astype(np.float32) / 255
     assert found["adversarial"].dtype == np.float32 and found["adversarial"].shape == natural.shape
     assert 0.05 < np.abs(found["adversarial"] - natural).max() <= 0.06 + 1e-6

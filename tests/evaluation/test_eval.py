@@ -199,7 +199,7 @@ def test_autoattack_takes_the_runs_limit_or_all(run: Path, monkeypatch: pytest.M
     [written] = aside(run)
     assert found["settings"]["natural_correct"] == attacks(written)["natural"]["correct"]
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "% on the first 4 images" in page
+    assert "on the first 4 images" in page
     assert evaluate("--attacks", "aa", "--limit", "6", "--aa-limit", "all") == 0
     assert attacks(run / "results.json")["aa"]["count"] == 6
 

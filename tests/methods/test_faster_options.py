@@ -77,7 +77,6 @@ def test_a_mask_is_kept_until_the_next_selection(engine):
         )
     moves(run, batches[3])
     assert not all(map(torch.equal, masks(run), first))
-    assert run.policy(Conserve).kept_steps == 4
 
 
 @pytest.mark.parametrize("engine", ["eager", "fast"])
@@ -108,14 +107,15 @@ def test_each_epoch_begins_with_a_selection():
 
 
 @pytest.mark.parametrize("engine", ["eager", "fast"])
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_stopped_between_selections_goes_on_alike(engine, after):
-    whole, stopped = run_of(engine, mask_every=3), run_of(engine, mask_every=3)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_run_stopped_in_mid_epoch_goes_on_alike(engine, after, every):
+    whole, stopped = run_of(engine, mask_every=every), run_of(engine, mask_every=every)
     batches = [*whole.loader]
     for batch in batches[:after]:
         next_step(whole, batch)
         next_step(stopped, batch)
-    resumed = run_of(engine, mask_every=3)
+    resumed = run_of(engine, mask_every=every)
     resumed.load_state_dict(stopped.state_dict())
     for batch in batches[after:]:
         next_step(whole, batch)
@@ -123,7 +123,7 @@ def test_a_run_stopped_between_selections_goes_on_alike(engine, after):
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     kept, again = (r.policy(Conserve).epoch_metrics(r) for r in (whole, resumed))
-    assert kept == again and kept["updated"]
+    assert kept == again and {"movement", "masked_energy", "mask"} <= kept.keys()
 
 
 def test_both_engines_keep_the_same_mask():

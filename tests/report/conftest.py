@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,21 @@ def epoch_row(stage: str, epoch: int, total: int, names: list[str], rng: Any) ->
     share = epoch / total
     terms = {"total": 2.2 * math.exp(-2 * share) + 0.05 * rng.random()}
     validation = {"natural": 40 + 45 * math.sqrt(share), "robust": None, "attack": None}
-    updated = None
+    row: dict[str, Any] = {}
     if stage == "train":
         natural, kl = 1.7 * math.exp(-share), 0.35 + 0.1 * share
         terms = {"natural_ce": natural, "adversarial_ce": natural + 0.5, "kl": kl}
         terms = {"total": natural + 5 * kl + 0.2, **terms, "consistency": 0.2 * (1 - share)}
         robust = 38 - 40 * (share - 0.8) ** 2 + rng.random()
         validation = {"natural": 60 + 12 * share, "robust": robust, "attack": "pgd10"}
-        updated = {name: float(np.clip(rng.normal(0.7, 0.004), 0, 1)) for name in names}
+        terms |= {"natural_accuracy": 70 + 9 * share, "adversarial_accuracy": 41 + 8 * share}
+        terms["gradient_norm"] = 3.0 - share
+        row["movement"] = {name: float(0.2 * (1 - share) + 0.02 * rng.random()) for name in names}
+        row["masked_energy"] = {name: float(0.01 + 0.01 * rng.random()) for name in names}
+        row["mask"] = {"energy": 0.012, "never_updated": 0.3 ** (1 + 6 * share)}
+        if epoch > 1:
+            row["mask_overlap"] = {name: float(0.2 + 0.4 * rng.random()) for name in names}
+            row["mask"]["overlap"] = 0.2 + 0.3 * share
     return {
         "event": "epoch",
         "stage": stage,
@@ -96,7 +104,8 @@ def epoch_row(stage: str, epoch: int, total: int, names: list[str], rng: Any) ->
         "seconds": 31.0 if stage == "train" else 2.4,
         "images_per_s": (161.0 if stage == "train" else 2083.0) * (1 + 0.05 * rng.random()),
         "validation": {**validation, "count": 500},
-        "updated": updated,
+        "validation_seconds": 2.0,
+        **row,
         "revision": {"rate": 0.2, "moves": 8} if stage == "train" else None,
     }
 
@@ -125,7 +134,14 @@ def attack_result(
     if attack == "natural":
         settings = {}
     if attack == "aa":
+        after = {
+            "apgd-ce": correct + 12,
+            "apgd-t": correct + 1,
+            "fab-t": correct,
+            "square": correct,
+        }
         settings = {"eps": EPS, "version": "standard", "pyautoattack": "0.2.0"}
+        settings |= {"robust_after": after, "natural_correct": correct + 100}
     return {
         "attack": attack,
         "correct": correct,
@@ -180,6 +196,7 @@ def make_examples(images: int = 6, side: int = 32) -> dict[str, np.ndarray]:
         disc = (grid[:, None] - 0.5) ** 2 + (grid[None, :] - 0.5) ** 2 < 0.03 + 0.02 * index
         natural[index] = 0.2 + 0.6 * np.where(disc[..., None], colour, grid[:, None, None])
     arrays = {"natural": natural, "labels": rng.integers(0, 10, images)}
+    arrays["attack"] = np.array("pgd20")
     for model in ("start", "trained"):
         delta = EPS * rng.choice([-1.0, 0.3, 1.0], natural.shape)
         arrays[f"{model}_adversarial"] = np.clip(natural + delta, 0, 1).astype(np.float32)
@@ -187,6 +204,8 @@ def make_examples(images: int = 6, side: int = 32) -> dict[str, np.ndarray]:
         wrong = (arrays["labels"] + 1) % 10
         kept = np.arange(images) % 3 != 0 if model == "trained" else np.zeros(images, bool)
         arrays[f"{model}_adversarial_prediction"] = np.where(kept, arrays["labels"], wrong)
+        for kind, sure in (("natural", 0.983), ("adversarial", 0.617)):
+            arrays[f"{model}_{kind}_confidence"] = np.full(images, sure, np.float32)
     return arrays
 
 
@@ -219,7 +238,9 @@ def write_run(
             "commit": "0123456789abcdef",
             "dirty": True,
             "started": "2026-01-02T03:04:05+0000",
-            "command": ["cure-fast", "train", "cifar10-small", "--out", "runs/a b"],
+            "command": shlex.split(
+                "cure-fast train cifar10-small --out 'runs/a b' --data-root '/srv/me/my data/c10'"
+            ),
             "loader": "ffcv: installed, 2 threads",
         }
         (folder / "environment.json").write_text(json.dumps(facts))
@@ -267,6 +288,8 @@ class Page(html.parser.HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.pieces: list[str] = []
         self.cells: list[list[str]] = []
+        # The rows of each table, and its label.
+        self.tables: list[tuple[list[list[str]], str | None]] = []
         self.feed(text)
         self.close()
         assert not self.open
@@ -274,8 +297,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append(([], dict(attrs).get("aria-label")))
         if tag == "tr":
             self.cells.append([])
+            self.tables[-1][0].append(self.cells[-1])
         if tag in ("td", "th"):
             self.cells[-1].append("")
         if tag not in VOID:
@@ -285,7 +311,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" in self.open:
+        if "style" in self.open or "script" in self.open:
             return
         self.pieces.append(data)
         if "td" in self.open or "th" in self.open:
@@ -295,6 +321,19 @@ class Page(html.parser.HTMLParser):
         """Return the cells of the first table row headed ``name``."""
         rows = [[" ".join(c.split()) for c in row] for row in self.cells]
         return next(row for row in rows if row and row[0] == name)
+
+    def bars(self, group: str, label: str = "Accuracy by attack") -> dict[str, list[str]]:
+        """Return the rows of a group of bars by the name of the bar: value, and what follows."""
+        start = next(k for k, (t, a) in enumerate(self.tables) if a == label)
+        found: dict[str, list[str]] = {}
+        inside = False
+        for row in self.tables[start][0]:
+            cells = [" ".join(c.split()) for c in row]
+            if len(cells) == 1:
+                inside = cells[0] == group or cells[0].startswith(f"{group} ")
+            elif inside:
+                found[cells[0]] = cells[2:]
+        return found
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]

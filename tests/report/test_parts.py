@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import math
 
@@ -8,19 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from markupsafe import Markup
 from PIL import Image
 
-from cure_fast.report.html import Html, element
+from cure_fast.report.html import element
 from cure_fast.report.svg import (
     Axis,
     Line,
-    encode_png,
     heat_colours,
     line_chart,
     linear_axis,
     nice_step,
+    picture,
 )
-from cure_fast.report.text import attack_name, data_name, points, setting, wilson
+from cure_fast.report.text import attack_name, data_name, points, setting, wilson, without_folders
 
 numbers = st.floats(1e-9, 1e12, allow_nan=False)
 
@@ -47,7 +49,8 @@ def test_wilson_interval_of_known_counts() -> None:
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
 def test_png_holds_the_pixels(pixels: np.ndarray) -> None:
-    with Image.open(io.BytesIO(encode_png(pixels))) as image:
+    content = base64.b64decode(picture(pixels).removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(content)) as image:
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), pixels)
 
@@ -97,7 +100,7 @@ def test_text_is_escaped_and_comes_back(text: str) -> None:
 
 
 def test_markup_is_not_escaped_twice() -> None:
-    assert element("p", element("b", "a<b"), Html("<br>")) == "<p><b>a&lt;b</b><br></p>"
+    assert element("p", element("b", "a<b"), Markup("<br>")) == "<p><b>a&lt;b</b><br></p>"
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,30 @@ def test_differences_have_signs_and_zero_has_none() -> None:
 
 def test_settings_are_written_as_people_write_them() -> None:
     assert setting("eps", 8 / 255) == "8/255"
-    assert setting("step_size", 0.8 / 255) == "0.003137"
+    assert setting("step_size", 0.8 / 255) == "0.8/255"
+    assert setting("eps", 0.15) == "0.15" and setting("step_size", 0.1) == "0.1"
+    assert setting("step_size", 0.001234) == "0.001234"
     assert setting("lr", 0.1) == "0.1"
     assert setting("flip", True) == "on"
     assert setting("limit", None) == "none (default)"
     assert setting("sub", {"a": 1, "eps": 0.1}) == "a: 1; eps: 0.1"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("/srv/me/a b/run", "…/run"),
+        ("~/runs/x/", "…/x"),
+        ("folder:/data/my images", "folder:…/my images"),
+        ("natural:/a/b.safetensors", "natural:…/b.safetensors"),
+        ("--out=/tmp/run", "--out=…/run"),
+        (r"C:\\Users\\me\\run", "…/run"),
+        ("no space in /var/tmp/x, sorry", "no space in …/x, sorry"),
+        ("runs/a b", "runs/a b"),
+        ("8/255 at 3 images/s", "8/255 at 3 images/s"),
+        ("<b>x</b> http://a.test/x", "<b>x</b> http://a.test/x"),
+    ],
+)
+def test_folders_of_this_machine_are_left_out(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
+    assert without_folders({"a": [text]}) == {"a": [shown]}

@@ -32,7 +32,7 @@ def made(config: Config, name: str) -> Path:
     ("data", "model", "name"),
     [
         ("cifar10", "wrn34-10", "cifar10-wrn34-10-cure-s0"),
-        ("folder:/home/me/my photos/", "resnet18", "my-photos-resnet18-cure-s0"),
+        ("folder:/somewhere/my photos/", "resnet18", "my-photos-resnet18-cure-s0"),
         ("folder:..", "resnet18", "folder-resnet18-cure-s0"),
         ("cifar10", "own.nets:small", "cifar10-small-cure-s0"),
         ("folder:" + "x" * 300, "resnet18", f"{'x' * 64}-resnet18-cure-s0"),

@@ -75,7 +75,7 @@ def same_weights(a, b):
 
 def stable_rows(folder):
     """The rows of metrics without the times, which no two runs share."""
-    times = ("seconds", "images_per_s", "images")
+    times = ("seconds", "validation_seconds", "images_per_s", "images")
     return [
         {k: v for k, v in row.items() if k not in times}
         for row in read_rows(folder / "metrics.jsonl")

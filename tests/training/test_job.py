@@ -64,8 +64,11 @@ def test_a_run_leaves_the_whole_record(tmp_path, capsys):
         ("train", 2),
     ]
     last = rows[-1]
-    assert set(last["terms"]) == {"total", "natural_ce", "adversarial_ce", "kl", "consistency"}
-    assert "linear.weight" not in last["updated"] and "conv1.weight" in last["updated"]
+    terms = {"total", "natural_ce", "adversarial_ce", "kl", "consistency"}
+    measured = {"natural_accuracy", "adversarial_accuracy", "gradient_norm"}
+    assert set(last["terms"]) == terms | measured
+    assert last["validation_seconds"] > 0 and last["terms"]["gradient_norm"] > 0
+    assert "linear.weight" not in last["movement"] and "conv1.weight" in last["movement"]
     with np.load(folder / "examples.npz") as arrays:
         assert arrays["natural"].shape == arrays["trained_adversarial"].shape
     output = capsys.readouterr().out
