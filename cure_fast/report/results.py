@@ -53,6 +53,7 @@ DECISIVE = {
     },
     "attack": {
         "eps": "training eps",
+        "norm": "norm of the training eps",
         "step_size": "training attack's step size",
         "attack_steps": "training attack's steps",
         "start": "training attack's start",
@@ -264,6 +265,19 @@ def _recipe(config: dict[str, Any]) -> dict[str, Any] | None:
     return next((r for r in recipes if (r["data"]["data"], r["model"]["model"]) == pair), None)
 
 
+def _with_steps(*attacks: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return attacks with the lengths of their steps, unless they are the same share of eps."""
+    shares = {a.get("step_share") if a.get("step_size") is None else None for a in attacks}
+    if len(shares) == 1 and None not in shares:
+        return attacks
+    return tuple(
+        {**a, "step_size": a["eps"] * a["step_share"]}
+        if a.get("step_size") is None and "step_share" in a
+        else a
+        for a in attacks
+    )
+
+
 def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """Return each decisive setting in which the configuration differs from the recipe."""
     method, usual = config["method"], recipe["method"]
@@ -275,6 +289,8 @@ def _other_settings(config: dict[str, Any], recipe: dict[str, Any]) -> list[str]
         found.append(f"policies {_policies(ours)} instead of {_policies(theirs)}")
     for group in ("settings", "model", "attack", "pretrain", "optim", "data"):
         ours, theirs, words = config.get(group, {}), recipe[group], DECISIVE.get(group, {})
+        if group == "attack":
+            ours, theirs = _with_steps(ours, theirs)
         # All of a method's and the optimiser's settings decide; of data, not how it is fed.
         whole = group in ("settings", "optim")
         if group == "settings" and not method.startswith(usual):

@@ -131,7 +131,7 @@ def test_state_of_another_model_or_set_is_refused(linear, data, tmp_path, change
     ("settings", "named"),
     [
         ({"eps": 0.05, "step_size": 0.004}, r"eps \(0\.04 there, 0\.05 here\)"),
-        ({"step_size": 0.005}, r"step_size \(0\.004 there, 0\.005 here\)"),
+        ({"step_size": 0.005}, r"step_size \(0\.02 there, 0\.005 here\)"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
     ],
 )
