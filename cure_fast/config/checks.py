@@ -193,7 +193,7 @@ def _parse_decimal(text: str) -> float:
 
 def format_pixel(value: float) -> str:
     """Return a distance in pixel units as ``8/255`` where it is a whole number of 255ths."""
-    steps = value * 255 if abs(value) <= 1 else 0.0
+    steps = value * 255 if abs(value) < 1 else 0.0
     whole = round(steps)
     return f"{whole}/255" if whole and abs(steps - whole) < 1e-9 else f"{value:g}"
 

@@ -161,5 +161,6 @@ FGSM_PGI = Method(
     policies=lambda run: (Prior(run),),
     check=check_signs,
     preset=preset,
+    one_step=True,
     published={"cifar100/*": pgi(pgi_reset=10), "*": pgi()},
 )

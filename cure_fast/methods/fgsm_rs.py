@@ -80,6 +80,7 @@ FGSM_RS = Method(
     loss=pgd_at.loss,
     check=check_steps,
     preset=single_step,
+    one_step=True,
     published={
         "*": cyclic("locuslab/fast_adversarial", epochs=15, lr=0.2, milestones=(0.0, 0.5, 1.0)),
     },

@@ -100,7 +100,7 @@ class Method(Choice):
             that change are asked of ``run.engine.number`` instead.
         rows: published results by (data set, model).
         uses_attack: False for a method that trains on natural images alone.
-        one_step: whether its attack has one step whatever ``--attack-steps`` says, so that each
+        one_step: whether its attack has one step, whose length ``--step-size`` does not say; each
             validation looks for catastrophic overfitting.
         needs_attention: True for a method of transformers alone.
     """

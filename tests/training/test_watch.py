@@ -273,7 +273,8 @@ def test_what_is_catastrophic_overfitting(capsys, scores, expected):
 
 def test_a_collapsed_epoch_is_told_recorded_and_never_the_best(tmp_path, monkeypatch, capsys):
     scripted(monkeypatch, {"model": [(40.0, 45.0), (5.0, 85.0), (50.0, 55.0)]})
-    folder = train(tiny(tmp_path, "pgd_at", epochs=3, pretrain={"pretrain_epochs": 0}))
+    sections = {"pretrain": {"pretrain_epochs": 0}, "attack": {"step_size": 0.1}}
+    folder = train(tiny(tmp_path, "pgd_at", epochs=3, **sections))
     assert collapses(folder) == [2]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
