@@ -277,13 +277,16 @@ def dispatch(words: Sequence[str]) -> None:
         official = "published" in rest or published_recipe(rest[0]) is not None
         print_config(config, base, official)
     else:
-        from cure_fast.training.job import train as run_job
+        from cure_fast.training.opening import opening
 
         if given.get("override") and not given.get("resume"):
             raise InputError(
                 "--override: expected --resume with it, got --override alone. "
                 "Add --resume to continue a run, or leave --override out."
             )
+        say(opening(config))
+        from cure_fast.training.job import train as run_job
+
         run_job(config, **given)
 
 

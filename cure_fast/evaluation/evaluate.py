@@ -11,7 +11,7 @@ size is recorded. See :mod:`cure_fast.evaluation.trust` for what is refused and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.measurement import Measurement
 from cure_fast.evaluation.trust import Guard, full_precision
+from cure_fast.progress import Work
 
 
 def evaluate(
@@ -43,6 +44,7 @@ def evaluate(
     model_name: str = "model",
     stop: Callable[[], bool] | None = None,
     on_result: Callable[[AttackResult], None] | None = None,
+    work: Callable[[AttackSpec], AbstractContextManager[Work]] | None = None,
 ) -> dict[str, AttackResult]:
     """Return the accuracy under each attack, by name and in the order asked for.
 
@@ -59,9 +61,10 @@ def evaluate(
         seed: of all random starts, in [0, 2**63).
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
-        model_name: what progress bars call the model.
+        model_name: what messages call the model.
         stop: asked before every pass through the model; true ends the evaluation.
         on_result: called with each result as soon as it is there.
+        work: opens what is told of an attack's progress; None for nothing.
 
     Raises:
         InputError: for arguments out of range, or a state of other weights, images or settings.
@@ -84,6 +87,7 @@ def evaluate(
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
         state_dir=state_dir,
         name=model_name,
+        **({} if work is None else {"work": work}),
     )
     results = {}
     with _measuring(model, task.device):

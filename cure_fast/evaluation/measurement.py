@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from cure_fast.evaluation.autoattack import Outcome, autoattack_settings, run_au
 from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
 from cure_fast.evaluation.trust import Guard, check_perturbation, find_instability, find_masking
 from cure_fast.losses import cross_entropy, margin
-from cure_fast.progress import track
+from cure_fast.progress import Progress, Work
 
 # Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
 PROBE_IMAGES = 64
@@ -33,6 +34,11 @@ PROBE_IMAGES = 64
 SHORTEST_PATH = 0.9
 
 T = TypeVar("T")
+
+
+def untold(spec: AttackSpec) -> AbstractContextManager[Work]:
+    """Return work that nobody is told of."""
+    return Progress().work(spec.name, spec.name)
 
 
 @dataclass(kw_only=True)
@@ -54,6 +60,7 @@ class Measurement:
     aa_images: int = 0
     state_dir: Path | None = None
     name: str = "model"
+    work: Callable[[AttackSpec], AbstractContextManager[Work]] = untold
     fitting_size: int = field(init=False)
     watch: Watch = field(init=False)
 
@@ -200,15 +207,15 @@ class Measurement:
         """Return which of the correct images, bool [N], stay so under any attack but aa."""
         robust, pending = correct.clone(), correct.nonzero().flatten()
         natural = spec.family == "natural"
-        with track(f"{self.name} {spec.name}", len(correct)) as advance:
-            advance(len(correct) - len(pending))
+        with self.work(spec) as work:
+            work.advance(len(correct) - len(pending), skip=True)
 
             def attack(indices: Tensor) -> None:
                 x, y = self.load(indices)
                 self.guard.at(x, indices, "" if natural else spec.name)
                 x_adv = x if natural else self.perturb(spec, x, y, indices)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
-                advance(len(indices))
+                work.advance(len(indices))
 
             self.each_batch(pending, attack)
         return robust
@@ -222,15 +229,16 @@ class Measurement:
     ) -> Outcome:
         """Return what :func:`run_autoattack` leaves of the images that are right now."""
         try:
-            return run_autoattack(
-                self.guard,
-                self.load,
-                correct,
-                settings=settings,
-                progress=progress,
-                save=save,
-                title=f"{self.name} aa",
-            )
+            with self.work(parse_attack("aa")) as work:
+                return run_autoattack(
+                    self.guard,
+                    self.load,
+                    correct,
+                    settings=settings,
+                    progress=progress,
+                    save=save,
+                    work=work,
+                )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult, nrr
 from cure_fast.evaluation.trust import trust_warnings
 from cure_fast.files import replacing, write_json
+from cure_fast.methods import labels
 
 FORMAT = 1
 
@@ -76,7 +78,7 @@ def stored_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        model_warnings(record["models"], None)
+        model_warnings(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the results of a run, and it is damaged "
@@ -113,8 +115,8 @@ def merge_results(
         results = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
         of = {key: value for key, value in entry.items() if key in ("network", "epoch", "weights")}
         models[name] = model_entry(entry["title"], results) | of
-    warnings = model_warnings(models, measured.get("network"))
-    return measured | {"models": models, "warnings": warnings}, complete
+    merged = measured | {"models": models}
+    return merged | {"warnings": model_warnings(merged)}, complete
 
 
 def write_aside(folder: Path, results: dict[str, Any]) -> Path:
@@ -130,12 +132,28 @@ def shown_name(key: str, network: str | None) -> str:
     return network if key == "trained" and network not in (None, "model") else key
 
 
-def model_warnings(models: dict[str, Any], network: str | None) -> list[str]:
+def model_name(key: str, record: Mapping[str, Any]) -> str:
+    """Return what people read instead of a model's key in a record, such as ``before CURE``.
+
+    Of the record are needed ``method``, ``policies`` and ``network``, which a run's has.
+    """
+    label = labels(record.get("method") or "", record.get("policies") or ())
+    network = record.get("network") or "model"
+    names = {
+        "trained": label if network == "model" else f"{label}, {network} network",
+        "start": f"before {label}",
+        "last": f"{label} after the last epoch",
+    }
+    # A record of a file of weights has no network, and the file's name for a key.
+    return names.get(key, f"{label}, {key} network" if "network" in record else key)
+
+
+def model_warnings(record: Mapping[str, Any]) -> list[str]:
     """Return what speaks against the results of each model, with its name before it."""
     found = []
-    for name, entry in models.items():
+    for key, entry in record["models"].items():
         attacks = {a: AttackResult.from_dict(result) for a, result in entry["attacks"].items()}
-        found += [f"{shown_name(name, network)}: {text}" for text in trust_warnings(attacks)]
+        found += [f"{model_name(key, record)}: {text}" for text in trust_warnings(attacks)]
     return found
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from cure_fast.config.attack_names import attack_name as attack_name
 from cure_fast.config.checks import format_pixel
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.step.method import WRITTEN
@@ -22,15 +22,6 @@ def data_name(data: str) -> str:
     if data.startswith("folder:"):
         return data.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
     return DATA.get(data, data)
-
-
-def attack_name(attack: str) -> str:
-    """Return ``PGD-20`` for ``pgd20`` and the like."""
-    fixed = {"natural": "Natural", "aa": "AutoAttack", "fgsm": "FGSM"}
-    steps = re.fullmatch(r"(pgd|cw)(\d+)", attack)
-    if steps:
-        return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}"
-    return fixed.get(attack, attack)
 
 
 def class_name(classes: list[str], index: int) -> str:
