@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
+# How a terminal is told of colours and bold letters.
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
 
 class Transcript:
     """What a job prints, kept in a file: from memory as soon as there is one to be written.
 
-    A file that cannot be written costs one warning.
+    It has no control characters. A file that cannot be written costs one warning.
     """
 
     def __init__(self) -> None:
@@ -26,8 +30,8 @@ class Transcript:
         """Keep a line."""
         if self.failed:
             return
-        # A line is whole or absent for the next one: no terminal's control characters in it.
-        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        plain = STYLE.sub("", text)
+        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in plain)
         self.waiting.append(plain + "\n")
         if self.path is not None:
             self.write_to(self.path)

@@ -17,6 +17,8 @@ from typing import Any
 
 from cure_fast.console import keep, say
 
+# A call on fewer images takes about as long as on these: on small networks 1 took as long as 60.
+FEW = 32
 # Seconds after which a plain line says how far the job is, where nothing else was printed.
 QUIET_S = 60.0
 # Steps, and seconds, of which the first estimate of the whole job is made.
@@ -35,7 +37,9 @@ class Part:
         bound: the cost is not known, and this is the most there can be.
         round: 0-based round under way.
         done: passes that are done, those before a resumption and those that fell away too.
-        passes: passes that were measured, in so many ``seconds`` and ``steps``.
+        passes: passes that were measured, in so many ``seconds`` and ``steps``, with those of
+            images that an attack left out.
+        load: those that took the time, where a few images under attack count as :data:`FEW`.
         gaps: pauses before rounds that were measured, of so many ``idle`` seconds in all.
     """
 
@@ -47,6 +51,7 @@ class Part:
     round: int = 0
     done: float = 0.0
     passes: float = 0.0
+    load: float = 0.0
     seconds: float = 0.0
     steps: int = 0
     idle: float = 0.0
@@ -58,11 +63,6 @@ class Part:
         return max(0.0, self.images * sum(self.costs) - self.done)
 
     @property
-    def rate(self) -> float:
-        """Measured seconds per pass, 0 where none was measured."""
-        return self.seconds / self.passes if self.passes else 0.0
-
-    @property
     def gap(self) -> float:
         """Measured seconds before a round, 0 where none was measured."""
         return self.idle / self.gaps if self.gaps else 0.0
@@ -71,7 +71,8 @@ class Part:
         """Return the seconds it still takes, by another part's measures where it has none."""
         rounds = sum(cost > 0 for cost in self.costs[self.round + 1 :]) if self.left else 0
         gap = self.gap or (like.gap if like.kind == self.kind else 0.0)
-        return self.left * (self.rate or like.rate) + rounds * gap
+        rate = self.seconds / self.passes if self.load else like.seconds / like.load
+        return self.left * rate + rounds * gap
 
 
 class Work:
@@ -85,7 +86,9 @@ class Work:
 
         ``note`` is shown behind the title.
         """
-        self.progress.advance(self.part, images * self.cost, note, skip=skip)
+        least = FEW if self.part.kind == "attack" else 0
+        load = 0.0 if skip else max(images, least) * self.cost
+        self.progress.advance(self.part, images * self.cost, load, note)
 
     def expect(self, passes: float) -> None:
         """Correct what the part still has to do, in passes."""
@@ -133,6 +136,7 @@ class Progress:
         """Take note that nothing is left of a part."""
         if name in self.parts:
             self.parts[name].done += self.parts[name].left
+            self.show("")
 
     @contextmanager
     def work(self, name: str, title: str, *, round: int = 0) -> Iterator[Work]:
@@ -151,17 +155,21 @@ class Progress:
         self.show("")
         yield Work(self, part, cost)
 
-    def advance(self, part: Part, passes: float, note: str, *, skip: bool) -> None:
-        """Take note of finished passes of a part, and show it."""
+    def advance(self, part: Part, passes: float, load: float, note: str) -> None:
+        """Take note of finished passes of a part, and show it; those without load took no time."""
         now = time.monotonic()
         part.done += passes
-        if not skip:
+        if load:
             part.steps += 1
             # The first training step also loads, compiles and fills caches.
-            if passes and (part.steps > 1 or part.kind != "train"):
-                part.passes += passes
+            if part.steps > 1 or part.kind != "train":
+                part.passes, part.load = part.passes + passes, part.load + load
                 part.seconds += now - self.clock
                 self.measured[part.kind] = part
+        elif part.kind == "attack":
+            # As many as in this round will be left out of those to come.
+            part.passes += passes
+        if load or not part.steps:
             self.clock = now
         self.show(note)
         first = self.stages and not self.estimated
@@ -189,11 +197,12 @@ class Progress:
 
         None until something was measured.
         """
-        any_part = self.measured.get("train") or next(iter(self.measured.values()), None)
+        any_part = self.measured.get("train") or next(iter([*self.measured.values()]), None)
         if any_part is None:
             return None
         left = [0.0, 0.0]
-        for part in self.parts.values():
+        # The bar's thread asks too, while parts are added.
+        for part in list(self.parts.values()):
             left[part.bound] += part.seconds_left(self.measured.get(part.kind, any_part))
         return left[0], left[1]
 

@@ -46,7 +46,7 @@ def job(progress, clock, natural=10, robust=8):
         for epoch in range(epochs):
             yield from work(name, 100, 10, epoch, epochs, TRAIN_S)
             if name == "train":
-                yield from work("val", 50, 25, epoch, epochs, ATTACK_S)
+                yield from work("val", 50, 50, epoch, epochs, ATTACK_S)
             clock[0] += SAVE_S
     progress.begin(3)
     yield from work("pgd20", 200, 50, 0, 1, ATTACK_S)
@@ -96,6 +96,19 @@ def test_a_resumed_or_skipped_part_is_done_but_measures_nothing(clock):
     assert progress.seconds_left() == (0.0, 0.0)
 
 
+def test_images_that_an_attack_leaves_out_are_left_out_of_the_times(clock):
+    progress = Progress()
+    progress.plan("val", Part("attack", [1.0] * 3, 100))
+    progress.plan("pgd20", Part("attack", [1.0], 100))
+    with progress.work("val", "val") as work:
+        # 10 of 100 are right, and their call takes as long as one on 32.
+        work.advance(90, skip=True)
+        clock[0] += 32
+        work.advance(10)
+    sure, _ = progress.seconds_left() or (0.0, 0.0)
+    assert sure == 2 * 32 + 100
+
+
 def test_stages_that_are_over_leave_nothing(clock, capsys):
     progress = Progress()
     steps = job(progress, clock)
@@ -109,7 +122,7 @@ def test_stages_that_are_over_leave_nothing(clock, capsys):
 def test_what_is_not_known_is_said_to_be_a_bound(clock):
     progress = Progress()
     progress.plan("train", Part("train", [1.0], 100))
-    progress.plan("aa", Part("autoattack", (), 0, bound=True))
+    progress.plan("aa", Part("autoattack", (1.0,), 0, bound=True))
     progress.expect("aa", 300)
     with progress.work("train", "train") as work:
         for _ in range(2):
@@ -206,10 +219,10 @@ def test_text_is_kept_from_before_there_is_a_file_and_appended_to_one(tmp_path, 
         with transcript() as kept:
             say("first\nsecond")
             kept.write_to(path)
-            warn("odd \x1b[31m\ttext")
+            warn("odd \x1b[1;31mred\x1b[0m\x1b[2K\ttext")
         say("not kept")
         keep("nor this")
-    each = "first\nsecond\nwarning: odd \\x1b[31m\\ttext\n"
+    each = "first\nsecond\nwarning: odd red\\x1b[2K\\ttext\n"
     assert path.read_text() == each * 2
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(transcript())

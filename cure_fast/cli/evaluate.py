@@ -18,12 +18,14 @@ from cure_fast.evaluation.results import (
     measure_run,
     networks_in,
     new_record,
+    plan_attacks,
     print_results,
 )
 from cure_fast.files import file_hash, user_path, write_json
 from cure_fast.loaders import read_dataset
 from cure_fast.models.building import check_takes, load_model
 from cure_fast.models.weights import read_metadata
+from cure_fast.progress import Progress
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
 from cure_fast.signals import StopSignals
@@ -60,7 +62,9 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     with StopSignals() as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
-        measured, examples = measure_run(folder, config, test, choose_device(args.device), stop)
+        device = choose_device(args.device)
+        with Progress() as progress:
+            measured, examples = measure_run(folder, config, test, device, stop, progress)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
             print_results(measured)
@@ -130,18 +134,22 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
-        attacks = attack_model(
-            model.to(device),
-            test,
-            settings,
-            eps=eps,
-            device=device,
-            seed=seed,
-            state_dir=None if out is None else out / "evaluation",
-            weights=file_hash(path),
-            name=path.stem,
-            stop=stop,
-        )
+        with Progress() as progress:
+            plan_attacks(progress, path.stem, settings, test)
+            attacks = attack_model(
+                model.to(device),
+                test,
+                settings,
+                eps=eps,
+                device=device,
+                seed=seed,
+                state_dir=None if out is None else out / "evaluation",
+                weights=file_hash(path),
+                name=path.stem,
+                key=path.stem,
+                progress=progress,
+                stop=stop,
+            )
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": data},

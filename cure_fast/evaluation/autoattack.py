@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cure_fast.config.attack_names import attack_name
 from cure_fast.evaluation.trust import Guard, check_perturbation
-from cure_fast.progress import Work, duration
+from cure_fast.progress import FEW, Work, duration
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGET_CLASSES = 9
@@ -37,8 +37,6 @@ ITERATIONS = 100
 SQUARE_QUERIES = 5000
 # The targeted DLR loss divides by the first, third and fourth largest logit.
 DLR_CLASSES = 4
-# A call on fewer images takes about as long as on these: on small networks 1 took as long as 60.
-FEW = 32
 # More than this share of all images broken by Square, which sees no gradient, says that the
 # attacks that do were misled (pyautoattack's own threshold).
 SQUARE_SHARE = 0.002

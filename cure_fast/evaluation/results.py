@@ -265,7 +265,7 @@ def plan_attacks(
 def attack_part(spec: AttackSpec, images: int, stage: int) -> Part:
     """Return a part of a job that is an attack on so many images; AutoAttack's without its cost."""
     if spec.family == "aa":
-        return Part("autoattack", (), 0, stage, bound=True)
+        return Part("autoattack", (1.0,), 0, stage, bound=True)
     # A pass and a gradient for each step, and a look at what comes out.
     kind = "natural" if spec.family == "natural" else "attack"
     return Part(kind, (2.0 * spec.steps + 1,), images, stage)

@@ -19,9 +19,10 @@ from cure_fast.loaders import ImageSet
 from cure_fast.methods import check_config, find_method, select_method
 from cure_fast.policies import select_policies
 from cure_fast.step.state import TrainState
+from cure_fast.step.train_step import train_step
 from cure_fast.training.data import Data, open_loader
 from cure_fast.training.stages import new_model
-from cure_fast.training.trainer import build_run, next_step
+from cure_fast.training.trainer import build_run
 
 # Networks to count on, the second for methods of transformers: width, and size of the images.
 PLAIN, TRANSFORMER = "resnet-small", "vit-tiny"
@@ -130,6 +131,7 @@ def trial_run(config: Config, epoch: int) -> TrainState:
     teachers = {name: copy.deepcopy(model) for name in find_method(config.method).teachers}
     run = build_run(config, model, loader, device, teachers)
     run.epoch, run.step = epoch, epoch * loader.batches_per_epoch
+    run.lr = config.optim.lr
     return run
 
 
@@ -142,8 +144,12 @@ def count_passes(run: TrainState) -> Passes:
     with counted(BATCH) as passes:
         for _ in range(steps):
             with run.loader.epoch(run.epoch) as batches:
-                next_step(run, next(iter(batches)))
-            run.batch = 0
+                batch = next(iter(batches))
+            for policy in run.policies:
+                other = policy.before(run, batch)
+                batch = batch if other is None else other
+            train_step(run, batch)
+            run.step += 1
     return Passes(*(n / steps for n in (passes.forward, passes.backward, passes.light)))
 
 

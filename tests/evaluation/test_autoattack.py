@@ -207,7 +207,7 @@ def test_it_tells_how_far_it_is_and_what_it_takes_at_most(linear, data):
     model = linear()
     images, labels = data(model, 12, wrong=2)
     told = Told()
-    outcome = run(model, images, labels, eps=0.02, batch_size=6, work=told)
+    outcome = run(model, images, labels, eps=0.02, work=told)
     assert torch.equal(outcome.robust, model.robust(images, labels, 0.02))
     assert 0 < int(outcome.robust.sum()) < 10
     words = [": APGD-CE (1 of 4), iteration 1 of 102, images left: 10, "]
@@ -216,11 +216,12 @@ def test_it_tells_how_far_it_is_and_what_it_takes_at_most(linear, data):
     words += [": Square (4 of 4), query 2 of 30, "]
     places = [[n for n, note in enumerate(told.notes) if note.startswith(word)] for word in words]
     assert all(places) and [found[0] for found in places] == sorted(f[0] for f in places)
-    settings = autoattack_settings(eps=0.02, num_classes=4, batch_size=6, seed=0)
+    settings = autoattack_settings(eps=0.02, num_classes=4, batch_size=32, seed=0)
     most = most_passes(10, 10, settings | {"square_queries": 30})
-    # A bound that comes down as images fall, to what it took. Two batches cost more than one.
-    assert told.done <= told.expected[-1] < 0.9 * most
-    assert max(told.expected) < 1.15 * most
+    # A bound, to what it took; the looks at the model beforehand add a little.
+    assert told.done <= told.expected[-1] + 1
+    assert told.expected[0] == pytest.approx(told.done, rel=0.1)
+    assert told.expected[0] == pytest.approx(most, rel=0.1)
 
 
 def test_a_log_has_a_line_of_it_each_minute(linear, data, monkeypatch, capsys):
@@ -229,7 +230,7 @@ def test_a_log_has_a_line_of_it_each_minute(linear, data, monkeypatch, capsys):
     model = linear()
     images, labels = data(model, 8)
     job = progress.Progress()
-    job.plan("aa", progress.Part("autoattack", (), 0, bound=True))
+    job.plan("aa", progress.Part("autoattack", (1.0,), 0, bound=True))
     with job.work("aa", "AutoAttack, CURE") as work:
         run(model, images, labels, eps=0.01, work=work)
     lines = capsys.readouterr().out.splitlines()

@@ -80,7 +80,7 @@ FAULTS = {
     "leaves the program": ("init", SystemExit(1), 1),
     "third call": ("log", OSError(errno.ENOSPC, "No space left on device"), 3),
     "each call": ("log", ValueError(), 1),
-    "results": ("log", ValueError("a picture"), 5),
+    "no pictures": ("log", ValueError("a picture"), 5),
     "at the end": ("finish", ConnectionError("no network"), 1),
 }
 
