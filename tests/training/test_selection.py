@@ -197,7 +197,9 @@ def test_an_average_that_is_the_result_decides_and_is_what_is_evaluated(
     assert weights == {file_hash(folder / f"{name}.safetensors") for name in ("model", "raw")}
     output = capsys.readouterr().out
     assert "ema natural 52.0 %  ema PGD-1 25.0 %  raw natural 52.0 %  raw PGD-1 30.0 %" in output
-    lines = [line for line in output.splitlines() if "% under PGD-2 (" in line]
+    lines = [
+        line for line in output.splitlines() if "% under PGD-2 (" in line and "; float32" in line
+    ]
     names = ["TRADES + EMA, ema network: ", "TRADES + EMA, raw network: "]
     assert [line.startswith(name) for line, name in zip(lines, names, strict=True)] == [True, True]
 
