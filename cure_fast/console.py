@@ -4,8 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TextIO
+
+# How a terminal is told of colours and bold letters.
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Transcript:
+    """What a job prints, kept in a file: from memory as soon as there is one to be written.
+
+    It has no control characters. A file that cannot be written costs one warning.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.path: Path | None = None
+        self.failed = False
+
+    def add(self, text: str) -> None:
+        """Keep a line."""
+        if self.failed:
+            return
+        plain = STYLE.sub("", text)
+        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in plain)
+        self.waiting.append(plain + "\n")
+        if self.path is not None:
+            self.write_to(self.path)
+
+    def write_to(self, path: Path) -> None:
+        """Append what is kept, and from here on each line as it comes."""
+        self.path = path
+        try:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(self.waiting)
+        except OSError as error:
+            self.failed = True
+            warn(f"{path}: {error.strerror}; what is printed is kept no longer")
+        self.waiting = []
+
+
+# That of the job that runs in this context, where one does.
+_transcript: ContextVar[Transcript | None] = ContextVar("transcript", default=None)
+
+
+@contextlib.contextmanager
+def transcript() -> Iterator[Transcript]:
+    """Keep what is printed in the block."""
+    kept = Transcript()
+    token = _transcript.set(kept)
+    try:
+        yield kept
+    finally:
+        _transcript.reset(token)
+
+
+def keep(text: str) -> None:
+    """Add a line to the transcript of the job that runs, without printing it."""
+    kept = _transcript.get()
+    if kept is not None:
+        kept.add(text)
 
 
 def open_missing_streams() -> None:
@@ -28,6 +90,7 @@ def say(text: str) -> None:
     Where it can no longer be written (``| head`` has gone, a terminal was closed, the disk is
     full), one warning goes to standard error, and this and later output goes nowhere.
     """
+    keep(text)
     problem = _print(text, sys.stdout)
     if problem:
         warn(f"standard output failed ({problem}) and is off from here; the work goes on")
@@ -40,6 +103,7 @@ def warn(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print a line to standard error at once, whatever has become of it."""
+    keep(text)
     _print(text, sys.stderr)
 
 

@@ -29,7 +29,7 @@ from cure_fast.runs.versions import PACKAGES, nvidia_driver, package_version
 # Import names of what training and its report need, which bring NumPy; FFCV is an extra.
 NEEDED = ("torch", "torchvision", "safetensors", "cyclopts", "rich", "pyautoattack")
 # Receivers of a run's numbers, flags of the same names; training goes on without them.
-RECEIVERS = ("tensorboard", "wandb")
+RECEIVERS = ("tensorboard", "wandb", "trackio")
 
 FFCV_PROBE = """
 import tempfile

@@ -27,6 +27,7 @@ from cure_fast.evaluation.results import (
     measure_run,
     networks_in,
     new_record,
+    plan_attacks,
     print_results,
 )
 from cure_fast.files import file_hash, replacing, user_path, write_json
@@ -34,6 +35,7 @@ from cure_fast.loaders import ImageSet, names_code, read_dataset
 from cure_fast.models import ImageClassifier
 from cure_fast.models.building import check_takes, load_model
 from cure_fast.models.weights import read_metadata, resized_to
+from cure_fast.progress import Progress
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
 from cure_fast.runs.threads import choose_threads, threads
@@ -111,8 +113,10 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             keep_last(folder, config)
         device = choose_device(args.device)
         model = load_model(folder / "model.safetensors", trusted=own.model.model)
-        with threads(threads_asked(args, model, test, config.eval)):
-            measured, examples = measure_run(folder, config, test, device, stop, saved.taken)
+        with threads(threads_asked(args, model, test, config.eval)), Progress() as progress:
+            measured, examples = measure_run(
+                folder, config, test, device, stop, progress, saved.taken
+            )
         saved.write(test)
         kept = keep_results(folder, own, measured, examples)
         if kept.aside is not None:
@@ -188,7 +192,8 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     out = None if args.out is None else Path(args.out)
     with StopSignals() as stop:
         device = choose_device(args.device)
-        with threads(threads_asked(args, model, test, config.eval)):
+        with threads(threads_asked(args, model, test, config.eval)), Progress() as progress:
+            plan_attacks(progress, path.stem, config.eval, test)
             attacks = attack_model(
                 model.to(device),
                 test,
@@ -197,6 +202,8 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
                 state_dir=None if out is None else out / "evaluation",
                 weights=file_hash(path),
                 name=path.stem,
+                key=path.stem,
+                progress=progress,
                 stop=stop,
                 on_images=saved.taken,
             )

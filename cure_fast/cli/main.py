@@ -314,7 +314,10 @@ def run_comparison(comparison: Comparison) -> None:
 
 
 def run_training(config: Config, *, resume: bool = False, override: bool = False) -> None:
-    """Train what was configured."""
+    """Train what was configured; say so before torch is imported, which takes seconds."""
+    from cure_fast.training.opening import opening
+
+    say(opening(config))
     from cure_fast.training.job import train
 
     train(config, resume=resume, override=override)

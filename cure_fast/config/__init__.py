@@ -288,6 +288,8 @@ class RunConfig(Checked):
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: str | None = None
     """Project of Weights & Biases that receives the same numbers (needs the package wandb)."""
+    trackio: str | None = None
+    """Project of trackio that receives the same numbers (needs the package trackio)."""
     cache: str = "~/.cache/cure-fast"
     """Folder for naturally pre-trained weights and FFCV files, shared between runs."""
 

@@ -20,6 +20,26 @@ ATTACKS = {
 }
 
 
+NAMES = {
+    "natural": "Natural",
+    "fgsm": "FGSM",
+    "aa": "AutoAttack",
+    # The attacks that AutoAttack is made of.
+    "apgd-ce": "APGD-CE",
+    "apgd-t": "APGD-T",
+    "fab-t": "FAB-T",
+    "square": "Square",
+}
+
+
+def attack_name(attack: str) -> str:
+    """Return what people read instead of an attack's word: ``PGD-20`` for ``pgd20``."""
+    if steps := re.fullmatch(r"(pgd|cw)(\d+)(-t)?", attack):
+        targeted = ", targeted" if steps[3] else ""
+        return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}{targeted}"
+    return NAMES.get(attack, attack)
+
+
 @dataclass(frozen=True)
 class AttackSpec:
     """An attack by name, as the user writes it, with its number of gradient steps if it has one."""

@@ -59,6 +59,13 @@ def nrr(natural: float, robust: float) -> float:
     return 2 * natural * robust / total if total else 0.0
 
 
+def strongest(attacks: Mapping[str, AttackResult]) -> AttackResult | None:
+    """Return the result to quote: AutoAttack's where it ran, else of the attack that left least."""
+    others = [result for name, result in attacks.items() if name != "natural"]
+    weakest = min(others, key=lambda result: result.accuracy, default=None)
+    return attacks.get("aa", weakest)
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write what :func:`read_state` reads, with a checksum of it all, whole or not at all."""
     write_json(path, {**state, "sha256": _state_hash(state)})

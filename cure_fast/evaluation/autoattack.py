@@ -18,7 +18,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from cure_fast.config import Norm
+from cure_fast.config.attack_names import attack_name
 from cure_fast.evaluation.trust import Guard, check_perturbation
-from cure_fast.progress import track
+from cure_fast.progress import FEW, Work, duration
 
 # How pyautoattack, and with it results, write the norms.
 NORMS: dict[Norm, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
@@ -84,7 +86,7 @@ def run_autoattack(
     progress: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda progress: None,
     broke: Callable[[Tensor, Tensor], None] = lambda indices, x_adv: None,
-    title: str = "aa",
+    work: Work | None = None,
 ) -> Outcome:
     """Run the attacks of :func:`autoattack_settings` on the images that are naturally right.
 
@@ -92,6 +94,7 @@ def run_autoattack(
     which natural images are right, bool [N]. After every batch ``save`` receives a JSON-like
     mapping, and an interrupted call goes on from the last of them, given as ``progress``. Before it
     ``broke`` receives the indices [n] and adversarial images [n, C, H, W] of what was broken.
+    ``work`` is told how far the attacks are with each call of the model.
     """
     state = progress
     if state is None:
@@ -108,21 +111,21 @@ def run_autoattack(
     size = settings["batch_size"]
     for attack in [a for a in settings["attacks"] if a not in state["after"]]:
         pending = text_to_flags(state["entry"]).nonzero().flatten()
-        with track(f"{title} {attack}", len(pending)) as advance:
-            advance(min(len(pending), state["batches"] * size))
-            for indices in pending.split(size)[state["batches"] :] if len(pending) else ():
-                x, y = load(indices)
-                guard.at(x, indices, attack)
+        for indices in pending.split(size)[state["batches"] :] if len(pending) else ():
+            x, y = load(indices)
+            guard.at(x, indices, attack)
+            last = int(indices[-1])
+            held, waiting = int(robust[: int(indices[0])].sum()), int(robust[last + 1 :].sum())
+            with counting(guard, work, attack, settings, held, waiting, started):
                 x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
-                check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
-                robust[indices[broken.cpu()]] = False
-                broke(indices[broken.cpu()], x_adv[broken])
-                for text in told:
-                    note(state["warnings"], f"{attack}: {text}")
-                seconds = time.perf_counter() - started
-                state |= {"robust": flags_to_text(robust), "batches": state["batches"] + 1}
-                save(state | {"seconds": seconds})
-                advance(len(indices))
+            check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
+            robust[indices[broken.cpu()]] = False
+            broke(indices[broken.cpu()], x_adv[broken])
+            for text in told:
+                note(state["warnings"], f"{attack}: {text}")
+            seconds = time.perf_counter() - started
+            state |= {"robust": flags_to_text(robust), "batches": state["batches"] + 1}
+            save(state | {"seconds": seconds})
         fell = len(pending) - int(robust.sum())
         if attack == "square" and fell > SQUARE_SHARE * len(robust):
             note(
@@ -138,6 +141,85 @@ def run_autoattack(
         for text, count in state["warnings"].values()
     )
     return Outcome(robust, dict(state["after"]), time.perf_counter() - started, warnings)
+
+
+def passes_of(attack: str, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """Return of an attack its parts, such as target classes, and for one the calls and passes.
+
+    They are those of an image that no part breaks; a gradient is a second pass.
+    """
+    steps, targets = settings["iterations"], settings["target_classes"]
+    return {
+        "apgd-ce": (1, steps + 2, 2 * steps + 3),
+        "apgd-t": (targets, steps + 2, 2 * steps + 3),
+        # A gradient and a look at each new image.
+        "fab-t": (targets, 2 * steps, 3 * steps),
+        "square": (1, settings["square_queries"], settings["square_queries"]),
+    }[attack]
+
+
+def most_passes(right: float, robust: float, settings: dict[str, Any]) -> float:
+    """Return the passes for so many images that are right, of which the first attack leaves some.
+
+    That is the most, if none of those falls to a later attack.
+    """
+    each = [parts * passes for parts, _, passes in _costs(settings["attacks"], settings)]
+    return at_least(right) * each[0] + at_least(robust) * sum(each[1:])
+
+
+def at_least(images: float) -> float:
+    """Return of how many images a call takes the time of, where there are so few."""
+    return max(images, FEW) if images else 0
+
+
+def _costs(attacks: Sequence[str], settings: dict[str, Any]) -> list[tuple[int, int, int]]:
+    return [passes_of(attack, settings) for attack in attacks]
+
+
+@contextmanager
+def counting(
+    guard: Guard,
+    work: Work | None,
+    attack: str,
+    settings: dict[str, Any],
+    held: int,
+    waiting: int,
+    started: float,
+) -> Iterator[None]:
+    """Tell ``work`` of each call of the model in the block, an attack on one batch.
+
+    Of the other batches ``held`` images withstood the attack and ``waiting`` ones come later.
+    """
+    if work is None:
+        yield
+        return
+    attacks = settings["attacks"]
+    number = attacks.index(attack)
+    parts, calls, passes = passes_of(attack, settings)
+    later = sum(n * p for n, _, p in _costs(attacks[number + 1 :], settings))
+    word = {"apgd-ce": "iteration", "square": "query"}.get(attack, "target")
+    called = 0
+
+    def count(_guard: Guard, inputs: tuple[Tensor], _logits: Tensor) -> None:
+        nonlocal called
+        called += 1
+        n = len(inputs[0])
+        most = parts if parts > 1 else calls
+        at = min(most, 1 + called // calls if parts > 1 else called)
+        place = f"{attack_name(attack)} ({number + 1} of {len(attacks)}), {word} {at:,} of {most:,}"
+        note = f": {place}, images left: {held + n + waiting:,}, "
+        derived = torch.is_grad_enabled() and inputs[0].requires_grad
+        taken = at_least(n) * (2 if derived else 1)
+        rest = at_least(n) * max(0.0, 1 - called / (parts * calls)) * parts * passes
+        rest += at_least(waiting) * parts * passes + at_least(held + n + waiting) * later
+        work.expect(taken + rest)
+        work.advance(taken, note + duration(time.perf_counter() - started))
+
+    hook = guard.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def attack_batch(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import NORMS
 from cure_fast.evaluation.measurement import Measurement, Round
 from cure_fast.evaluation.trust import Guard, full_precision
+from cure_fast.progress import Work
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
     stop: Callable[[], bool] | None = None,
     on_result: Callable[[AttackResult], None] | None = None,
     on_images: Callable[[str, np.ndarray], None] | None = None,
+    work: Callable[[AttackSpec], AbstractContextManager[Work]] | None = None,
 ) -> dict[str, AttackResult]:
     """Return the accuracy under each attack, by name and in the order asked for.
 
@@ -71,12 +73,13 @@ def evaluate(
         restarts: random starts of pgdK, pgdK-t and cwK; an image is right that is so after all.
         aa_limit: images for aa, the first ones; None for all.
         state_dir: folder that keeps finished attacks (aa: batches) for a later call; None for none.
-        model_name: what progress bars call the model.
+        model_name: what messages call the model.
         stop: asked before every pass through the model; true ends the evaluation.
         on_result: called with each result as soon as it is there.
         on_images: called before that with the name of each attack and its images, float32
             [N, H, W, C] in [0, 1]: those that broke the model, else the last that were tried (aa:
             the natural ones), and the natural ones where these are classified wrongly already.
+        work: opens what is told of an attack's progress; None for nothing.
 
     Raises:
         InputError: for arguments out of range, or a state of other weights, images or settings.
@@ -107,6 +110,7 @@ def evaluate(
         aa_images=len(images) if aa_limit is None else min(aa_limit, len(images)),
         state_dir=state_dir,
         name=model_name,
+        **({} if work is None else {"work": work}),
     )
     results = {}
     with _measuring(model, task.device):

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from cure_fast.evaluation.model_state import Watch, layers_hash, tensor_hash
 from cure_fast.evaluation.trust import Guard, check_perturbation, find_instability, find_masking
 from cure_fast.files import file_hash
 from cure_fast.losses import cross_entropy, margin
-from cure_fast.progress import track
+from cure_fast.progress import Progress, Work
 
 # Images that are looked at for signs of a wrong evaluation: enough for a share, little beside PGD.
 PROBE_IMAGES = 64
@@ -71,6 +71,11 @@ class Round:
         return target + (f" restart {self.restart}" if self.restart else "")
 
 
+def untold(spec: AttackSpec) -> AbstractContextManager[Work]:
+    """Return work that nobody is told of."""
+    return Progress().work(spec.name, spec.name)
+
+
 @dataclass(kw_only=True)
 class Measurement:
     """One model on one set of images, and what several attacks share.
@@ -94,6 +99,7 @@ class Measurement:
     aa_images: int = 0
     state_dir: Path | None = None
     name: str = "model"
+    work: Callable[[AttackSpec], AbstractContextManager[Work]] = untold
     fitting_size: int = field(init=False)
     watch: Watch = field(init=False)
     kept: dict[str, np.ndarray] = field(init=False, default_factory=dict)
@@ -324,8 +330,8 @@ class Measurement:
         """
         robust, pending = correct.clone(), correct.nonzero().flatten()
         natural = spec.family == "natural"
-        with track(f"{self.name} {spec.name}", len(correct)) as advance:
-            advance(len(correct) - len(pending))
+        with self.work(spec) as work:
+            work.advance(len(correct) - len(pending), skip=True)
 
             def attack(indices: Tensor) -> None:
                 x, y = self.load(indices)
@@ -333,7 +339,7 @@ class Measurement:
                 x_adv = x if natural else self.perturb(spec, x, y, indices, now or Round())
                 keep(kept, indices, x_adv)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
-                advance(len(indices))
+                work.advance(len(indices))
 
             self.each_batch(pending, attack)
         return robust
@@ -348,16 +354,17 @@ class Measurement:
     ) -> Outcome:
         """Return what :func:`run_autoattack` leaves of the images that are right now."""
         try:
-            return run_autoattack(
-                self.guard,
-                self.load,
-                correct,
-                settings=settings,
-                progress=progress,
-                save=save,
-                broke=broke,
-                title=f"{self.name} aa",
-            )
+            with self.work(parse_attack("aa")) as work:
+                return run_autoattack(
+                    self.guard,
+                    self.load,
+                    correct,
+                    settings=settings,
+                    progress=progress,
+                    save=save,
+                    broke=broke,
+                    work=work,
+                )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -22,6 +22,7 @@ from cure_fast.evaluation.attack_result import AttackResult, nrr
 from cure_fast.evaluation.chance import chance_warnings
 from cure_fast.evaluation.trust import trust_warnings
 from cure_fast.files import replacing, write_json
+from cure_fast.methods import labels
 
 FORMAT = 1
 # What files of weights say of the attacks that their run is measured by, and the argument of
@@ -152,7 +153,7 @@ def stored_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        model_warnings(record["models"], None)
+        model_warnings(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the results of a run, and it is damaged "
@@ -203,22 +204,37 @@ def shown_name(key: str, network: str | None) -> str:
     return network if key == "trained" and network not in (None, "model") else key
 
 
+def model_name(key: str, record: Mapping[str, Any]) -> str:
+    """Return what people read instead of a model's key in a record, such as ``before CURE``.
+
+    Of the record are needed ``method``, ``policies`` and ``network``, which a run's has.
+    """
+    label = labels(record.get("method") or "", record.get("policies") or ())
+    network = record.get("network") or "model"
+    names = {
+        "trained": label if network == "model" else f"{label}, {network} network",
+        "start": f"before {label}",
+        "last": f"{label} after the last epoch",
+    }
+    # A record of a file of weights has no network, and the file's name for a key.
+    return names.get(key, f"{label}, {key} network" if "network" in record else key)
+
+
 def record_warnings(record: dict[str, Any]) -> list[str]:
     """Return what speaks against the results of a record, or against its networks."""
-    network = record.get("network")
-    return model_warnings(record["models"], network) + [
-        f"{shown_name(key, network)}: {text}"
+    return model_warnings(record) + [
+        f"{model_name(key, record)}: {text}"
         for key, found in chance_warnings(record).items()
         for text in found
     ]
 
 
-def model_warnings(models: dict[str, Any], network: str | None) -> list[str]:
+def model_warnings(record: Mapping[str, Any]) -> list[str]:
     """Return what speaks against the results of each model, with its name before it."""
     found = []
-    for name, entry in models.items():
+    for key, entry in record["models"].items():
         attacks = {a: AttackResult.from_dict(result) for a, result in entry["attacks"].items()}
-        found += [f"{shown_name(name, network)}: {text}" for text in trust_warnings(attacks)]
+        found += [f"{model_name(key, record)}: {text}" for text in trust_warnings(attacks)]
     return found
 
 

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.config import Config
+from cure_fast.config import Config, EvalConfig
+from cure_fast.config.attack_names import AttackSpec, attack_name, parse_attack
 from cure_fast.config.checks import format_pixel, format_radius
 from cure_fast.config.values import digest
 from cure_fast.console import say
 from cure_fast.errors import InputError
+from cure_fast.evaluation.attack_result import strongest
+from cure_fast.evaluation.autoattack import autoattack_settings, most_passes
 from cure_fast.evaluation.evaluate import AttackResult, adversarial_examples, evaluate
 from cure_fast.evaluation.record import (
     FORMAT,
     main_settings,
     model_entry,
+    model_name,
     record_warnings,
-    shown_name,
 )
 from cure_fast.files import file_hash
 from cure_fast.loaders import ImageSet
@@ -29,6 +32,7 @@ from cure_fast.methods import labels, paper_row, result_of
 from cure_fast.models import ImageClassifier
 from cure_fast.models.building import load_model
 from cure_fast.models.weights import read_metadata
+from cure_fast.progress import Part, Progress
 
 # Pictures in the report: enough to see what an attack does, few enough for one page.
 EXAMPLES = 8
@@ -59,6 +63,7 @@ def measure_run(
     test: ImageSet,
     device: torch.device,
     stop: Callable[[], bool],
+    progress: Progress | None = None,
     on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Attack the run's networks on the test images; return results and the report's pictures.
@@ -69,17 +74,28 @@ def measure_run(
     ``on_images`` is as for :func:`.evaluate.evaluate`, and receives the result's.
     """
     settings, row = main_settings(config), paper_row(config)
-    eps = settings["eps"]
+    eps, progress = settings["eps"], progress or Progress()
     shared: dict[str, Any] = {name: settings[name] for name in ("eps", "norm", "seed")}
     shared |= {"device": device, "stop": stop}
+    described = {
+        "recipe": config.name,
+        "method": config.method,
+        "policies": list(config.policies),
+        "network": result_of(config),
+        "model": config.model.model,
+        "data": config.data.data,
+    }
     models: dict[str, Any] = {}
     # The first image of each of the first classes.
     firsts = [np.flatnonzero(test.labels == k)[0] for k in np.unique(test.labels)[:EXAMPLES]]
     examples = test.subset(np.array(firsts))
     pictures = torch.from_numpy(examples.images), torch.from_numpy(examples.labels)
     arrays = {"natural": examples.images.astype(np.float32) / 255, "labels": examples.labels}
+    targets = targets_of(folder, config)
+    for key in targets:
+        plan_attacks(progress, key, config.eval, test)
     arrays["attack"] = np.array(f"pgd{EXAMPLE_STEPS}")
-    for key, target in targets_of(folder, config).items():
+    for key, target in targets.items():
         model = load_model(target.path, trusted=config.model.model)
         model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         weights = file_hash(target.path)
@@ -89,7 +105,9 @@ def measure_run(
             config,
             state_dir=folder / "evaluation" / (LAST if target.path.stem == LAST else key),
             weights=weights,
-            name=shown_name(key, result_of(config)),
+            name=model_name(key, described),
+            key=key,
+            progress=progress,
             device=device,
             stop=stop,
             on_images=on_images if key == "trained" else None,
@@ -103,14 +121,6 @@ def measure_run(
             model, *pictures, step_size=eps / 10, steps=EXAMPLE_STEPS, **shared
         )
         arrays |= {f"{key}_{name}": value for name, value in shown.items()}
-    described = {
-        "recipe": config.name,
-        "method": config.method,
-        "policies": list(config.policies),
-        "network": result_of(config),
-        "model": config.model.model,
-        "data": config.data.data,
-    }
     paper = asdict(row) if row else None
     return new_record(described, test, models, paper=paper, **settings), arrays
 
@@ -163,8 +173,8 @@ def targets_of(folder: Path, config: Config) -> dict[str, Target]:
     found = {"trained": target("model" if "best" in asked else LAST, told)}
     start = folder / "start.safetensors"
     if start.exists():
-        given = config.model.init_from
-        found["start"] = Target(start, "given start" if given else "naturally trained start")
+        how = "given weights" if config.model.init_from else "naturally trained"
+        found["start"] = Target(start, f"before {label} ({how})")
     if {"best", "last"} <= set(asked):
         found[LAST] = target(LAST, told)
     return found | {name: target(name, f"{name} network") for name in config.eval.networks}
@@ -199,11 +209,14 @@ def attack_model(
     state_dir: Path | None,
     weights: str,
     name: str,
+    key: str = "",
+    progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     on_images: Callable[[str, np.ndarray], None] | None = None,
 ) -> dict[str, AttackResult]:
     """Run the configured attacks on the first ``--limit`` test images; print a line each.
 
+    ``progress`` has the parts of :func:`plan_attacks` for ``key``.
     States for resuming go into a folder of their own for each combination of weights and settings,
     so that evaluating again with others never meets them.
     """
@@ -213,6 +226,17 @@ def attack_model(
         names = ("aa_limit", "eval_step_size", "eval_step_share", "eval_batch_size")
         what = [weights, limit, main, *(getattr(settings, name) for name in names)]
         state_dir = state_dir / digest({"evaluated": what})
+    progress, found = progress or Progress(), dict[str, AttackResult]()
+
+    def tell(result: AttackResult) -> None:
+        found[result.attack] = result
+        progress.finish(f"{key}/{result.attack}")
+        hit = strongest({n: r for n, r in found.items() if n != "aa"})
+        if "natural" in found and hit:
+            right, robust = (100 * r.correct / r.count for r in (found["natural"], hit))
+            expect_autoattack(progress, key, settings, test, right, robust)
+        say(result_line(name, result))
+
     return evaluate(
         model,
         torch.from_numpy(test.images[:limit]),
@@ -231,9 +255,51 @@ def attack_model(
         state_dir=state_dir,
         model_name=name,
         stop=stop,
-        on_result=lambda result: say(result_line(name, result)),
+        on_result=tell,
         on_images=on_images,
+        work=lambda spec: progress.work(f"{key}/{spec.name}", f"{attack_name(spec.name)}, {name}"),
     )
+
+
+def plan_attacks(
+    progress: Progress, key: str, settings: EvalConfig, test: ImageSet, *, falls: bool = False
+) -> None:
+    """Add the attacks on a network to the last stage of a job, where they are not there yet.
+
+    ``falls`` says that the network is naturally trained, and hardly outlives AutoAttack's first.
+    """
+    images = len(test) if settings.limit is None else min(settings.limit, len(test))
+    stage = max(1, len(progress.stages))
+    for spec in map(parse_attack, settings.attacks):
+        progress.plan(f"{key}/{spec.name}", attack_part(spec, images, stage))
+        if spec.family == "aa" and not progress.parts[f"{key}/aa"].images:
+            expect_autoattack(progress, key, settings, test, 100, 0 if falls else 100)
+
+
+def attack_part(spec: AttackSpec, images: int, stage: int) -> Part:
+    """Return a part of a job that is an attack on so many images; AutoAttack's without its cost."""
+    if spec.family == "aa":
+        return Part("autoattack", (1.0,), 0, stage, bound=True)
+    # A pass and a gradient for each step, and a look at what comes out.
+    kind = "natural" if spec.family == "natural" else "attack"
+    return Part(kind, (2.0 * spec.steps + 1,), images, stage)
+
+
+def expect_autoattack(
+    progress: Progress,
+    key: str,
+    settings: EvalConfig,
+    test: ImageSet,
+    right: float,
+    robust: float,
+) -> None:
+    """Say what AutoAttack on a network takes at most, by percentages that another attack found."""
+    limits = [n for n in (settings.limit, settings.aa_limit) if n is not None]
+    share = min([len(test), *limits]) / 100
+    told = autoattack_settings(
+        eps=0, num_classes=len(test.classes), batch_size=settings.eval_batch_size, seed=0
+    )
+    progress.expect(f"{key}/aa", most_passes(right * share, robust * share, told))
 
 
 def result_line(name: str, result: AttackResult) -> str:
@@ -248,9 +314,15 @@ def result_line(name: str, result: AttackResult) -> str:
     if "seed" in settings:
         shown.append(f"seed {settings['seed']}")
     return (
-        f"{name} {result.attack}: {result.accuracy:.1f} % ({result.correct} of {result.count}; "
-        f"{', '.join(shown)}), {result.seconds:.1f} s{'' if result.reliable else ', unreliable'}"
+        f"{name}: {result.accuracy:.1f} % {seen(result.attack)} ({result.correct} of "
+        f"{result.count}; {', '.join(shown)}), {result.seconds:.1f} s"
+        f"{'' if result.reliable else ', unreliable'}"
     )
+
+
+def seen(attack: str) -> str:
+    """Return what an accuracy is of, such as ``under PGD-20``."""
+    return "of natural images" if attack == "natural" else f"under {attack_name(attack)}"
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -278,7 +350,7 @@ def print_results(results: dict[str, Any]) -> None:
             cells.append(lost or "-")
         if paper:
             cells.append("-" if paper.get(name) is None else f"{paper[name]:.2f}")
-        table.add_row(name, *cells)
+        table.add_row(attack_name(name), *cells)
     console = Console()
     # Captured, because rich ends the program where the reader of its output has gone.
     with console.capture() as captured:
@@ -286,6 +358,21 @@ def print_results(results: dict[str, Any]) -> None:
         for text in results["warnings"]:
             console.print(f"warning: {text}", markup=False)
     say(captured.get().rstrip("\n"))
+    for key, entry in models.items():
+        if line := headline(model_name(key, results), entry["attacks"], results["test_images"]):
+            say(line)
+
+
+def headline(name: str, attacks: Mapping[str, Any], images: int) -> str:
+    """Return a model's natural accuracy and that under the strongest attack, in a line."""
+    found = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
+    quoted = [result for result in (found.get("natural"), strongest(found)) if result]
+    told = []
+    for result in quoted:
+        of = "" if result.count == images else f" (first {result.count:,} of {images:,} images)"
+        doubt = "" if result.reliable else ", unreliable"
+        told.append(f"{result.accuracy:.1f} % {seen(result.attack)}{of}{doubt}")
+    return f"{name}: {', '.join(told)}" if told else ""
 
 
 def _cell(attack: dict[str, Any] | None) -> str:

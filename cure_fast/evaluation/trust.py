@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cure_fast.config import Norm
-from cure_fast.config.attack_names import parse_attack
+from cure_fast.config.attack_names import attack_name, parse_attack
 from cure_fast.errors import CureFastError, DivergedError, InputError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.losses import cross_entropy, margin
@@ -237,7 +237,7 @@ def find_masking(guard: Guard, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     if not zero_images and saturated > ZERO_IMAGES_CE * count:
         found.append(
             f"the gradient of the cross-entropy is exactly zero for {saturated} of {count} images, "
-            "as the softmax is saturated: believe cw and aa, not fgsm and pgd"
+            "as the softmax is saturated: believe C&W and AutoAttack, not FGSM and PGD"
         )
     return tuple(found)
 
@@ -262,28 +262,32 @@ def trust_warnings(results: Mapping[str, AttackResult]) -> list[str]:
     by_text: dict[str, list[str]] = {}
     for name, result in results.items():
         for text in result.warnings:
-            by_text.setdefault(text, []).append(name)
+            by_text.setdefault(text, []).append(attack_name(name))
     found = [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
     natural = results.get("natural")
     for name, result in results.items():
         if natural is None or name == "natural" or natural.count != result.count:
             continue
         if result.correct > natural.correct:
-            found.append(f"{name}: more images right ({result.correct}) than without an attack")
+            found.append(
+                f"{attack_name(name)}: more images right ({result.correct}) than without an attack"
+            )
         elif result.settings.get("eps") == 0 and result.correct != natural.correct:
-            found.append(f"{name}: eps is 0, yet the accuracy is not the natural one")
+            found.append(f"{attack_name(name)}: eps is 0, yet the accuracy is not the natural one")
     for weak, strong in _chains(results):
         lead = results[strong].accuracy - results[weak].accuracy
         if lead > _noise(results[weak], results[strong]):
             found.append(
-                f"{strong}: accuracy {results[strong].accuracy:.1f} % is above that of the weaker "
-                f"{weak} ({results[weak].accuracy:.1f} %): the attack does not optimise well"
+                f"{attack_name(strong)}: accuracy {results[strong].accuracy:.1f} % is above that "
+                f"of the weaker {attack_name(weak)} ({results[weak].accuracy:.1f} %): the attack "
+                "does not optimise well"
             )
     if "aa" in results:
         for name, result in results.items():
             gap = result.accuracy - results["aa"].accuracy
             if name.startswith(("pgd", "cw")) and gap > USUAL_GAP + _noise(result, results["aa"]):
-                found.append(f"{name}: AutoAttack is {gap:.1f} points lower: do not believe {name}")
+                word = attack_name(name)
+                found.append(f"{word}: AutoAttack is {gap:.1f} points lower: do not believe {word}")
     return found
 
 

@@ -52,7 +52,6 @@ DECISIVE = {
     "attack": {
         "norm": "norm of the training eps",
         "eps": "training eps",
-        "norm": "norm of the training eps",
         "step_size": "training attack's step size",
         "attack_steps": "training attack's steps",
         "start": "training attack's start",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cure_fast.config.attack_names import attack_name as attack_name
 from cure_fast.config.checks import format_pixel
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.plugins.lookup import short
@@ -20,16 +21,6 @@ WHOLE_PATH = re.compile(r"((?:--?[\w-]+=)?(?:\w\w+:)?)(?:~|[A-Za-z]:)?[/\\].*?([
 PATH_IN_TEXT = re.compile(
     r"""(?<![^\s'"=:(,])(?:~|[A-Za-z]:)?[/\\](?:[^\s'"/\\]+[/\\])+([^\s'"/\\]*)"""
 )
-# The last four are AutoAttack's parts.
-ATTACKS = {
-    "natural": "Natural",
-    "aa": "AutoAttack",
-    "fgsm": "FGSM",
-    "apgd-ce": "APGD-CE",
-    "apgd-t": "APGD-T",
-    "fab-t": "FAB-T",
-    "square": "Square",
-}
 DATA = {**WRITTEN, "digits": "handwritten digits"}
 
 
@@ -38,15 +29,6 @@ def data_name(data: str) -> str:
     if data.startswith("folder:"):
         return data.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
     return DATA.get(data, short(data))
-
-
-def attack_name(attack: str) -> str:
-    """Return ``PGD-20`` for ``pgd20`` and the like."""
-    steps = re.fullmatch(r"(pgd|cw)(\d+)(-t)?", attack)
-    if steps:
-        targeted = ", targeted" if steps[3] else ""
-        return f"{'PGD' if steps[1] == 'pgd' else 'C&W'}-{steps[2]}{targeted}"
-    return ATTACKS.get(attack, attack)
 
 
 def class_name(classes: list[str], index: int) -> str:

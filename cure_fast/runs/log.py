@@ -1,16 +1,21 @@
-"""The record of a run: ``metrics.jsonl``, one plain line per epoch, and other receivers."""
+"""The record of a run: ``metrics.jsonl`` and ``.csv``, a line per epoch, and other receivers."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cure_fast.console import say, warn
+from cure_fast.config.attack_names import attack_name
+from cure_fast.console import warn
 from cure_fast.errors import InputError
 from cure_fast.files import replacing
+from cure_fast.progress import Progress
+from cure_fast.progress import duration as duration
 from cure_fast.runs.sinks import open_sinks
 from cure_fast.step.method import Terms
 
@@ -21,7 +26,8 @@ class RunLog:
     Every row of ``metrics.jsonl`` is one JSON object with ``event`` (``step`` or ``epoch``) and
     ``stage``. A row is complete or absent for a reader, but for the last one of a killed run. Of
     the stage's rows those of steps below ``upto_step`` stay, and those of epochs up to
-    ``upto_epoch``: a resumed run writes the others again.
+    ``upto_epoch``: a resumed run writes the others again. ``progress`` has a part of the stage's
+    name, with a round for each epoch.
 
     Raises:
         InputError: if the rows that are there already are damaged.
@@ -36,23 +42,26 @@ class RunLog:
         epochs: int,
         tensorboard: bool,
         wandb: str | None = None,
+        trackio: str | None = None,
         upto_step: int,
         upto_epoch: int,
+        progress: Progress | None = None,
     ) -> None:
         self.stage = stage
         self.epochs = epochs
+        self.progress = progress or Progress()
         path = folder / "metrics.jsonl"
         kept = drop_rows_from(path, stage, upto_step, upto_epoch)
+        self.finished = [row for row in kept if row["event"] == "epoch"]
         # A finished epoch has the number of the step that comes next, and is not written again.
-        ended = [
-            r for r in kept if (r["event"], r["stage"], r["step"]) == ("epoch", stage, upto_step)
-        ]
+        ended = [r for r in self.finished if (r["stage"], r["step"]) == (stage, upto_step)]
         self.rows = RowWriter(path)
         self.sinks = open_sinks(
             folder,
             stage,
             tensorboard=tensorboard,
             wandb=wandb,
+            trackio=trackio,
             start=upto_step,
             known=epoch_scalars(ended[-1]) if ended else {},
         )
@@ -73,7 +82,11 @@ class RunLog:
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the row of a finished epoch and print its line."""
         self._tell("epoch", row, epoch_scalars(row))
-        say(epoch_line(self.stage, self.epochs, row))
+        self.finished.append({"stage": self.stage, **row})
+        # Written anew next time, and metrics.jsonl has its content and warns.
+        with suppress(OSError):
+            write_table(self.rows.path.with_suffix(".csv"), self.finished)
+        self.progress.line(epoch_line(self.stage, self.epochs, row))
 
     def close(self) -> None:
         """Close the files and the other receivers."""
@@ -142,6 +155,20 @@ class RowWriter:
         self.waiting = []
 
 
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a row for each finished epoch as CSV, whole or not at all.
+
+    It follows from the rows alone, so that a resumed run's is that of one that was never stopped.
+    """
+    told = ("stage", "epoch", "step", "seconds")
+    flat = [{name: row.get(name) for name in told} | epoch_scalars(row) for row in rows]
+    columns = dict.fromkeys(name for row in flat for name in row)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(flat)
+
+
 def write_all(handle: int, data: bytes) -> None:
     """Write all bytes to a file descriptor, in as many pieces as the system takes."""
     view = memoryview(data)
@@ -190,26 +217,11 @@ def epoch_line(stage: str, epochs: int, row: dict[str, Any]) -> str:
     for network, found in validations(row).items():
         parts.append(f"{network} natural {found['natural']:.1f} %")
         if found["robust"] is not None:
-            parts.append(f"{network} {found['attack']} {found['robust']:.1f} %")
+            parts.append(f"{network} {attack_name(found['attack'])} {found['robust']:.1f} %")
         if "fgsm" in found:
-            parts.append(f"{network} fgsm {found['fgsm']:.1f} %")
+            parts.append(f"{network} FGSM {found['fgsm']:.1f} %")
     parts += [f"lr {row['lr']:.4f}", f"{row['images_per_s']:,.0f} images/s"]
-    left = (epochs - row["epoch"]) * row["seconds"]
-    if left:
-        parts.append(f"{duration(left)} left")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in the two largest units that say something."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

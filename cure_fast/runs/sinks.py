@@ -1,20 +1,26 @@
-"""TensorBoard and Weights & Biases as receivers of numbers that cannot stop training."""
+"""TensorBoard, Weights & Biases and trackio as receivers that cannot stop training."""
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+
+from cure_fast.config.attack_names import attack_name
 from cure_fast.console import warn
 from cure_fast.errors import CureFastError
 
-# Where a run folder keeps the name under which Weights & Biases knows it.
+# Where a run folder keeps the name under which Weights & Biases and trackio know it.
 WANDB_ID = "wandb-run-id"
 # Longest part of a folder's name in it; the service allows 64 characters in all.
 NAME_PART = 48
@@ -30,14 +36,19 @@ class GuardedSink:
     whole program to stop: ``KeyboardInterrupt`` and this project's own errors.
     """
 
-    def __init__(self, title: str, opens: Callable[[], TensorBoard | WandB]) -> None:
+    def __init__(self, title: str, opens: Callable[[], TensorBoard | Tracker]) -> None:
         self.title = title
-        self.sink: TensorBoard | WandB | None = self._guarded(opens)
+        self.sink: TensorBoard | Tracker | None = self._guarded(opens)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Pass the values of a step on, where the sink still works."""
         if self.sink is not None:
             self._guarded(self.sink.scalars, step, values)
+
+    def results(self, found: FinalResults) -> None:
+        """Pass the results of the test on, where the sink still works."""
+        if self.sink is not None:
+            self._guarded(self.sink.results, found)
 
     def close(self) -> None:
         """Close the sink, where it still works."""
@@ -56,6 +67,37 @@ class GuardedSink:
                 f"{self.title} failed and is off from here, training goes on: "
                 f"{type(error).__name__}{': ' if told else ''}{told}"
             )
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """What a finished run sends: percentages by name, pictures uint8 [H, W, 3], and its report."""
+
+    accuracies: dict[str, float]
+    pictures: dict[str, np.ndarray]
+    report: Path
+
+
+def final_results(
+    record: Mapping[str, Any], examples: Mapping[str, np.ndarray], report: Path
+) -> FinalResults:
+    """Return what is sent of a record and its pictures.
+
+    Accuracies of the run's result go without its name, as validation's do, so that runs of several
+    methods are compared by the same names.
+    """
+    accuracies = {
+        f"test/{'' if key == 'trained' else f'{key}/'}{attack_name(attack)}": result["accuracy"]
+        for key, entry in record["models"].items()
+        for attack, result in entry["attacks"].items()
+    }
+    # A row of images side by side each.
+    pictures = {
+        f"pictures/{name}": (255 * np.concatenate(list(images), axis=1)).round().astype(np.uint8)
+        for name, images in examples.items()
+        if name == "natural" or name.endswith("_adversarial")
+    }
+    return FinalResults(accuracies, pictures, report)
 
 
 class TensorBoard:
@@ -83,13 +125,29 @@ class TensorBoard:
         self.writer = RecordWriter(new_events(folder).open("xb"))
         self._write(file_version="brain.Event:2")
         self._write(step=start, session_log=log(status=log.START))
+        self.step = start
         if known:
             self.scalars(start, known)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step as one event."""
+        self.step = step
         shown = [self.summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
         self._write(step=step, summary=self.summary(value=shown))
+
+    def results(self, found: FinalResults) -> None:
+        """Add the accuracies as numbers, and the pictures; a report has no place there."""
+        from PIL import Image
+
+        self.scalars(self.step, found.accuracies)
+        for name, pixels in found.pictures.items():
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "png")
+            height, width, depth = pixels.shape
+            picture = self.summary.Image(height=height, width=width, colorspace=depth)
+            picture.encoded_image_string = data.getvalue()
+            value = self.summary.Value(tag=name, image=picture)
+            self._write(step=self.step, summary=self.summary(value=[value]))
 
     def close(self) -> None:
         """Close the file."""
@@ -111,42 +169,70 @@ def new_events(folder: Path) -> Path:
     return folder / f"{start}{max(int(time.time()), *behind, 0):010d}.cure-fast"
 
 
-class WandB:
-    """A run of Weights & Biases; a resumed run folder goes on in the same one.
+class Tracker:
+    """A run of a tracking package; a resumed run folder goes on in the same one.
 
     The folder gives its name and, where it holds one, the configuration.
 
     Raises:
-        ImportError: if the package wandb is not installed.
-        Exception: whatever ``wandb.init`` throws, such as for a missing login.
+        ImportError: if the package is not installed.
+        Exception: whatever its ``init`` throws, such as for a missing login.
     """
+
+    package: ClassVar[str]
 
     def __init__(self, folder: Path, project: str) -> None:
         try:
-            import wandb  # pyright: ignore[reportMissingImports]
+            self.module: Any = importlib.import_module(self.package)
         except ImportError as error:
             raise ImportError(
-                f"{error}; `pip install wandb` installs it, leaving out --wandb goes without"
+                f"{error}; `pip install {self.package}` installs it, leaving out --{self.package} "
+                "goes without"
             ) from error
         settings = folder / "config.json"
         config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
-        self.run = wandb.init(
-            project=project,
-            name=folder.resolve().name,
-            id=wandb_id(folder),
-            config=config,
-            dir=str(folder),
-            resume="allow",
-            settings=bounded_waits(wandb),
+        self.run: Any = self.module.init(
+            project=project, config=config, resume="allow", **self.identity(folder)
         )
+
+    def identity(self, folder: Path) -> dict[str, Any]:
+        """Return by what the package knows the folder's run."""
+        return {"name": wandb_id(folder)}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step; the service ignores steps it has had already."""
         self.run.log(dict(values), step=step)
 
+    def results(self, found: FinalResults) -> None:
+        """Log the accuracies, which become the run's summary, the pictures and the report."""
+        shown = {name: self.module.Image(pixels) for name, pixels in found.pictures.items()}
+        page = self.module.Html(found.report.read_text(encoding="utf-8"))
+        self.run.log({**found.accuracies, **shown, "report": page})
+
     def close(self) -> None:
         """Send what is held back and end the run."""
         self.run.finish()
+
+
+class WandB(Tracker):
+    """A run of Weights & Biases."""
+
+    package = "wandb"
+
+    def identity(self, folder: Path) -> dict[str, Any]:
+        """Return the folder's name and identifier, and what else this service takes."""
+        return {
+            "name": folder.resolve().name,
+            "id": wandb_id(folder),
+            "dir": str(folder),
+            "settings": bounded_waits(self.module),
+        }
+
+
+class Trackio(Tracker):
+    """A run of trackio, which knows it by its name alone, and takes steps as often as they come."""
+
+    package = "trackio"
 
 
 def bounded_waits(wandb: Any) -> Any:
@@ -183,13 +269,14 @@ def open_sinks(
     *,
     tensorboard: bool,
     wandb: str | None,
+    trackio: str | None = None,
     start: int,
     known: Mapping[str, float],
 ) -> list[GuardedSink]:
     """Return the sinks that are wanted, each guarded.
 
     TensorBoard gets a folder for each stage; see :class:`TensorBoard` for ``start`` and ``known``.
-    ``wandb`` is a project of Weights & Biases.
+    ``wandb`` is a project of Weights & Biases, ``trackio`` one of that.
     """
     sinks = []
     if tensorboard:
@@ -197,4 +284,6 @@ def open_sinks(
         sinks.append(GuardedSink("TensorBoard", lambda: TensorBoard(events, start, known)))
     if wandb is not None:
         sinks.append(GuardedSink("Weights & Biases", lambda: WandB(folder, wandb)))
+    if trackio is not None:
+        sinks.append(GuardedSink("trackio", lambda: Trackio(folder, trackio)))
     return sinks

@@ -6,14 +6,14 @@ import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cure_fast.config import Config
-from cure_fast.console import say, warn
+from cure_fast.console import Transcript, keep, say, transcript, warn
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
@@ -23,6 +23,7 @@ from cure_fast.methods import check_config, find_method
 from cure_fast.models import MODELS, ImageClassifier
 from cure_fast.models.building import check_takes
 from cure_fast.models.weights import load_into, read_weights
+from cure_fast.progress import Progress, duration
 from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device, warn_of_emulation
 from cure_fast.runs.folder import (
@@ -34,10 +35,13 @@ from cure_fast.runs.folder import (
     run_folder,
     start_record,
 )
+from cure_fast.runs.sinks import final_results
 from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
+from cure_fast.training.opening import opening
+from cure_fast.training.plan import plan_job
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
 from cure_fast.training.teachers import check_sources, copy_name, keep_teachers, read_teachers
 from cure_fast.training.trainer import build_run
@@ -70,7 +74,16 @@ def train(
             "--override: expected --resume with it, got --override alone. "
             "Add --resume to continue a run, or leave --override out."
         )
-    device = choose_device(config.run.device)
+    with transcript() as printed:
+        keep(opening(config))
+        return run_job(config, resume, override, stop, printed)
+
+
+def run_job(
+    config: Config, resume: bool, override: bool, stop: StopSignals, printed: Transcript
+) -> Path:
+    """Run the job of :func:`train`, whose text is kept in the run folder."""
+    progress, device = Progress(), choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
     warn_of_emulation(config.run.amp, device)
@@ -91,13 +104,19 @@ def train(
                 batch_size=config.optim.batch_size,
                 recorded=recorded_threads(named) if resume else None,
             )
+            plan_job(progress, config, data)
     except Interrupted as error:
         again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
     with own_folder(config, resume=resume) as folder, threads(number):
+        say(f"run folder: {folder}")
         kept = {"device": device, "changes": list(changes.values())}
-        record = partial(start_record, folder, config, loader.reason, **kept)
+
+        def record() -> None:
+            start_record(folder, config, loader.reason, **kept)
+            printed.write_to(folder / "console.log")
+
         # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a
         # checkpoint when that has been read and fits: a folder that is refused stays as it was, and
         # can be resumed with its own configuration.
@@ -114,20 +133,44 @@ def train(
                 forget_best(run, changes)
                 record()
 
-        stage = Stage("train", config, data, folder, device, stop, begin, teachers)
+        number = len(progress.stages) - 1
+        stage = Stage(
+            "train", config, data, folder, device, stop, progress, number, begin, teachers
+        )
         try:
-            results = run_stages(stage, model, loader)
+            with progress:
+                results, examples = run_stages(stage, model, loader)
             with stop.at_once():
-                print_results(results)
-                # Drawing the page takes what training does not.
-                from cure_fast.report import write_report
-
-                say(f"report: {write_report(folder)}")
+                tell_end(stage, results, examples)
         except (StoppedError, Interrupted) as error:
             why = error if isinstance(error, StoppedError) else "stopped by a signal"
             remedy = f"continue with: cure-fast train {folder} --resume"
             raise StoppedError(f"{why}; {remedy}") from error
+        finally:
+            for sink in stage.sinks:
+                sink.close()
     return folder
+
+
+def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarray]) -> None:
+    """Print the results and what can be done next; write the report, and send all that."""
+    # Drawing the page takes what training does not.
+    from cure_fast.report import write_report
+
+    folder = stage.folder
+    print_results(results)
+    report = write_report(folder)
+    say(f"report: {report}")
+    for sink in stage.sinks:
+        sink.results(final_results(results, examples, report))
+    say(f"took {duration(stage.progress.elapsed)}; next:")
+    count, attacks = results["test_images"], results["models"]["trained"]["attacks"]
+    if attacks.get("aa", {}).get("count") != count:
+        say(
+            f"  cure-fast eval {folder} --attacks aa --aa-limit all  # AutoAttack, {count:,} images"
+        )
+    say(f"  cure-fast export {folder} --format onnx  # the network for other programs")
+    say(f"  cure-fast report {folder}  # writes the report again")
 
 
 def check_attention(config: Config, model: ImageClassifier) -> None:
@@ -154,6 +197,8 @@ def prepare(
     if alarm := step_alarm(config):
         warn(alarm)
     model = new_model(config, len(data.train.classes), data.train.image_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"network: {config.model.model}, {parameters:,} parameters, on {device_name(device)}")
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
         load_into(model, model.adapted(read_weights(given)), source=str(given))
@@ -198,15 +243,27 @@ def forget_best(run: TrainState, changes: Iterable[str]) -> None:
         say(f"--override: the best epoch is chosen anew from here, as {', '.join(found)} changed")
 
 
-def run_stages(stage: Stage, model: ImageClassifier, loader: Loader) -> dict[str, Any]:
+def run_stages(
+    stage: Stage, model: ImageClassifier, loader: Loader
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Take the start, train and evaluate, each from where an earlier call left it."""
     keep_teachers(stage.config, stage.teachers, stage.folder)
     take_start(stage, model)
     train_stage(stage, model, loader)
+    stage.progress.begin(stage.number + 1)
     measured, examples = measure_run(
-        stage.folder, stage.config, stage.data.test, stage.device, stage.stop
+        stage.folder, stage.config, stage.data.test, stage.device, stage.stop, stage.progress
     )
-    return keep_results(stage.folder, stage.config, measured, examples).record or measured
+    kept = keep_results(stage.folder, stage.config, measured, examples)
+    return kept.record or measured, examples
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is, in words."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"the CPU with {threads} thread{'s' if threads != 1 else ''}"
 
 
 def set_determinism(deterministic: bool) -> None:

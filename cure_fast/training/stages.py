@@ -20,14 +20,17 @@ from cure_fast.console import say
 from cure_fast.engine import engine_asked
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluation.evaluate import evaluate
+from cure_fast.evaluation.results import expect_autoattack
 from cure_fast.files import clear_unfinished, file_hash, locked, user_path
-from cure_fast.loaders import ImageSet, Loader
+from cure_fast.loaders import Loader
 from cure_fast.models import ImageClassifier
 from cure_fast.models.building import build_for_data
 from cure_fast.models.weights import load_into, read_weights, save_weights
+from cure_fast.progress import Progress
 from cure_fast.runs.checkpoint import has_checkpoints, load_checkpoint, tidy_checkpoints
 from cure_fast.runs.environment import choose_dtype
 from cure_fast.runs.log import RunLog, drop_rows_from
+from cure_fast.runs.sinks import GuardedSink
 from cure_fast.signals import StopSignals
 from cure_fast.step.random_state import seed_all
 from cure_fast.step.state import TrainState
@@ -49,8 +52,10 @@ class Stage:
     Attributes:
         name: ``pretrain`` or ``train``, as in ``metrics.jsonl``.
         folder: receives metrics, weights and checkpoints.
+        progress: what the job has to do, of which the stage is ``number``.
         begin: called with what is trained, once it is set up and before its first step; may refuse
             with ``InputError``.
+        sinks: what the stage opened to receive its numbers, to be closed by the job.
     """
 
     name: str
@@ -59,8 +64,11 @@ class Stage:
     folder: Path
     device: torch.device
     stop: StopSignals
+    progress: Progress
+    number: int = 1
     begin: Callable[[TrainState], None] = lambda run: None
     teachers: Mapping[str, ImageClassifier] = field(default_factory=dict)
+    sinks: list[GuardedSink] = field(default_factory=list)
 
 
 def new_model(config: Config, num_classes: int, image_size: int | None = None) -> ImageClassifier:
@@ -104,7 +112,7 @@ def pretrain(stage: Stage, model: ImageClassifier) -> Path:
     The cache's key is all that decides the weights. The stage's epochs are copied into the run's
     metrics, so that its report shows them whether they ran now or earlier.
     """
-    staged = natural_stage(stage.config)
+    staged, progress = natural_stage(stage.config), stage.progress
     key = pretrain_key(staged, model, stage.data, stage.device)
     cached = user_path(staged.run.cache, "--cache") / "pretrained" / key
     cached.mkdir(parents=True, exist_ok=True)
@@ -121,7 +129,9 @@ def pretrain(stage: Stage, model: ImageClassifier) -> Path:
             train = stage.data.train
             fresh = new_model(staged, len(train.classes), train.image_size)
             loader = open_loader(staged, stage.data, stage.device)
-            natural = Stage("pretrain", staged, stage.data, cached, stage.device, stage.stop)
+            natural = Stage(
+                "pretrain", staged, stage.data, cached, stage.device, stage.stop, progress
+            )
             train_stage(natural, fresh, loader)
             done.touch()
         # Also where an earlier run had finished and was killed before or while it did this.
@@ -202,7 +212,7 @@ def natural_stage(config: Config) -> Config:
             clip_grad=plain.clip_grad,
         ),
         # What is logged elsewhere belongs to a run, and the cache to none.
-        run=replace(config.run, tensorboard=False, wandb=None),
+        run=replace(config.run, tensorboard=False, wandb=None, trackio=None),
     )
 
 
@@ -218,6 +228,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         say(f"engine: eager, as the fast one cannot take this run: {run.engine.reason}")
     elif run.engine.name == "fast":
         say("engine: fast")
+    stage.progress.begin(stage.number)
     checkpoints = stage.folder / "checkpoints"
     # A folder without a single finished checkpoint is of a run that was killed before its first.
     resumed = has_checkpoints(checkpoints)
@@ -234,15 +245,18 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         epochs=config.optim.epochs,
         tensorboard=config.run.tensorboard,
         wandb=config.run.wandb,
+        trackio=config.run.trackio,
         upto_step=run.step,
         upto_epoch=run.epoch - (run.pending is not None),
+        progress=stage.progress,
     )
+    stage.sinks.extend(log.sinks)
     save = Saver(stage.folder, config)
     try:
         fit(
             run,
             log,
-            validate=lambda run, network: validate(run, network, stage.data.val, stage.stop),
+            validate=lambda run, network: validate(run, network, stage),
             save=save,
             stop=stage.stop,
         )
@@ -251,7 +265,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         way_on = AFRESH if stage.name == "pretrain" else save.way_on()
         raise DivergedError(f"{error} {advice(stage)} {way_on}") from error
     finally:
-        log.close()
+        log.rows.close()
         # Engine and run hold one another, and graphs hold the memory of a step.
         run.engine.forget()
 
@@ -291,9 +305,7 @@ def continue_from(run: TrainState, checkpoints: Path) -> None:
         )
 
 
-def validate(
-    run: TrainState, network: str, val: ImageSet, stop: Callable[[], bool]
-) -> dict[str, Any]:
+def validate(run: TrainState, network: str, stage: Stage) -> dict[str, Any]:
     """Return a network's natural and robust accuracy in percent on the validation split.
 
     ``robust_by_class`` has an entry for each class that the split has images of. ``fgsm`` is there
@@ -302,6 +314,8 @@ def validate(
     """
     robust = f"pgd{run.config.eval.val_attack_steps}" if run.method.uses_attack else None
     attack, one_step = run.config.attack, in_one_step(run)
+    val, progress = stage.data.val, stage.progress
+    title = f"{stage.name} epoch {run.epoch}/{run.config.optim.epochs}, validation"
     step = attack.step_length
     try:
         results = evaluate(
@@ -316,10 +330,17 @@ def validate(
             batch_size=run.config.eval.eval_batch_size,
             device=run.device,
             seed=run.config.run.seed,
-            stop=stop,
+            stop=stage.stop,
+            work=lambda spec: progress.work(
+                f"{stage.name}/{network}/{spec.name}", title, round=run.epoch - 1
+            ),
         )
     except DivergedError as error:
         raise DivergedError(f"after epoch {run.epoch}: {error}") from error
+    if robust and network == run.result:
+        # AutoAttack on the test images will meet about as many that are robust.
+        shares = results["natural"].accuracy, results[robust].accuracy
+        expect_autoattack(progress, "trained", run.config.eval, stage.data.test, *shares)
     by_class = [p for p in results[robust or "natural"].by_class if p is not None]
     return {
         "natural": results["natural"].accuracy,

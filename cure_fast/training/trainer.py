@@ -17,7 +17,6 @@ from cure_fast.loaders import Loader
 from cure_fast.methods import find_method, result_of
 from cure_fast.models import ImageClassifier, protect_pointwise
 from cure_fast.policies import find_policy
-from cure_fast.progress import track
 from cure_fast.runs.log import RunLog
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
@@ -118,13 +117,12 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
     """
     config = run.config
     started, images = time.monotonic(), 0
-    total = run.loader.num_images
     title = f"{log.stage} epoch {run.epoch + 1}/{config.optim.epochs}"
     with (
-        track(title, total) as advance,
+        log.progress.work(log.stage, title, round=run.epoch) as work,
         run.loader.epoch(run.epoch, start_batch=run.batch) as batches,
     ):
-        advance(run.batch * config.optim.batch_size)
+        work.advance(run.batch * config.optim.batch_size, skip=True)
         for batch in batches:
             lr, terms = next_step(run, batch)
             watch_step(run, batch, stage=log.stage)
@@ -133,7 +131,7 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
                 epoch = (run.position - 1) / run.loader.batches_per_epoch
                 log.step(done, epoch, lr, terms, skipped=run.skipped)
             images += len(batch)
-            advance(len(batch))
+            work.advance(len(batch))
             if stop():
                 raise StoppedError("stopped by a signal")
     run.engine.flush()

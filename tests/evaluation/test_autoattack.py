@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from cure_fast import progress
 from cure_fast.evaluation.autoattack import (
     attack_batch,
     autoattack_settings,
+    most_passes,
     note,
     run_autoattack,
 )
@@ -20,7 +22,7 @@ from cure_fast.evaluation.trust import Guard
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(model, images, labels, *, eps, batch_size=32, queries=30, num_classes=4):
+def run(model, images, labels, *, eps, batch_size=32, queries=30, num_classes=4, work=None):
     guard = Guard(model.eval(), num_classes=num_classes)
     guard.requires_grad_(False)
 
@@ -33,7 +35,7 @@ def run(model, images, labels, *, eps, batch_size=32, queries=30, num_classes=4)
     with torch.no_grad():
         x, y = load(torch.arange(len(images)))
         correct = guard(x).argmax(dim=1) == y
-        return run_autoattack(guard, load, correct, settings=settings)
+        return run_autoattack(guard, load, correct, settings=settings, work=work)
 
 
 def test_each_attack_gets_the_numbers_of_the_standard_version(monkeypatch):
@@ -185,6 +187,56 @@ def test_square_that_breaks_what_gradients_cannot_is_told(linear, data):
     broken = outcome.robust_after["fab-t"] - outcome.robust_after["square"]
     assert broken > 0
     assert any(t.startswith(f"square: broke {broken} of 24 images") for t in outcome.warnings)
+
+
+class Told:
+    """Work that keeps what it is told: notes, passes that are done, and those expected then."""
+
+    def __init__(self):
+        self.notes, self.done, self.expected = [], 0.0, []
+
+    def advance(self, images, note="", *, skip=False):
+        self.notes.append(note)
+        self.done += images
+
+    def expect(self, passes):
+        self.expected.append(self.done + passes)
+
+
+def test_it_tells_how_far_it_is_and_what_it_takes_at_most(linear, data):
+    model = linear()
+    images, labels = data(model, 12, wrong=2)
+    told = Told()
+    outcome = run(model, images, labels, eps=0.02, work=told)
+    assert torch.equal(outcome.robust, model.robust(images, labels, 0.02))
+    assert 0 < int(outcome.robust.sum()) < 10
+    words = [": APGD-CE (1 of 4), iteration 1 of 102, images left: 10, "]
+    words += [f": APGD-T (2 of 4), target {n} of 3, " for n in (1, 2, 3)]
+    words += [f": FAB-T (3 of 4), target {n} of 3, " for n in (1, 2, 3)]
+    words += [": Square (4 of 4), query 2 of 30, "]
+    places = [[n for n, note in enumerate(told.notes) if note.startswith(word)] for word in words]
+    assert all(places) and [found[0] for found in places] == sorted(f[0] for f in places)
+    settings = autoattack_settings(eps=0.02, num_classes=4, batch_size=32, seed=0)
+    most = most_passes(10, 10, settings | {"square_queries": 30})
+    # A bound, to what it took; the looks at the model beforehand add a little.
+    assert told.done <= told.expected[-1] + 1
+    assert told.expected[0] == pytest.approx(told.done, rel=0.1)
+    assert told.expected[0] == pytest.approx(most, rel=0.1)
+
+
+def test_a_log_has_a_line_of_it_each_minute(linear, data, monkeypatch, capsys):
+    seconds = iter(range(10**9))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    model = linear()
+    images, labels = data(model, 8)
+    job = progress.Progress()
+    job.plan("aa", progress.Part("autoattack", (1.0,), 0, bound=True))
+    with job.work("aa", "AutoAttack, CURE") as work:
+        run(model, images, labels, eps=0.01, work=work)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert all(line.startswith("AutoAttack, CURE: ") and " images left: " in line for line in lines)
+    assert all(" elapsed, AutoAttack up to " in line for line in lines[:9])
 
 
 def test_warnings_that_differ_in_numbers_are_one():

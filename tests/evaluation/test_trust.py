@@ -175,12 +175,15 @@ def test_results_in_order_have_no_sign():
 @pytest.mark.parametrize(
     ("worse", "start"),
     [
-        (result("pgd20", 560), "pgd20: accuracy 56.0 % is above that of the weaker pgd10"),
-        (result("aa", 540), "aa: accuracy 54.0 % is above that of the weaker cw20"),
-        (result("pgd20", 640), "pgd20: accuracy 64.0 % is above that of the weaker fgsm"),
-        (result("pgd10", 851), "pgd10: more images right (851) than without an attack"),
-        (result("aa", 380), "pgd100: AutoAttack is 17.2 points lower"),
-        (result("aa", 70, count=100), "aa: accuracy 70.0 % is above that of the weaker cw20"),
+        (result("pgd20", 560), "PGD-20: accuracy 56.0 % is above that of the weaker PGD-10"),
+        (result("aa", 540), "AutoAttack: accuracy 54.0 % is above that of the weaker C&W-20"),
+        (result("pgd20", 640), "PGD-20: accuracy 64.0 % is above that of the weaker FGSM"),
+        (result("pgd10", 851), "PGD-10: more images right (851) than without an attack"),
+        (result("aa", 380), "PGD-100: AutoAttack is 17.2 points lower"),
+        (
+            result("aa", 70, count=100),
+            "AutoAttack: accuracy 70.0 % is above",
+        ),
     ],
 )
 def test_results_out_of_order_are_told(worse, start):
@@ -208,7 +211,7 @@ def test_eps_zero_must_be_natural():
     same = result("pgd20", 850, settings={"eps": 0.0})
     assert trust_warnings(by_name(natural, same)) == []
     (told,) = trust_warnings(by_name(natural, result("pgd20", 849, settings={"eps": 0.0})))
-    assert told == "pgd20: eps is 0, yet the accuracy is not the natural one"
+    assert told == "PGD-20: eps is 0, yet the accuracy is not the natural one"
 
 
 def test_a_warning_of_several_attacks_is_told_once():
@@ -218,4 +221,4 @@ def test_a_warning_of_several_attacks_is_told_once():
             result("cw20", 500, warnings=("masked",), reliable=False),
         )
     )
-    assert told == ["pgd20, cw20: masked", "pgd20: weak"]
+    assert told == ["PGD-20, C&W-20: masked", "PGD-20: weak"]

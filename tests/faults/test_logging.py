@@ -49,8 +49,11 @@ def check_unaffected(folder, plain):
 class FakeWandB(types.ModuleType):
     """Stands for the package: counts calls and raises `error` at call `at` of `method`."""
 
-    def __init__(self, method="", error=None, at=1):
-        super().__init__("wandb")
+    Image = staticmethod(lambda pixels: ("picture", pixels.shape, pixels.dtype.name))
+    Html = staticmethod(lambda text: ("page", text))
+
+    def __init__(self, method="", error=None, at=1, package="wandb"):
+        super().__init__(package)
         self.method, self.error, self.at = method, error, at
         self.calls, self.settings, self.logged = dict.fromkeys(("init", "log", "finish"), 0), [], []
 
@@ -64,7 +67,7 @@ class FakeWandB(types.ModuleType):
         self.settings.append(settings)
         return self
 
-    def log(self, values, step):
+    def log(self, values, step=None):
         self.count("log")
         self.logged.append((step, values))
 
@@ -77,6 +80,7 @@ FAULTS = {
     "leaves the program": ("init", SystemExit(1), 1),
     "third call": ("log", OSError(errno.ENOSPC, "No space left on device"), 3),
     "each call": ("log", ValueError(), 1),
+    "no pictures": ("log", ValueError("a picture"), 5),
     "at the end": ("finish", ConnectionError("no network"), 1),
 }
 
@@ -151,11 +155,57 @@ def test_the_service_gets_the_run(base, plain, monkeypatch):
     assert settings["config"] == json.loads((folder / "config.json").read_text())
     assert settings["id"].startswith("Lauf-1-") and settings["id"].isascii()
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl") if row["stage"] == "train"]
-    assert [step for step, _ in service.logged] == steps
+    assert [step for step, _ in service.logged] == [*steps, None]
+    check_results(service.logged[-1][1], folder)
     assert {"step/total", "epoch/total", "validation/robust"} <= {
         name for _, values in service.logged for name in values
     }
     assert service.calls["finish"] == 1
+
+
+def check_results(sent, folder):
+    """The accuracies of the run and of its start, pictures of both, and the page."""
+    models = json.loads((folder / "results.json").read_text())["models"]
+    assert sent["test/Natural"] == models["trained"]["attacks"]["natural"]["accuracy"]
+    assert sent["test/start/Natural"] == models["start"]["attacks"]["natural"]["accuracy"]
+    assert sent["report"] == ("page", (folder / "report.html").read_text())
+    names = ("natural", "trained_adversarial", "start_adversarial")
+    for name in names:
+        assert sent[f"pictures/{name}"] == ("picture", (8, 8 * 8, 3), "uint8")
+
+
+def test_trackio_is_a_receiver_of_the_same_interface(base, plain, monkeypatch):
+    service = FakeWandB(package="trackio")
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    folder = tiny_run(base, "trackio", trackio="project")
+    check_unaffected(folder, plain)
+    (settings,) = service.settings
+    # It knows a run by its name: that of another folder of the same name is another.
+    assert settings.keys() == {"project", "name", "config", "resume"}
+    assert settings["name"] == wandb_id(folder) and settings["resume"] == "allow"
+    assert service.calls == {"init": 1, "log": 5, "finish": 1}
+    check_results(service.logged[-1][1], folder)
+
+
+def test_trackio_that_is_absent_costs_one_warning(base, plain, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    check_unaffected(tiny_run(base, "no trackio", trackio="project"), plain)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "trackio failed" in warning and "leaving out --trackio goes without" in warning
+
+
+def test_tensorboard_has_results_and_pictures(base, plain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tiny_run(base, "results", tensorboard=True)
+    check_unaffected(folder, plain)
+    read = EventAccumulator(str(folder / "tensorboard" / "train")).Reload()
+    result = json.loads((folder / "results.json").read_text())["models"]["start"]["attacks"]
+    (event,) = read.Scalars("test/start/Natural")
+    assert event.value == pytest.approx(result["natural"]["accuracy"]) and event.step == 3
+    (picture,) = read.Images("pictures/start_adversarial")
+    assert (picture.width, picture.height) == (64, 8)
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_a_folder_keeps_its_name_at_the_service(tmp_path):

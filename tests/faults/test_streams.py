@@ -45,7 +45,7 @@ def test_head_reads_a_line_and_the_run_is_finished(plain, tmp_path):
         text=True,
     )
     first, code = done.stdout.splitlines()
-    assert first.startswith("data: digits") and code == "0", done.stderr
+    assert first.startswith("cure-fast 0.1.0: resnet-small on digits") and code == "0", done.stderr
     assert done.stderr.count("standard output failed") == 1 and "Traceback" not in done.stderr
     check_same(tmp_path / "run", plain)
     assert (tmp_path / "run/results.json").exists() and (tmp_path / "run/report.html").exists()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cure_fast.errors import InputError
-from cure_fast.runs.log import RunLog, drop_rows_from, duration, epoch_line, read_rows
+from cure_fast.runs.log import RunLog, drop_rows_from, epoch_line, read_rows
 
 
 def row(epoch, step):
@@ -37,6 +40,35 @@ def test_rows_come_back_and_the_epoch_prints_a_line(tmp_path, capsys):
     assert [r["event"] for r in rows] == ["step", "epoch"]
     assert rows[0]["terms"] == {"total": 2.0} and rows[1]["validation"]["robust"] == 50.0
     assert capsys.readouterr().out.startswith("train epoch   1/3  loss 1.500  val natural 90.0 %")
+
+
+def test_epochs_are_a_table_that_a_resumed_run_writes_alike(tmp_path):
+    def table(folder, *stops):
+        folder.mkdir()
+        for first, last in pairwise((0, *stops)):
+            log = RunLog(
+                folder, "train", epochs=9, tensorboard=False, upto_step=5 * first, upto_epoch=first
+            )
+            for epoch in range(first + 1, last + 1):
+                found = row(epoch, 5 * epoch)
+                log.epoch(found | ({"validation": None} if epoch == 1 else {}))
+            log.close()
+        return (folder / "metrics.csv").read_text()
+
+    whole = table(tmp_path / "whole", 3)
+    assert table(tmp_path / "broken", 1, 3) == whole
+    # Killed after epoch 2, whose checkpoint was not written.
+    again = tmp_path / "again"
+    table(again, 2)
+    again_log = RunLog(again, "train", epochs=9, tensorboard=False, upto_step=5, upto_epoch=1)
+    for epoch in (2, 3):
+        again_log.epoch(row(epoch, 5 * epoch))
+    assert (again / "metrics.csv").read_text() == whole
+    lines = list(csv.DictReader(whole.splitlines()))
+    assert [(line["stage"], line["epoch"], line["step"]) for line in lines] == [
+        ("train", str(epoch), str(5 * epoch)) for epoch in (1, 2, 3)
+    ]
+    assert [line["validation/robust"] for line in lines] == ["", "50.0", "50.0"]
 
 
 def test_resuming_drops_what_is_written_again(tmp_path):
@@ -129,22 +161,6 @@ def test_steps_left_out_are_told(tmp_path, capsys):
     assert [r.get("skipped") for r in rows] == [2, None, 3, 0]
     first, second = capsys.readouterr().out.splitlines()
     assert "loss 1.500  skipped 3  val" in first and "skipped" not in second
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s")),
-        *((700, "11 min 40 s"), (3725, "1 h 2 min")),
-    ],
-)
-def test_times_read_well(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_the_line_says_how_long_the_stage_still_takes():
-    assert epoch_line("train", 3, row(1, 5)).endswith("2.0 s left")
-    assert "left" not in epoch_line("train", 3, row(3, 15))
 
 
 def test_the_line_of_natural_training_has_no_robust_accuracy():

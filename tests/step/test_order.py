@@ -14,6 +14,7 @@ import tiny_step
 from cure_fast.errors import StoppedError
 from cure_fast.methods.pgd_at import attack, loss
 from cure_fast.policies.average import EmaSettings
+from cure_fast.progress import Progress
 from cure_fast.step.policy import Policy, Wanted
 from cure_fast.training import trainer
 from cure_fast.training.trainer import fit, next_step
@@ -127,7 +128,9 @@ def fit_noting(run, notes, *, validate=None):
     rows = []
     fit(
         run,
-        SimpleNamespace(stage="train", step=lambda *_, **__: None, epoch=rows.append),
+        SimpleNamespace(
+            stage="train", step=lambda *_, **__: None, epoch=rows.append, progress=Progress()
+        ),
         validate=validate or valid,
         save=lambda run, best: notes.append("save"),
         stop=lambda: False,

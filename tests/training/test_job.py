@@ -27,6 +27,7 @@ from cure_fast.signals import StopSignals
 from cure_fast.step.policy import Policy
 from cure_fast.training import stages
 from cure_fast.training.job import train
+from cure_fast.training.opening import opening
 from killing import same_end
 from moments import hold_at
 from processes import start
@@ -41,9 +42,11 @@ def test_a_run_leaves_the_whole_record(tmp_path, capsys):
     assert names == {
         "checkpoints",
         "config.json",
+        "console.log",
         "environment.json",
         "evaluation",
         "examples.npz",
+        "metrics.csv",
         "metrics.jsonl",
         "model.safetensors",
         "report.html",
@@ -72,7 +75,11 @@ def test_a_run_leaves_the_whole_record(tmp_path, capsys):
     with np.load(folder / "examples.npz") as arrays:
         assert arrays["natural"].shape == arrays["trained_adversarial"].shape
     output = capsys.readouterr().out
-    assert "train epoch   2/2" in output and "report:" in output and "trained pgd2:" in output
+    assert "train epoch   2/2" in output and "report:" in output
+    assert "CURE: " in output and "before CURE: " in output and "% under PGD-2 (" in output
+    kept = (folder / "console.log").read_text()
+    opened, rest = kept.split("\n", 1)
+    assert opened == opening(config) and rest == output
 
 
 def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path):

@@ -98,13 +98,13 @@ def scripted(monkeypatch, scores):
     """
     shown = {}
 
-    def validate(run, network, val, stop):
+    def validate(run, network, stage):
         shown[run.epoch] = {
             name: {k: v.detach().clone() for k, v in net.state_dict().items()}
             for name, net in run.all_networks.items()
         }
         natural, robust = scores.get((network, run.epoch)) or scores[run.epoch]
-        return {"natural": natural, "robust": robust, "attack": "pgd1", "count": len(val)}
+        return {"natural": natural, "robust": robust, "attack": "pgd1", "count": 20}
 
     monkeypatch.setattr(stages, "validate", validate)
     return shown
@@ -196,8 +196,12 @@ def test_an_average_that_is_the_result_decides_and_is_what_is_evaluated(
     weights = {entry["weights"] for entry in results["models"].values()}
     assert weights == {file_hash(folder / f"{name}.safetensors") for name in ("model", "raw")}
     output = capsys.readouterr().out
-    assert "ema natural 52.0 %  ema pgd1 25.0 %  raw natural 52.0 %  raw pgd1 30.0 %" in output
-    assert "ema pgd2:" in output and "raw pgd2:" in output and "trained pgd2:" not in output
+    assert "ema natural 52.0 %  ema PGD-1 25.0 %  raw natural 52.0 %  raw PGD-1 30.0 %" in output
+    lines = [
+        line for line in output.splitlines() if "% under PGD-2 (" in line and "; float32" in line
+    ]
+    names = ["TRADES + EMA, ema network: ", "TRADES + EMA, raw network: "]
+    assert [line.startswith(name) for line, name in zip(lines, names, strict=True)] == [True, True]
 
 
 def test_a_network_that_is_evaluated_has_a_best_epoch_and_one_that_is_not_the_results(
@@ -267,10 +271,10 @@ def test_a_stop_between_two_validations_lets_no_policy_act_twice(tmp_path, monke
     whole = train(config("whole"))
     real = stages.validate
 
-    def stopped(run, network, val, stop):
+    def stopped(run, network, stage):
         if (network, run.epoch) == (at, 1):
             raise StoppedError("between the two")
-        return real(run, network, val, stop)
+        return real(run, network, stage)
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "validate", stopped)
@@ -294,7 +298,7 @@ def test_best_and_last_are_both_evaluated_with_their_difference(tmp_path, monkey
     models = json.loads((folder / "results.json").read_text())["models"]
     assert {key: entry["title"] for key, entry in models.items()} == {
         "trained": "TRADES, best epoch 1 of 2",
-        "start": "naturally trained start",
+        "start": "before TRADES (naturally trained)",
         "last": "TRADES, last epoch 2 of 2",
     }
     assert [models[key]["epoch"] for key in models] == [1, None, 2]

@@ -230,7 +230,7 @@ def test_training_against_one_step_is_validated_under_fgsm(tmp_path, monkeypatch
 def scripted(monkeypatch, scores):
     """Let validation return (PGD, FGSM) by network and epoch."""
 
-    def validate(run, network, val, stop):
+    def validate(run, network, stage):
         robust, fgsm = scores[network][run.epoch - 1]
         return {"natural": 90.0, "robust": robust, "attack": "pgd1", "count": 20, "fgsm": fgsm}
 
