@@ -199,11 +199,6 @@ def write_aside(folder: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def shown_name(key: str, network: str | None) -> str:
-    """Return what people read instead of a record's key: the result's network where told."""
-    return network if key == "trained" and network not in (None, "model") else key
-
-
 def model_name(key: str, record: Mapping[str, Any]) -> str:
     """Return what people read instead of a model's key in a record, such as ``before CURE``.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cure_fast.config.checks import format_radius
-from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.evaluation.record import shown_name
+from cure_fast.evaluation.attack_result import AttackResult, strongest
+from cure_fast.evaluation.record import model_name
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from cure_fast.report.record import ModelScores, Record, Results
@@ -44,7 +44,7 @@ def answer(record: Record) -> dict[str, Any]:
     }
     if results is None:
         return {**found, "finished": None, "unfinished": unfinished(record)}
-    found["doubtful"], found["warnings"] = warnings(results, record.label)
+    found["doubtful"], found["warnings"] = warnings(results, record)
     return {**found, "finished": headline(record, results), "unfinished": None}
 
 
@@ -55,16 +55,10 @@ def chosen(config: dict[str, Any]) -> list[Choice]:
     return [choice for choice in (method, *policies) if choice is not None]
 
 
-def strongest(scores: ModelScores) -> AttackResult | None:
-    """Return the score of the strongest attack: AutoAttack's, else the lowest."""
-    others = [score for name, score in scores.attacks.items() if name != "natural"]
-    return max(others, key=lambda s: (s.attack == "aa", -s.accuracy), default=None)
-
-
 def headline(record: Record, results: Results) -> dict[str, Any]:
     """Return the accuracies of the first sentence, of the result and of the start."""
     trained, start = results.models["trained"], results.models.get("start")
-    natural, robust = trained.attacks.get("natural"), strongest(trained)
+    natural, robust = trained.attacks.get("natural"), strongest(trained.attacks)
 
     def shown(scores: ModelScores | None, which: AttackResult | None) -> str | None:
         score = scores.attacks.get(which.attack) if scores and which else None
@@ -88,9 +82,11 @@ def part_of(score: AttackResult, results: Results) -> str | None:
     return None if score.count == results.test_images else f"{score.count:,}"
 
 
-def warnings(results: Results, label: str) -> tuple[list[str], list[str]]:
+def warnings(results: Results, record: Record) -> tuple[list[str], list[str]]:
     """Return what makes scores unreliable, and the other warnings, each once."""
-    names = {shown_name(key, results.network): results.name(key, label) for key in results.models}
+    label = record.label
+    told = {**record.config, "network": results.network}
+    names = {model_name(key, told): results.name(key, label) for key in results.models}
     doubtful, notes = [], []
     for text in results.warnings:
         # They begin with the network as the record calls it.

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.evaluation.record import shown_name
 from cure_fast.methods import labels
 from cure_fast.report.examples import Examples, read_examples
 from cure_fast.report.text import without_folders
@@ -119,8 +118,9 @@ class Results:
             return "naturally trained start"
         if key == "last":
             return f"{label}, last epoch"
-        name = shown_name(key, self.network)
-        return label if name == "trained" else f"{label}, {name} network"
+        if key == "trained" and self.network in (None, "model"):
+            return label
+        return f"{label}, {self.network if key == 'trained' else key} network"
 
     @property
     def attacks(self) -> list[str]:

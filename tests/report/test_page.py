@@ -213,7 +213,7 @@ def test_an_unreliable_result_is_flagged_wherever_it_stands(
 def test_warnings_of_the_evaluation_are_shown(
     page_of: Read, new_run: Make, results: dict[str, Any]
 ) -> None:
-    results["warnings"] = ["trained: PGD-20 leaves fewer images than C&W-20"] * 2
+    results["warnings"] = ["CURE: PGD-20 leaves fewer images than C&W-20"] * 2
     results["models"]["start"]["attacks"]["aa"]["warnings"] = ["check_dynamic did not run"]
     text = page_of(new_run(results=results)).text
     assert text.count("CURE: PGD-20 leaves fewer images than C&W-20") == 1
