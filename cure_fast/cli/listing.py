@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -234,6 +235,31 @@ def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
     }
 
 
+def machine_used(config: Config) -> dict[str, tuple[str, str]]:
+    """Return what ``auto`` comes to on this machine, by field, each with what decides it."""
+    from cure_fast.engine.choose import engine_asked
+    from cure_fast.loaders.ffcv_reader import ffcv_problem
+    from cure_fast.runs.environment import choose_device, choose_dtype
+
+    device = choose_device(config.run.device)
+    dtype = choose_dtype(config.run.amp, device)
+    problem = ffcv_problem()
+    loader = "ffcv" if config.data.loader == "auto" and not problem else config.data.loader
+    if loader == "auto":
+        loader = "resident"
+    cores = len(os.sched_getaffinity(0))
+    workers = {"ffcv": "1", "torch": str(cores)}.get(loader, "-")
+    larger = "; torch where the images take over a quarter of the memory" if problem else ""
+    return {
+        "device": (str(device), "[auto]"),
+        "amp": ("float32" if dtype is None else str(dtype).removeprefix("torch."), "[auto]"),
+        "engine": (engine_asked(config, device), "[auto]"),
+        "loader": (loader, f"[auto{larger}]"),
+        "workers": (workers, f"[of loader {loader}]"),
+        "threads": ("auto", f"1 to {cores}, tried when the run starts"),
+    }
+
+
 def print_config(config: Config, base: Config, published: bool) -> None:
     """Print every field's flag, its value, where that is from if not the default, and choices.
 
@@ -249,7 +275,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
     for name in config.policies:
         print(f"policy: {name} ({find_policy(name).title})")
     official = set_up_of(config) if published else None
-    resolved = attacks_used(config)
+    resolved = {**attacks_used(config), **machine_used(config)}
     plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():
         if vars(part):
@@ -268,7 +294,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
                 told = f"[{official.source}] {told}"
             elif value != usual:
                 told = f"[recipe] {told}"
-            if value is None and name in resolved:
+            if value in (None, "auto") and name in resolved:
                 value, told = resolved[name]
             print(f"  {flag:<26} {as_word(value):<22} {told}".rstrip())
     print("\nWhat names no source is the default.")
