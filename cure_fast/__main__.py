@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cure_fast.cli.ahead import answered
+from cure_fast.cli.ahead import GO_ON, REPEAT, answered
 from cure_fast.console import open_missing_streams, tell
 from cure_fast.errors import StoppedError
 from cure_fast.signals import Interrupted, StopSignals, ignore_signals
@@ -16,10 +16,10 @@ def main() -> int:
     try:
         with StopSignals() as stop, stop.at_once():
             code = answered(sys.argv[1:])
-            if code is None:
+            if code in (GO_ON, REPEAT):
                 from cure_fast.cli.main import main as run
 
-                code = run()
+                code = run(turn="second" if code == GO_ON else "only")
     except Interrupted:
         tell("cure-fast: interrupted")
         code = StoppedError.code

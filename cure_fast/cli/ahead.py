@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from cure_fast.errors import NeedsTorchError
 
 SLOW = ("torch", "triton", "torchvision", "numpy", "safetensors")
-# Exit code of the child where the answer needs what it has not.
-GO_ON = 64
+# Exit codes of the child where something is left to do, and where it has to begin anew.
+GO_ON, REPEAT = 64, 65
 
 
 class _Kind(type):
@@ -78,27 +78,28 @@ class _StandIns:
         """Leave it empty."""
 
 
-def answered(words: Sequence[str]) -> int | None:
-    """Answer what needs no tensors; return the exit code, or None where there is more to do."""
+def answered(words: Sequence[str]) -> int:
+    """Answer what needs no tensors; return the exit code, or :data:`GO_ON` or :data:`REPEAT`."""
     if any(name in sys.modules for name in SLOW):
-        return None
+        return REPEAT
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         _answer(words)
     _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == GO_ON else code
+    return os.waitstatus_to_exitcode(status)
 
 
 def _answer(words: Sequence[str]) -> NoReturn:
     """Answer and end this process."""
-    code = GO_ON
+    code = REPEAT
     try:
         sys.meta_path.insert(0, _StandIns())  # pyright: ignore[reportArgumentType]
         from cure_fast.cli.main import main
 
-        code = main(words, ahead=True)
+        code = main(words, turn="first")
+    except NeedsTorchError:
+        code = GO_ON
     finally:
         # What else there was to raise comes again where torch is torch.
         os._exit(code)

@@ -15,10 +15,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 
@@ -38,6 +39,7 @@ from cure_fast.errors import (
     is_out_of_memory,
 )
 from cure_fast.signals import Interrupted, StopSignals
+from cure_fast.training.opening import opening
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -303,7 +305,7 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
     config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
         return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
-    return partial(run_training, config, **given)
+    return Training(config, **given)
 
 
 def run_comparison(comparison: Comparison) -> None:
@@ -313,14 +315,19 @@ def run_comparison(comparison: Comparison) -> None:
     compare(comparison)
 
 
-def run_training(config: Config, *, resume: bool = False, override: bool = False) -> None:
-    """Train what was configured; say so before torch is imported, which takes seconds."""
-    from cure_fast.training.opening import opening
+@dataclass(frozen=True)
+class Training:
+    """The training of what was configured."""
 
-    say(opening(config))
-    from cure_fast.training.job import train
+    config: Config
+    resume: bool = False
+    override: bool = False
 
-    train(config, resume=resume, override=override)
+    def __call__(self) -> None:
+        """Do it."""
+        from cure_fast.training.job import train
+
+        train(self.config, resume=self.resume, override=self.override)
 
 
 def print_shown(
@@ -347,11 +354,17 @@ def is_light(words: Sequence[str]) -> bool:
     return written or words[0] in ("list", "completion")
 
 
-def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, turn: Literal["first", "second", "only"] = "only"
+) -> int:
     """Run the command line and return its exit code.
 
+    Args:
+        argv: the words after the program's name; None takes those of this process.
+        turn: ``first`` answers ahead of torch and announces what needs it, ``second`` does that.
+
     Raises:
-        NeedsTorchError: if it is ``ahead`` of torch, and there is something to do that needs torch.
+        NeedsTorchError: at the first turn, if there is something to do that needs torch.
     """
     # Read when torch is loaded. By default a waiting OpenMP thread spins for milliseconds and keeps
     # its core from whoever else computes: see docs/log.md for the measurement.
@@ -366,7 +379,9 @@ def main(argv: Sequence[str] | None = None, *, ahead: bool = False) -> int:
         with StopSignals() as stop, stop.at_once():
             try:
                 prepared = dispatch(words or ["--help"])
-                if ahead and prepared is not None and not is_light(words):
+                if turn != "second" and isinstance(prepared, Training):
+                    say(opening(prepared.config))
+                if turn == "first" and prepared is not None and not is_light(words):
                     raise NeedsTorchError
                 if prepared is not None:
                     prepared()
