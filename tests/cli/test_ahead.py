@@ -25,7 +25,7 @@ ASKED = {
     "train quikstart": True,
     "train quickstart --method cure_eff --epochs 1": True,
     "compare quickstart --methods cure+pait": True,
-    "eval run --eps 2": True,
+    "eval run --batch-size 0": True,
     "export run --format onx": True,
     "eval nowhere": False,
     "report nowhere": False,
