@@ -13,7 +13,7 @@ import numpy as np
 
 from cure_fast.config import AttackConfig, Config
 from cure_fast.config.attack_names import parse_attack
-from cure_fast.config.checks import Bounds
+from cure_fast.config.checks import Bounds, flag_of
 from cure_fast.config.steps import SHARED_FROM, evaluation_step
 from cure_fast.config.values import BALL, check_norm, digest, with_values
 from cure_fast.console import say
@@ -99,7 +99,7 @@ def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file:
         values = {k: kinds.get(k, float)(v) for k, v in told.items()}
         return with_values(Config(), values | ball)
     except ValueError as error:
-        flags = dict.fromkeys(f"--{STATED[name].replace('_', '-')}" for name in told)
+        flags = dict.fromkeys(flag_of(STATED[name]) for name in told)
         raise InputError(
             f"{file}: expected the settings of an attack, got "
             f"{', '.join(f'{name} {value!r}' for name, value in told.items())}. "
