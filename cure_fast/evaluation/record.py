@@ -205,14 +205,18 @@ def model_name(key: str, record: Mapping[str, Any]) -> str:
     Of the record are needed ``method``, ``policies`` and ``network``, which a run's has.
     """
     label = labels(record.get("method") or "", record.get("policies") or ())
-    network = record.get("network") or "model"
+    # A record of a file of weights has no network, and the file's name for a key.
+    return network_name(key, label, record.get("network")) if "network" in record else key
+
+
+def network_name(key: str, label: str, network: str | None) -> str:
+    """Return the same from the method's label and the name of the network that is the result."""
     names = {
-        "trained": label if network == "model" else f"{label}, {network} network",
+        "trained": label if network in (None, "model") else f"{label}, {network} network",
         "start": f"before {label}",
         "last": f"{label} after the last epoch",
     }
-    # A record of a file of weights has no network, and the file's name for a key.
-    return names.get(key, f"{label}, {key} network" if "network" in record else key)
+    return names.get(key, f"{label}, {key} network")
 
 
 def record_warnings(record: dict[str, Any]) -> list[str]:
