@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
@@ -131,3 +131,17 @@ def discard(stream: TextIO) -> None:
         os.dup2(null, stream.fileno())
         stream.flush()
     os.close(null)
+
+
+@contextlib.contextmanager
+def track(title: str, images: int) -> Iterator[Callable[[float], None]]:
+    """Show a bar on a terminal; yields ``advance(n)``, to be called with finished images."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda images: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=images)
+        yield lambda images: bar.advance(task, images)

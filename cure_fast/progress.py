@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -265,15 +265,6 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-@contextmanager
-def track(title: str, images: int) -> Iterator[Callable[[float], None]]:
-    """Show a job of one part; yields ``advance(n)``, to be called with finished images."""
-    with Progress() as progress:
-        progress.plan(title, Part("", (1.0,), images))
-        with progress.work(title, title) as work:
-            yield work.advance
 
 
 def duration(seconds: float) -> str:

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cure_fast.console import track
 from cure_fast.errors import InputError
-from cure_fast.progress import track
 
 from .ffcv_reader import ffcv_problem, ffcv_version
 from .image_set import ImageSet, check_images

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cure_fast.console import track
 from cure_fast.errors import InputError
-from cure_fast.progress import track
 
 from .image_set import ImageSet
 

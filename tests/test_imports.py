@@ -33,7 +33,7 @@ NARROW = {
     "kernels": set(),
     "plugins": set(),
     "config": {"errors", "plugins"},
-    "loaders": {"batch", "errors", "kernels", "plugins", "progress", "signals"},
+    "loaders": {"batch", "console", "errors", "kernels", "plugins", "signals"},
     "models": {"classifier", "errors", "files", "loaders", "plugins"},
     "step": {
         *("attacks", "batch", "classifier", "config", "console", "errors", "kernels", "loaders"),

@@ -20,6 +20,7 @@ from cure_fast.config.checks import (
     alternatives,
     as_word,
     field_types,
+    flag_of,
     nearest,
     parse_fraction,
     shown,
@@ -69,7 +70,7 @@ def flags_of(*kinds: type) -> dict[str, Any]:
 
 def flag_words(names: Iterable[str]) -> list[str]:
     """Return the flags of fields as they are written."""
-    return [f"--{name.replace('_', '-')}" for name in names]
+    return [flag_of(name) for name in names]
 
 
 def parameters(function: Callable[..., None]) -> dict[str, Any]:
@@ -121,8 +122,10 @@ def application(
 
     if config is not None:
         flags = configured(config, flags)
-    told = parse(function.__doc__ or "").description
-    return app_of(name, prepare, "\n\n".join(filter(None, (told, about))), words, flags)
+    told = "\n\n".join(filter(None, (parse(function.__doc__ or "").description, about)))
+    # Lines of a paragraph are as long as the terminal is wide.
+    paragraphs = (" ".join(paragraph.split()) for paragraph in told.split("\n\n"))
+    return app_of(name, prepare, "\n\n".join(paragraphs), words, flags)
 
 
 def fields_of(part: Any, group: Group | None = None) -> dict[str, Flag]:
@@ -313,8 +316,11 @@ def in_a_line(of_others: Callable[[str], str] = lambda name: "") -> Iterator[Non
         raise InputError(told or f"unknown flag {shown(flag)}.{nearest(flag, known)}") from error
     except cyclopts.MissingArgumentError as error:
         assert error.argument is not None
-        wanted = expected(error.argument.hint)
-        raise InputError(f"{error.argument.name}: expected {wanted}, got nothing.") from error
+        name, told = error.argument.name, error.argument.parameter.help
+        # Of a word its help says what it is to be, of a flag its type.
+        wanted = expected(error.argument.hint) if name.startswith("-") or not told else told
+        wanted = wanted[0].lower() + wanted[1:].rstrip(".")
+        raise InputError(f"{name}: expected {wanted}, got nothing.") from error
     except cyclopts.UnusedCliTokensError as error:
         came = ", ".join(map(shown, error.unused_tokens or ()))
         raise InputError(f"expected flags, each with its value, got {came}.") from error

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from cure_fast.config import Config
 from cure_fast.config.attack_names import ATTACKS, parse_attack
-from cure_fast.config.checks import as_word, field_types, find
+from cure_fast.config.checks import as_word, field_types, find, flag_of
 from cure_fast.config.steps import evaluation_step
 from cure_fast.config.values import sections
 from cure_fast.loaders import DATASETS
@@ -235,11 +235,12 @@ def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
     }
 
 
-def machine_used(config: Config) -> dict[str, tuple[str, str]]:
-    """Return what ``auto`` comes to on this machine, by field, each with what decides it."""
+def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
+    """Return what None and ``auto`` come to on this machine, by field, each with what decides."""
     from cure_fast.engine.choose import engine_asked
     from cure_fast.loaders.ffcv_reader import ffcv_problem
     from cure_fast.runs.environment import choose_device, choose_dtype
+    from cure_fast.runs.folder import run_folder
 
     device = choose_device(config.run.device)
     dtype = choose_dtype(config.run.amp, device)
@@ -250,7 +251,16 @@ def machine_used(config: Config) -> dict[str, tuple[str, str]]:
     cores = len(os.sched_getaffinity(0))
     workers = {"ffcv": "1", "torch": str(cores)}.get(loader, "-")
     larger = "; torch where the images take over a quarter of the memory" if problem else ""
+    unset = ("width", "the published one"), ("train_images", "all"), ("limit", "all")
+    off = {name: ("off", "") for name in ("wandb", "trackio", "clip_grad", "init_from")}
+    words = {name: (word, "") for name, word in (*unset, ("image_size", "as they are"))}
     return {
+        **words,
+        **off,
+        "aa_limit": ("all" if config.eval.limit is None else config.eval.limit, "[--limit]"),
+        "eval_norm": (config.evaluated_norm, "[--norm]"),
+        "micro_batch_size": (config.optim.batch_size, "[--batch-size]"),
+        **({} if config.run.out else {"out": (str(run_folder(config, resume=False)), "")}),
         "device": (str(device), "[auto]"),
         "amp": ("float32" if dtype is None else str(dtype).removeprefix("torch."), "[auto]"),
         "engine": (engine_asked(config, device), "[auto]"),
@@ -285,7 +295,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
             choices = get_args(hint) if get_origin(hint) is Literal else (True, False)
             others = ", ".join(str(choice) for choice in choices if choice != value)
             told = f"or {others}" if get_origin(hint) is Literal or hint is bool else ""
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             # Policies that the command line added have no former values.
             usual, first = (getattr(found.get(section, part), name) for found in (plain, before))
             if value != first:

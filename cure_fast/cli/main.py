@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -271,7 +271,6 @@ def console_for(words: Sequence[str]) -> Console | None:
 
 def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], object] | None:
     """Return what a command with a recipe is to do, whose flags hang on what is named."""
-    from cure_fast.cli.config_file import expanded
     from cure_fast.cli.configure import base_config, read_config
     from cure_fast.recipes import recipe_called
 
@@ -283,7 +282,7 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
     recipe, *rest = [*words[len(first) :], *first] or [""]
     named = recipe and not recipe.startswith("-")
     if HELP & set(words):
-        base, rest = expanded(recipe, rest) if named else ("quickstart", rest)
+        base = recipe if named else "quickstart"
         known = recipe_called(base)
         about = f"{prog} {recipe}: {known.about}\n\n{EXIT_CODES}" if named and known else EXIT_CODES
         config = base_config(base, rest, prog)
@@ -297,13 +296,14 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
             f"such as: {prog} quickstart. `cure-fast list` shows the recipes."
         )
     prog = f"{prog} {recipe}"
-    recipe, rest = expanded(recipe, rest)
     if command == "compare":
         from cure_fast.cli.compare import read_comparison
 
         return partial(run_comparison, read_comparison(recipe, rest, prog, switches))
     config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
+        if given.get("toml") and given.get("json"):
+            raise InputError("--toml: expected it or --json, got both. Leave one out.")
         return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
     return Training(config, **given)
 
@@ -334,12 +334,17 @@ def print_shown(
     config: Config, base: Config, recipe: str, words: Sequence[str], given: Mapping[str, bool]
 ) -> None:
     """Print a configuration as it was asked for."""
-    from cure_fast.cli.config_file import as_toml
     from cure_fast.cli.listing import print_config
-    from cure_fast.recipes import published_recipe
+    from cure_fast.recipes import published_recipe, recipe_called
+    from cure_fast.training.choices import starting_point
+    from cure_fast.training.config_file import as_toml
 
     if given.get("toml"):
-        print(as_toml(config, recipe))
+        # A run's folder is its own, and a file stands by itself.
+        own = recipe if recipe_called(recipe) else ""
+        if config.run.out == recipe:
+            config = replace(config, run=replace(config.run, out=None))
+        print(as_toml(config, starting_point(own), own))
     elif given.get("json"):
         print(json.dumps(to_dict(config), indent=2))
     else:

@@ -103,10 +103,15 @@ def _unknown(flag: str, names: Iterable[str], name: str, expected: str) -> Input
     )
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check(condition: bool, flag: str, value: object, expected: str) -> None:
     """Raise :class:`InputError` naming ``flag`` unless ``condition`` holds."""
     if not condition:
-        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, got {shown(value)}.")
+        raise InputError(f"{flag_of(flag)}: expected {expected}, got {shown(value)}.")
 
 
 @functools.cache

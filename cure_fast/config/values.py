@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cure_fast.config.checks import check, field_types, shown
+from cure_fast.config.checks import check, field_types, parse_fraction, shown
 from cure_fast.errors import InputError
 
 T = TypeVar("T")
@@ -92,7 +92,8 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)  # pyright: ignore[reportArgumentType]
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        # The text is how command lines and files of TOML write it.
+        if value in (None, "None") and type(None) in arguments:
             return None
         kinds = [a for a in arguments if a is not type(None)]
         # A word in a number's place.
@@ -104,6 +105,11 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if origin is tuple:
         check(isinstance(value, list | tuple), name, value, "a list")
         return tuple(convert(name, arguments[0], item) for item in value)
+    if hint is float and isinstance(value, str):
+        try:
+            return parse_fraction(value)
+        except ValueError:
+            check(False, name, value, "a number such as 0.03 or 8/255")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         check(abs(value) <= sys.float_info.max, name, value, "a number that a float can hold")
         return float(value)

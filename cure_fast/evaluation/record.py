@@ -13,7 +13,7 @@ import numpy as np
 
 from cure_fast.config import AttackConfig, Config
 from cure_fast.config.attack_names import parse_attack
-from cure_fast.config.checks import Bounds
+from cure_fast.config.checks import Bounds, flag_of
 from cure_fast.config.steps import SHARED_FROM, evaluation_step
 from cure_fast.config.values import BALL, check_norm, digest, with_values
 from cure_fast.console import say
@@ -99,7 +99,7 @@ def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file:
         values = {k: kinds.get(k, float)(v) for k, v in told.items()}
         return with_values(Config(), values | ball)
     except ValueError as error:
-        flags = dict.fromkeys(f"--{STATED[name].replace('_', '-')}" for name in told)
+        flags = dict.fromkeys(flag_of(STATED[name]) for name in told)
         raise InputError(
             f"{file}: expected the settings of an attack, got "
             f"{', '.join(f'{name} {value!r}' for name, value in told.items())}. "
@@ -205,14 +205,18 @@ def model_name(key: str, record: Mapping[str, Any]) -> str:
     Of the record are needed ``method``, ``policies`` and ``network``, which a run's has.
     """
     label = labels(record.get("method") or "", record.get("policies") or ())
-    network = record.get("network") or "model"
+    # A record of a file of weights has no network, and the file's name for a key.
+    return network_name(key, label, record.get("network")) if "network" in record else key
+
+
+def network_name(key: str, label: str, network: str | None) -> str:
+    """Return the same from the method's label and the name of the network that is the result."""
     names = {
-        "trained": label if network == "model" else f"{label}, {network} network",
+        "trained": label if network in (None, "model") else f"{label}, {network} network",
         "start": f"before {label}",
         "last": f"{label} after the last epoch",
     }
-    # A record of a file of weights has no network, and the file's name for a key.
-    return names.get(key, f"{label}, {key} network" if "network" in record else key)
+    return names.get(key, f"{label}, {key} network")
 
 
 def record_warnings(record: dict[str, Any]) -> list[str]:

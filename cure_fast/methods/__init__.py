@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from cure_fast.config import Config
-from cure_fast.config.checks import check, find_any
+from cure_fast.config.checks import check, find_any, flag_of
 from cure_fast.config.values import sections
 from cure_fast.errors import InputError
 from cure_fast.methods.act import ACT
@@ -163,7 +163,7 @@ def check_names(config: Config) -> None:
         for name in vars(parts[section]):
             if name in owner:
                 raise InputError(
-                    f"--{name.replace('_', '-')}: expected the settings of {whose} to have other "
+                    f"{flag_of(name)}: expected the settings of {whose} to have other "
                     f"names than those of {owner[name]}, got {name} in both. Rename its own."
                 )
             owner[name] = whose

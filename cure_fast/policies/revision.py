@@ -107,10 +107,15 @@ class Revise(Average):
         if not self.active(run):
             return
         self.network.train(self.trains)
+        # A method without an attack has the images themselves for adversarial ones.
+        several = (batch.x,) if batch.x_adv is batch.x else (batch.x, batch.x_adv)
         with torch.no_grad():
-            taught, taught_adv = self.network(batch.x), self.network(batch.x_adv)
-        natural = kl_divergence(taught, logits(batch.x)).mean()
-        terms["consistency"] = natural + kl_divergence(taught_adv, logits(batch.x_adv)).mean()
+            taught = [self.network(images) for images in several]
+        losses = [
+            kl_divergence(target, logits(images)).mean()
+            for target, images in zip(taught, several, strict=True)
+        ]
+        terms["consistency"] = losses[0] if len(losses) == 1 else losses[0] + losses[1]
         terms["total"] = terms["total"] + self.weight * terms["consistency"]
 
 

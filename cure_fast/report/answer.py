@@ -6,7 +6,6 @@ from typing import Any
 
 from cure_fast.config.checks import format_radius
 from cure_fast.evaluation.attack_result import AttackResult, strongest
-from cure_fast.evaluation.record import model_name
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from cure_fast.report.record import ModelScores, Record, Results
@@ -85,13 +84,7 @@ def part_of(score: AttackResult, results: Results) -> str | None:
 def warnings(results: Results, record: Record) -> tuple[list[str], list[str]]:
     """Return what makes scores unreliable, and the other warnings, each once."""
     label = record.label
-    told = {**record.config, "network": results.network}
-    names = {model_name(key, told): results.name(key, label) for key in results.models}
-    doubtful, notes = [], []
-    for text in results.warnings:
-        # They begin with the network as the record calls it.
-        name, colon, rest = text.partition(": ")
-        notes.append(f"{names.get(name, name)}{colon}{rest}")
+    doubtful, notes = [], [*results.warnings]
     for key, model in results.models.items():
         for score in model.attacks.values():
             name = f"{attack_name(score.attack)}, {results.name(key, label)}: "

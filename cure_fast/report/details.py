@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cure_fast.config.checks import flag_of
 from cure_fast.report.answer import progress_line
 from cure_fast.report.record import Record
 from cure_fast.report.results import bar
@@ -97,7 +98,7 @@ def setting_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     groups = []
     for title, values in found.items():
         if isinstance(values, Mapping) and values:
-            rows = [(f"--{k.replace('_', '-')}", setting(k, v)) for k, v in values.items()]
+            rows = [(flag_of(k), setting(k, v)) for k, v in values.items()]
             groups.append({"title": title, "rows": rows})
     return groups
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cure_fast.evaluation.record import network_name
 from cure_fast.report.examples import Examples
 from cure_fast.report.record import Record
 from cure_fast.report.svg import picture
@@ -21,9 +22,8 @@ def pictures(record: Record) -> dict[str, Any] | None:
     eps = config.get("eval", {}).get("eval_eps") or config["attack"]["eps"]
     eps, classes = (results.eps, results.classes) if results else (eps, [])
     factor = 0.5 / eps if eps else 1.0
-    names = {"start": "the start", "trained": record.label}
-    if results is not None:
-        names["trained"] = results.name("trained", record.label)
+    network = results.network if results else None
+    names = {key: network_name(key, record.label, network) for key in ("start", "trained")}
     return {
         "attack": attack_name(examples.attack or "an attack"),
         "eps": distance(eps),

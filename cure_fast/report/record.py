@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
+from cure_fast.evaluation.record import network_name
 from cure_fast.methods import labels
 from cure_fast.report.examples import Examples, read_examples
 from cure_fast.report.text import without_folders
@@ -113,14 +114,8 @@ class Results:
         return sorted(self.models, key=lambda key: order.get(key, len(order)))
 
     def name(self, key: str, label: str) -> str:
-        """Return what the page calls a network of a run of the method that ``label`` names."""
-        if key == "start":
-            return "naturally trained start"
-        if key == "last":
-            return f"{label}, last epoch"
-        if key == "trained" and self.network in (None, "model"):
-            return label
-        return f"{label}, {self.network if key == 'trained' else key} network"
+        """Return what a network of a run of the method that ``label`` names is called."""
+        return network_name(key, label, self.network)
 
     @property
     def attacks(self) -> list[str]:

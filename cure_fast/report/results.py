@@ -74,7 +74,8 @@ def results_section(record: Record) -> dict[str, Any] | None:
         return None
     held_out = config["data"].get("val_images")
     return {
-        "groups": [*attack_groups(results, record.label), *ratio_groups(results, record.label)],
+        "groups": attack_groups(results, record.label),
+        "ratios": ratio_groups(results, record.label),
         "networks": [results.models[key].title for key in results.keys],
         "waterfall": waterfalls(results, record.label),
         "radius": results.radius,

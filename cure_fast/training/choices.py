@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cure_fast.config import Config
-from cure_fast.config.checks import field_types, listed, nearest, shown
+from cure_fast.config.checks import field_types, flag_of, listed, nearest, shown
 from cure_fast.config.values import convert, sections, with_values
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, check_config, publish, select_method
 from cure_fast.policies import POLICIES, select_policies
 from cure_fast.recipes import find_recipe, recipe_called
 from cure_fast.runs.folder import load_config
+from cure_fast.training.config_file import check_tables, is_file, read_file
 
 # What stands for no field of a section, and decides what the others are.
 CHOICES: dict[str, Any] = {
@@ -50,7 +51,7 @@ def configure(start: str | os.PathLike[str] | Config, given: Mapping[str, Any]) 
     for part in sections(config).values():
         types |= field_types(type(part))
     for name in (name for name in given if name not in types | CHOICES):
-        flag, flags = _flag(name), map(_flag, types | CHOICES)
+        flag, flags = flag_of(name), map(flag_of, types | CHOICES)
         why = of_others(config, name) or f"unknown flag {shown(flag)}.{nearest(flag, flags)}"
         raise InputError(why)
     values = {k: convert(k, types[k], v) for k, v in given.items() if k not in CHOICES}
@@ -60,7 +61,7 @@ def configure(start: str | os.PathLike[str] | Config, given: Mapping[str, Any]) 
 
 
 def starting_point(recipe: str) -> Config:
-    """Return the configuration of a recipe, or of a run folder, which it then names as its own.
+    """Return the configuration of a recipe, a file, or a run folder, which it names as its own.
 
     Of no text it is what recipes start from.
 
@@ -69,6 +70,8 @@ def starting_point(recipe: str) -> Config:
     """
     if not recipe:
         return select_method(Config(), Config.method)
+    if is_file(recipe):
+        return from_file(recipe)
     folder = Path(recipe) if recipe.strip() else None
     # The functions of os.path take any text, those of Path raise for one that is no path.
     if folder and os.path.lexists(folder / "config.json"):
@@ -90,6 +93,21 @@ def starting_point(recipe: str) -> Config:
             "another file. To start from weights, name them with --init-from."
         )
     return find_recipe(recipe)
+
+
+def from_file(path: str) -> Config:
+    """Return the configuration of a file, which counts as a recipe.
+
+    Raises:
+        InputError: for a file that is wrong, with its name.
+    """
+    recipe, values, tables = read_file(path)
+    try:
+        config = configure(recipe, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    check_tables(path, config, tables)
+    return config
 
 
 def choose(config: Config, given: Mapping[str, Any]) -> Config:
@@ -117,7 +135,7 @@ def choose(config: Config, given: Mapping[str, Any]) -> Config:
 
 def of_others(config: Config, name: str) -> str:
     """Return what is wrong with a field of another method, a policy or the past, else nothing."""
-    flag = _flag(name)
+    flag = flag_of(name)
     if name in GONE:
         return f"{flag} is no more: {GONE[name]}."
     policies = [policy for policy, info in POLICIES.items() if name in vars(info.settings)]
@@ -130,7 +148,3 @@ def of_others(config: Config, name: str) -> str:
             f"{flag}: expected with --method {methods}, got it with {config.method}; leave it out."
         )
     return ""
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

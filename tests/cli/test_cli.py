@@ -20,8 +20,8 @@ from processes import finish, start
 
 TINY = (
     "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
-    "--attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 --limit 20 --val-attack-steps 1 "
-    "--loader resident --device cpu --no-tensorboard"
+    "--attack-steps 1 --step-size 0.15 --val-attack-steps 1 --attacks natural,pgd2 "
+    "--eval-step-size 0.1 --limit 20 --loader resident --device cpu --no-tensorboard"
 ).split()
 
 

@@ -6,12 +6,14 @@ import json
 
 import pytest
 
-from cure_fast.cli.config_file import as_toml, expanded
+import cure_fast
 from cure_fast.cli.configure import read_config
 from cure_fast.cli.main import main
 from cure_fast.config.values import to_dict
 from cure_fast.errors import InputError
 from cure_fast.recipes import RECIPES, published_recipes
+from cure_fast.training.choices import starting_point
+from cure_fast.training.config_file import as_toml
 
 
 @pytest.fixture
@@ -21,15 +23,18 @@ def here(tmp_path, monkeypatch):
 
 
 def read(path, *words):
-    recipe, rest = expanded(str(path), words)
-    return read_config(recipe, rest, "cure-fast train", {})[0]
+    return read_config(str(path), words, "cure-fast train", {})[0]
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *published_recipes()])
-def test_what_is_written_is_read_again(recipe, here):
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_written_is_read_again(recipe, alone, here):
     config, _ = read_config(recipe, ["--lr", "0.123456789012", "--seed", "7"], "x", {})
-    (here / "my.toml").write_text(as_toml(config, ""))
+    base = "" if alone else recipe
+    text = as_toml(config, starting_point(base), base)
+    (here / "my.toml").write_text(text)
     assert read("my.toml") == config
+    assert as_toml(read("my.toml"), starting_point(base), base) == text
 
 
 @pytest.mark.parametrize("policies", ["piat,awp", "none"])
@@ -50,6 +55,28 @@ def test_flags_come_after_the_file_and_the_file_after_its_recipe(here):
     assert config.data.flip and config.optim.lr == 0.1
 
 
+def test_another_method_than_the_files_starts_from_its_own_settings(here, capsys):
+    assert main(["show", "quickstart", "--method", "trades", "--toml"]) == 0
+    (here / "my.toml").write_text(capsys.readouterr().out)
+    config = read("my.toml", "--method", "cure", "--percentile", "20")
+    assert (config.method, config.settings.percentile) == ("cure", 20)
+
+
+def test_a_runs_folder_gives_a_file_that_stands_by_itself(here, capsys):
+    (here / "run").mkdir()
+    config, _ = read_config("quickstart", ["--method", "mart"], "x", {})
+    (here / "run" / "config.json").write_text(json.dumps(to_dict(config)))
+    assert main(["show", "run", "--toml"]) == 0
+    (here / "my.toml").write_text(capsys.readouterr().out)
+    (here / "run" / "config.json").unlink()
+    assert read("my.toml") == config and config.run.out is None
+
+
+def test_python_takes_a_file_too(here):
+    (here / "my.toml").write_text('recipe = "quickstart"\nepochs = 3\n')
+    assert cure_fast.recipe("my.toml", seed=4).optim.epochs == 3
+
+
 def test_the_configuration_of_a_run_is_such_a_file(here):
     config, _ = read_config("quickstart", ["--method", "mart", "--policies", "awp"], "x", {})
     (here / "config.json").write_text(json.dumps(to_dict(config)))
@@ -60,7 +87,11 @@ def test_the_configuration_of_a_run_is_such_a_file(here):
     ("text", "told"),
     [
         ("epochs = [", "not valid TOML"),
-        ("epochs = 'many'", "--epochs: expected a whole number"),
+        ("epochs = 'many'", "my.toml: --epochs: expected a value of type int"),
+        ("[optimiser]\nepochs = 3", "expected one of the tables settings, data"),
+        ("[data]\nepochs = 3", "expected in the table [optim]"),
+        ("epochs = 3\n[optim]\nepochs = 5", "expected once, got it twice"),
+        ("recipe = 'my.toml'", "the name of a recipe, or a run folder"),
         ("epochz = 3", "Perhaps you meant --epochs"),
         ("recipe = 3", "the name of a recipe"),
         ("recipe = 'quikstart'", "Perhaps you meant quickstart"),
@@ -78,4 +109,9 @@ def test_what_is_wrong_in_a_file_is_said(text, told, here, capsys):
 
 def test_a_file_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="--toml"):
-        expanded("missing.toml", [])
+        starting_point("missing.toml")
+
+
+def test_one_form_at_a_time(capsys):
+    assert main(["show", "quickstart", "--toml", "--json"]) == 2
+    assert "Leave one out" in capsys.readouterr().err

@@ -89,7 +89,8 @@ def test_what_a_network_has_not_learnt_is_told(key, attacks, message):
     start = [attack("natural", 900), attack("pgd20", 300), attack("cw20", 100)]
     models = {"trained": SOUND["trained"], "start": start, key: attacks}
     (told,) = record_warnings(record(**models))
-    assert told.startswith(f"{key}: ") and re.search(message, told), told
+    called = {"trained": "CURE: ", "start": "before CURE: ", "last": "CURE after the last epoch: "}
+    assert told.startswith(called[key]) and re.search(message, told), told
 
 
 def test_few_images_and_one_class_say_nothing():
@@ -106,4 +107,4 @@ def test_a_file_is_told_what_it_is_to_be_described_by():
 
 def test_the_result_is_called_as_everywhere():
     (told,) = record_warnings(record(network="ema", trained=[attack("natural", 100)]))
-    assert told.startswith("ema: natural: ")
+    assert told.startswith("CURE, ema network: natural: ")

@@ -26,9 +26,9 @@ from cure_fast.models.weights import read_metadata, save_weights
 
 RUN = (
     "train quickstart --out run --train-images 60 --val-images 20 --width 4 --pretrain-epochs 0 "
-    "--epochs 1 --batch-size 30 --attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 "
-    "--limit 20 --aa-limit 4 --val-attack-steps 1 --loader resident --device cpu --seed 3 "
-    "--no-tensorboard"
+    "--epochs 1 --batch-size 30 --attack-steps 1 --step-size 0.15 --attacks natural,pgd2 "
+    "--eval-step-size 0.1 --limit 20 --aa-limit 4 --val-attack-steps 1 --loader resident "
+    "--device cpu --seed 3 --no-tensorboard"
 ).split()
 
 

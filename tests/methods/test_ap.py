@@ -235,7 +235,7 @@ def test_attack_and_loss_see_the_mixed_batch():
         assert torch.equal(batch.x, expected.x)
         assert torch.equal(batch.notes["share"], expected.notes["share"])
     assert (seen["loss"].x_adv - expected.x).abs().max() <= run.config.attack.eps + 1e-6
-    assert terms.keys() == {"total", "adversarial_ce"}
+    assert terms.keys() == {"total", "adversarial_ce", "adversarial_accuracy", "gradient_norm"}
 
 
 def test_over_trades_and_mart_batches_are_not_mixed():

@@ -32,12 +32,12 @@ def test_the_answer_comes_first_and_each_number_once(page_of: Read, complete_run
     # In the sentence and in the chart with its table.
     assert page.text.count("71.20 %") == 2 and page.text.count("37.10 %") == 1
     pgd = page.bars("PGD-20")
-    assert list(pgd) == ["naturally trained start", "CURE", CLAIM]
-    assert pgd["naturally trained start"] == ["0.20 %", "2 of 1,000; 95 %: 0.1 to 0.7"]
+    assert list(pgd) == ["before CURE", "CURE", CLAIM]
+    assert pgd["before CURE"] == ["0.20 %", "2 of 1,000; 95 %: 0.1 to 0.7"]
     assert pgd["CURE"] == ["37.10 %", "371 of 1,000; 95 %: 34.2 to 40.1 +36.90 from the start"]
     assert pgd[CLAIM] == ["54.92 %", "CURE: \N{MINUS SIGN}17.82"]
     assert "AutoAttack first 256 of the 1,000 test images" in page.text
-    assert page.bars("NRR (C&W)")["CURE"] == ["46.3 %", "+46.1 from the start"]
+    assert page.bars("NRR (C&W)", "NRR")["CURE"] == ["46.3 %", "+46.1 from the start"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_value_the_paper_does_not_give_is_not_made_up(
     results["paper"]["aa"] = None
     page = page_of(new_run(results=results))
     assert page.bars("AutoAttack")[CLAIM] == ["not given", ""]
-    assert page.bars("NRR (AA)")[CLAIM] == ["not given", ""]
+    assert page.bars("NRR (AA)", "NRR")[CLAIM] == ["not given", ""]
 
 
 def only_what_is_ours(page: Any) -> None:
@@ -217,7 +217,7 @@ def test_warnings_of_the_evaluation_are_shown(
     results["models"]["start"]["attacks"]["aa"]["warnings"] = ["check_dynamic did not run"]
     text = page_of(new_run(results=results)).text
     assert text.count("CURE: PGD-20 leaves fewer images than C&W-20") == 1
-    assert "AutoAttack, naturally trained start: check_dynamic did not run" in text
+    assert "AutoAttack, before CURE: check_dynamic did not run" in text
 
 
 def test_everything_from_files_is_escaped(
@@ -435,7 +435,7 @@ def test_every_number_says_of_which_network_it_is(
     raw = [float(page.row("14")[columns.index(name)]) for name in ("raw natural", "raw robust")]
     assert raw == pytest.approx([natural - 7, robust - 5], abs=0.06)
     assert list(page.bars("PGD-20"))[:3] == [
-        "naturally trained start",
+        "before CURE",
         "CURE, ema network",
         "CURE, raw network",
     ]
@@ -449,14 +449,14 @@ def test_the_last_epoch_stands_beside_the_best_with_its_difference(
 ) -> None:
     models = results["models"]
     attacks = {"pgd20": models["start"]["attacks"]["pgd20"] | {"correct": 301, "accuracy": 30.1}}
-    models["last"] = {"title": "CURE, last epoch 15 of 15", "attacks": attacks}
+    models["last"] = {"title": "CURE after the last epoch 15 of 15", "attacks": attacks}
     page = page_of(new_run(results=results))
     pgd = page.bars("PGD-20")
-    assert list(pgd)[:3] == ["naturally trained start", "CURE", "CURE, last epoch"]
+    assert list(pgd)[:3] == ["before CURE", "CURE", "CURE after the last epoch"]
     # 30.1 after the last epoch, 37.1 in the best.
-    assert pgd["CURE, last epoch"][1].endswith("\N{MINUS SIGN}7.00 from the best epoch")
-    assert "CURE, last epoch" not in page.bars("Natural")
-    assert "CURE, last epoch 15 of 15" in page.text and "last epoch 4.2 s" in page.text
+    assert pgd["CURE after the last epoch"][1].endswith("\N{MINUS SIGN}7.00 from the best epoch")
+    assert "CURE after the last epoch" not in page.bars("Natural")
+    assert "CURE after the last epoch 15 of 15" in page.text and "last epoch 4.2 s" in page.text
 
 
 def test_a_network_that_collapsed_shows_on_the_page(page_of: Read, new_run: Make) -> None:

@@ -12,13 +12,14 @@ import tiny_step
 from cure_fast.errors import StoppedError
 from cure_fast.policies.average import EmaSettings
 from cure_fast.policies.piat import PiatSettings
+from cure_fast.progress import Progress
 from cure_fast.training.trainer import next_step, train_epoch
 from killing import equal
 
 
 def trained(run, stop=lambda: False):
     """Train the epoch under way; return its row."""
-    log = SimpleNamespace(stage="train", step=lambda *_, **__: None)
+    log = SimpleNamespace(stage="train", step=lambda *_, **__: None, progress=Progress())
     return train_epoch(run, log, stop)
 
 

@@ -18,6 +18,7 @@ import tiny_step
 from cure_fast.errors import StoppedError
 from cure_fast.policies.average import EmaSettings
 from cure_fast.policies.swa import SwaSettings
+from cure_fast.progress import Progress
 from cure_fast.step.random_state import random_state
 from cure_fast.training.trainer import next_step, train_epoch
 from killing import equal
@@ -25,7 +26,7 @@ from killing import equal
 
 def trained(run, stop=lambda: False):
     """Train the epoch under way; return its row."""
-    log = SimpleNamespace(stage="train", step=lambda *_, **__: None)
+    log = SimpleNamespace(stage="train", step=lambda *_, **__: None, progress=Progress())
     return train_epoch(run, log, stop)
 
 

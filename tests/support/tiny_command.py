@@ -24,9 +24,9 @@ def tiny_words(*more: str, method: str = "cure", out: str = "run") -> list[str]:
     """
     words = (
         f"train quickstart --method {method} --train-images 96 --val-images 20 --width 4 "
-        "--batch-size 32 --pretrain-epochs 1 --epochs 2 --attack-steps 2 --val-attack-steps 1 "
-        "--attacks natural,pgd2 --limit 24 --eval-step-size 0.1 --loader resident --log-every 1 "
-        f"--device cpu --no-tensorboard --cache cache --out {out}"
+        "--batch-size 32 --pretrain-epochs 1 --epochs 2 --attack-steps 2 --step-size 0.075 "
+        "--val-attack-steps 1 --attacks natural,pgd2 --limit 24 --eval-step-size 0.1 "
+        f"--loader resident --log-every 1 --device cpu --no-tensorboard --cache cache --out {out}"
     )
     kind = ["--model", "vit-tiny"] if find_method(method).needs_attention else []
     return [*words.split(), *kind, *more]

@@ -21,7 +21,7 @@ def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
         data=replace(config.data, train_images=96, val_images=20, loader="resident"),
         model=replace(config.model, width=16),
         pretrain=replace(config.pretrain, pretrain_epochs=1),
-        attack=replace(config.attack, attack_steps=2),
+        attack=replace(config.attack, attack_steps=2, step_size=0.075),
         optim=replace(config.optim, epochs=epochs, batch_size=32),
         eval=replace(
             config.eval,

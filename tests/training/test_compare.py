@@ -20,8 +20,9 @@ from processes import finish, start
 # Two steps an epoch of 60 images; the natural start is shared by all with the same seed.
 BUDGET = (
     "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 2 --batch-size 30 "
-    "--attack-steps 1 --attacks natural,pgd2 --eval-step-size 0.1 --limit 20 --val-attack-steps 1 "
-    "--loader resident --device cpu --no-tensorboard --cache cache --out compared"
+    "--attack-steps 1 --step-size 0.15 --val-attack-steps 1 --attacks natural,pgd2 "
+    "--eval-step-size 0.1 --limit 20 --loader resident "
+    "--device cpu --no-tensorboard --cache cache --out compared"
 ).split()
 ENTRIES = ("trades --beta 5", "pgd_at+ema")
 METHODS = ",".join(ENTRIES)
