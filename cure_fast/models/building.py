@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cure_fast.classifier import attack_mode
 from cure_fast.errors import InputError
-from cure_fast.loaders import DATASETS
+from cure_fast.loaders import DATASETS, ImageSet
 from cure_fast.models import ImageClassifier, build_model
 from cure_fast.models.weights import load_into, read_metadata, read_weights
-from cure_fast.plugins.lookup import is_reference
+from cure_fast.plugins.lookup import first_line, is_reference
 
 # Added to a run's seed: no run draws its own network from such a one. The CPU's generator takes
 # 32 bits of it.
@@ -104,6 +105,28 @@ def check_takes(model: ImageClassifier, image_size: int, source: str) -> None:
         raise InputError(
             f"{source}: it takes images of {model.image_size}x{model.image_size} pixels, and these "
             f"have {image_size}x{image_size}. Choose a network of that size."
+        )
+
+
+def check_logits(model: ImageClassifier, images: ImageSet, source: str) -> None:
+    """Raise ``InputError`` unless a pass of two images gives a logit for each of the classes.
+
+    The network, which ``source`` calls, is on the CPU and left as it was.
+    """
+    pixels = torch.from_numpy(images.images[:2]).permute(0, 3, 1, 2) / 255
+    expected = [len(pixels), len(images.classes)]
+    try:
+        with attack_mode(model, "eval"), torch.no_grad():
+            logits = model(pixels)
+    except Exception as error:  # code of the user's own: whatever it throws is told in one line
+        raise InputError(
+            f"--model {source}: a pass of images {list(pixels.shape)} failed ({first_line(error)})."
+        ) from error
+    came = list(logits.shape)
+    if came != expected:
+        raise InputError(
+            f"--model {source}: expected logits {expected} of images {list(pixels.shape)}, one for "
+            f"each class of the data, got {came}. Mend the network's last layer."
         )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from cure_fast.config import Config
 from cure_fast.config.checks import check
 from cure_fast.console import say, warn
@@ -25,8 +23,7 @@ from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import changes_to, held, is_free
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
-from cure_fast.training.job import train
-from cure_fast.training.stages import new_model
+from cure_fast.training.job import check_network, train
 from cure_fast.training.teachers import sources
 
 # Fields that decide what is measured, in which all that is compared is equal.
@@ -161,8 +158,7 @@ def check_comparison(comparison: Comparison) -> None:
             )
         choose_device(entry.config.run.device)
         sources(entry.config)
-        with torch.device("meta"):
-            new_model(entry.config, num_classes=2)
+        check_network(entry.config)
     if (folder / "config.json").exists() or (folder.exists() and not folder.is_dir()):
         raise InputError(
             f"--out {folder}: expected a folder for the runs of a comparison, got "

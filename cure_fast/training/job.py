@@ -18,11 +18,12 @@ from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
 from cure_fast.files import user_path
-from cure_fast.loaders import Loader
+from cure_fast.loaders import DATASETS, Loader
 from cure_fast.methods import check_config, find_method
 from cure_fast.models import MODELS, ImageClassifier
-from cure_fast.models.building import check_takes
+from cure_fast.models.building import check_logits, check_takes
 from cure_fast.models.weights import load_into, read_weights
+from cure_fast.plugins.lookup import is_outside
 from cure_fast.progress import Progress, duration
 from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device, warn_of_emulation
@@ -87,9 +88,7 @@ def run_job(
     set_determinism(config.run.deterministic)
     check_config(config)
     warn_of_emulation(config.run.amp, device)
-    with torch.device("meta"):
-        # What cannot be built is refused before any data is read.
-        check_attention(config, new_model(config, num_classes=2))
+    check_network(config)
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
     check_sources(config, named)
@@ -173,6 +172,22 @@ def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarr
     say(f"  cure-fast report {folder}  # writes the report again")
 
 
+def check_network(config: Config) -> None:
+    """Refuse a network that cannot be built or attacked so, before any data is read.
+
+    A function of the user's own is called only with the number of classes that the data will have.
+    """
+    info = DATASETS.get(config.data.data)
+    if (
+        info is None
+        and config.model.model not in MODELS
+        and is_outside("models", config.model.model)
+    ):
+        return
+    with torch.device("meta"):
+        check_attention(config, new_model(config, info.num_classes if info else 2))
+
+
 def check_attention(config: Config, model: ImageClassifier) -> None:
     """Refuse a network without attention for a method of transformers."""
     if find_method(config.method).needs_attention and not model.attention_branches:
@@ -194,9 +209,9 @@ def prepare(
     )
     loader = open_loader(config, data, device)
     say(f"loader: {loader.reason}")
-    if alarm := step_alarm(config):
-        warn(alarm)
     model = new_model(config, len(data.train.classes), data.train.image_size)
+    check_attention(config, model)
+    check_logits(model, data.train, config.model.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"network: {config.model.model}, {parameters:,} parameters, on {device_name(device)}")
     if config.model.init_from is not None and not (folder / START).exists():
@@ -205,6 +220,8 @@ def prepare(
     teachers = read_teachers(config, len(data.train.classes), folder)
     for name, teacher in teachers.items():
         check_takes(teacher, data.train.image_size, f"teacher {name}")
+    if alarm := step_alarm(config):
+        warn(alarm)
     check_attacked(config, model, loader, teachers)
     return data, loader, model, teachers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from cure_fast.cli.main import main
 from cure_fast.errors import InputError
+from cure_fast.loaders import read_dataset
 from cure_fast.models import build_model
-from cure_fast.models.building import load_model
+from cure_fast.models.building import check_logits, load_model
 from cure_fast.models.weights import load_into, read_metadata, save_weights
 from cure_fast.policies.conserve import maskable_parameters
 from networks import Dense
@@ -34,6 +36,25 @@ def small(num_classes):
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, num_classes),
         nn.Softplus(beta=scale),
     )
+
+def ten(num_classes):
+    assert num_classes == 10, f"{num_classes} classes"
+    return small(num_classes)
+
+def seven(num_classes):
+    return small(7)
+
+def single(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+
+def other_size(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))
+
+def two_answers(num_classes):
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+    return nn.Sequential(nn.Flatten(), Two(192, num_classes))
 
 def text(num_classes):
     return "no network"
@@ -120,6 +141,9 @@ def test_no_file_decides_which_code_is_run(module, capsys, tmp_path):
         ("{module}:text", "to return a torch.nn.Module, got str"),
         ("{module}:number", "failed (TypeError"),
         ("{module}:failing", "failed (RuntimeError: out of)"),
+        ("{module}:seven", "expected logits [2, 10] of images [2, 3, 8, 8]"),
+        ("{module}:two_answers", "failed (AttributeError"),
+        ("{module}:other_size", "a pass of images [2, 3, 8, 8] failed (RuntimeError"),
     ],
 )
 def test_what_makes_no_network(module, capsys, tmp_path, name, message):
@@ -127,6 +151,29 @@ def test_what_makes_no_network(module, capsys, tmp_path, name, message):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and message in told
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
+
+
+def test_it_is_made_for_the_classes_of_the_data_alone(module, tmp_path, monkeypatch, capsys):
+    name = f"{module}:ten"
+    assert main(words_of(name, "--method", "pgd_at", "--pretrain-epochs", "0")) == 0
+    # Those of data of one's own are known when they have been read.
+    monkeypatch.setitem(sys.modules, "own_digits", ModuleType("own_digits"))
+    images = torch.randint(0, 256, (120, 8, 8, 3), dtype=torch.uint8).numpy()
+    labels = torch.arange(120).numpy() % 10
+    sys.modules["own_digits"].read = lambda split: (images, labels)
+    words = ["--method", "pgd_at", "--pretrain-epochs", "0", "--data", "own_digits:read"]
+    assert main(words_of(name, *words, out="other")) == 0, capsys.readouterr().err
+    assert set(sys.modules[module].CALLS) == {10}
+
+
+def test_the_trial_pass_leaves_the_network_as_it_was(module):
+    model = build_model(f"{module}:small", num_classes=10)
+    model.net[1].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    check_logits(model, read_dataset("digits", Path()), "small")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_flags_that_a_function_does_not_take(module):
