@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cure_fast.cli.flags import flags_of, pointing_to, read_flags, split_flags
 from cure_fast.config import Config
-from cure_fast.config.values import sections, with_values
-from cure_fast.methods import check_config
-from cure_fast.training.choices import CHOICES, choose, of_others, starting_point
+from cure_fast.config.values import sections
+from cure_fast.training.choices import CHOICES, choose, configure, of_others, starting_point
 
 
 def read_config(
@@ -27,9 +25,8 @@ def read_config(
     flags = {**CHOICES, **flags_of(*map(type, parts.values())), **switches}
     with pointing_to(prog, "each flag"):
         values = read_flags(words, flags, partial(of_others, config))
-        config = replace(with_values(config, values), name=values.get("name", config.name))
-        check_config(config)
-    return config, {name: values[name] for name in switches if name in values}
+        own = {name: values.pop(name) for name in switches if name in values}
+        return configure(starting_point(recipe), values), own
 
 
 def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
