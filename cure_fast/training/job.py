@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -222,18 +221,21 @@ def prepare(
         check_takes(teacher, data.train.image_size, f"teacher {name}")
     if alarm := step_alarm(config):
         warn(alarm)
-    check_attacked(config, model, loader, teachers)
+    check_trial(config, model, loader, teachers)
     return data, loader, model, teachers
 
 
-def check_attacked(
+def check_trial(
     config: Config, model: ImageClassifier, loader: Loader, teachers: Mapping[str, ImageClassifier]
 ) -> None:
-    """Refuse to attack networks that the run will not have; a trial run on the CPU tells them."""
-    if not config.eval.networks:
-        return
+    """Refuse what method and policies cannot take, and to attack networks that the run lacks.
+
+    A trial run on the CPU tells, before there is a folder.
+    """
     trial = replace(config, run=replace(config.run, engine="eager"))
-    run = build_run(trial, copy.deepcopy(model), loader, torch.device("cpu"), teachers)
+    # Not a copy: a network of the user's own may not be one that can be copied.
+    fresh = new_model(config, loader.num_classes, model.image_size)
+    run = build_run(trial, fresh, loader, torch.device("cpu"), teachers)
     nets = run.all_networks
     names = {file for file, name in run.files.items() if isinstance(nets[name], ImageClassifier)}
     names |= {copy_name(name) for name in teachers}
