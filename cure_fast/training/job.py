@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cure_fast.config import Config
-from cure_fast.console import Transcript, keep, say, transcript, warn
+from cure_fast.console import Transcript, command, keep, say, transcript, warn
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
@@ -104,7 +104,7 @@ def run_job(
             )
             plan_job(progress, config, data)
     except Interrupted as error:
-        again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
+        again = f"continue with: {command('train', named, '--resume')}" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
     with own_folder(config, resume=resume) as folder, threads(number):
@@ -142,7 +142,7 @@ def run_job(
                 tell_end(stage, results, examples)
         except (StoppedError, Interrupted) as error:
             why = error if isinstance(error, StoppedError) else "stopped by a signal"
-            remedy = f"continue with: cure-fast train {folder} --resume"
+            remedy = f"continue with: {command('train', folder, '--resume')}"
             raise StoppedError(f"{why}; {remedy}") from error
         finally:
             for sink in stage.sinks:
@@ -164,11 +164,10 @@ def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarr
     say(f"took {duration(stage.progress.elapsed)}; next:")
     count, attacks = results["test_images"], results["models"]["trained"]["attacks"]
     if attacks.get("aa", {}).get("count") != count:
-        say(
-            f"  cure-fast eval {folder} --attacks aa --aa-limit all  # AutoAttack, {count:,} images"
-        )
-    say(f"  cure-fast export {folder} --format onnx  # the network for other programs")
-    say(f"  cure-fast report {folder}  # writes the report again")
+        whole = command("eval", folder, "--attacks", "aa", "--aa-limit", "all")
+        say(f"  {whole}  # AutoAttack, {count:,} images")
+    say(f"  {command('export', folder, '--format', 'onnx')}  # the network for other programs")
+    say(f"  {command('report', folder)}  # writes the report again")
 
 
 def check_network(config: Config) -> None:
