@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -46,6 +47,11 @@ class Transcript:
             self.failed = True
             warn(f"{path}: {error.strerror}; what is printed is kept no longer")
         self.waiting = []
+
+
+def command(*words: str | os.PathLike[str]) -> str:
+    """Return a command of cure-fast as a shell takes it."""
+    return shlex.join(["cure-fast", *map(os.fspath, words)])
 
 
 # That of the job that runs in this context, where one does.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from pathlib import Path
 
 from cure_fast import console
 
@@ -28,3 +30,10 @@ def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
         console.say("x")
         console.warn("x")
         assert os.fstat(broken.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+
+
+def test_a_command_is_read_back_by_a_shell():
+    folder = Path("my runs/it's \"$HOME\"")
+    told = console.command("train", folder, "--resume")
+    assert shlex.split(told) == ["cure-fast", "train", str(folder), "--resume"]
+    assert console.command("report", Path("runs/x")) == "cure-fast report runs/x"

@@ -96,7 +96,11 @@ def maskable_parameters(
     if not mask_stem:
         chosen -= stem
     if not chosen:
-        raise InputError(f"--mask-layers {mask_layers}: {type(model).__name__} has no such tensor.")
+        if mask_layers == "all_but_classifier" and set(module.values()) == {model.classifier_name}:
+            why = "the network's only layer is its classifier; use --mask-layers all"
+        else:
+            why = "the network has no such layer; choose another, such as all"
+        raise InputError(f"--mask-layers {mask_layers}: {why}.")
     return {name: p for name, p in parameters.items() if name in chosen}
 
 

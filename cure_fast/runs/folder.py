@@ -17,7 +17,7 @@ import torch
 from cure_fast.config import Config
 from cure_fast.config.checks import check
 from cure_fast.config.values import from_dict, to_dict
-from cure_fast.console import say, warn
+from cure_fast.console import command, say, warn
 from cure_fast.errors import InputError
 from cure_fast.files import clear_unfinished, locked, user_path, write_json
 from cure_fast.methods import find_method
@@ -339,7 +339,7 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
     if changes and not override:
         raise InputError(
             f"--resume {folder}: the configuration differs: {'; '.join(changes.values())}. "
-            f"`cure-fast train {folder} --resume` takes the run's own; "
+            f"`{command('train', folder, '--resume')}` takes the run's own; "
             "add --override to go on with the changed one."
         )
     for line in changes.values():

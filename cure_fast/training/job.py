@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from cure_fast.config import Config
-from cure_fast.console import Transcript, keep, say, transcript, warn
+from cure_fast.console import Transcript, command, keep, say, transcript, warn
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import keep_results
 from cure_fast.evaluation.results import check_networks, measure_run, print_results
@@ -105,7 +104,7 @@ def run_job(
             )
             plan_job(progress, config, data)
     except Interrupted as error:
-        again = f"continue with: cure-fast train {named} --resume" if resume else "start it again"
+        again = f"continue with: {command('train', named, '--resume')}" if resume else "start it again"
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
     with own_folder(config, resume=resume) as folder, threads(number):
@@ -143,7 +142,7 @@ def run_job(
                 tell_end(stage, results, examples)
         except (StoppedError, Interrupted) as error:
             why = error if isinstance(error, StoppedError) else "stopped by a signal"
-            remedy = f"continue with: cure-fast train {folder} --resume"
+            remedy = f"continue with: {command('train', folder, '--resume')}"
             raise StoppedError(f"{why}; {remedy}") from error
         finally:
             for sink in stage.sinks:
@@ -165,11 +164,10 @@ def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarr
     say(f"took {duration(stage.progress.elapsed)}; next:")
     count, attacks = results["test_images"], results["models"]["trained"]["attacks"]
     if attacks.get("aa", {}).get("count") != count:
-        say(
-            f"  cure-fast eval {folder} --attacks aa --aa-limit all  # AutoAttack, {count:,} images"
-        )
-    say(f"  cure-fast export {folder} --format onnx  # the network for other programs")
-    say(f"  cure-fast report {folder}  # writes the report again")
+        whole = command("eval", folder, "--attacks", "aa", "--aa-limit", "all")
+        say(f"  {whole}  # AutoAttack, {count:,} images")
+    say(f"  {command('export', folder, '--format', 'onnx')}  # the network for other programs")
+    say(f"  {command('report', folder)}  # writes the report again")
 
 
 def check_network(config: Config) -> None:
@@ -222,18 +220,21 @@ def prepare(
         check_takes(teacher, data.train.image_size, f"teacher {name}")
     if alarm := step_alarm(config):
         warn(alarm)
-    check_attacked(config, model, loader, teachers)
+    check_trial(config, model, loader, teachers)
     return data, loader, model, teachers
 
 
-def check_attacked(
+def check_trial(
     config: Config, model: ImageClassifier, loader: Loader, teachers: Mapping[str, ImageClassifier]
 ) -> None:
-    """Refuse to attack networks that the run will not have; a trial run on the CPU tells them."""
-    if not config.eval.networks:
-        return
+    """Refuse what method and policies cannot take, and to attack networks that the run lacks.
+
+    A trial run on the CPU tells, before there is a folder.
+    """
     trial = replace(config, run=replace(config.run, engine="eager"))
-    run = build_run(trial, copy.deepcopy(model), loader, torch.device("cpu"), teachers)
+    # Not a copy: a network of the user's own may not be one that can be copied.
+    fresh = new_model(config, loader.num_classes, model.image_size)
+    run = build_run(trial, fresh, loader, torch.device("cpu"), teachers)
     nets = run.all_networks
     names = {file for file, name in run.files.items() if isinstance(nets[name], ImageClassifier)}
     names |= {copy_name(name) for name in teachers}

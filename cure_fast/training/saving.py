@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cure_fast.config import Config
 from cure_fast.config.values import to_dict
-from cure_fast.console import warn
+from cure_fast.console import command, warn
 from cure_fast.errors import DivergedError, InputError
 from cure_fast.evaluation.record import settings_metadata
 from cure_fast.evaluation.results import LAST
@@ -140,7 +140,7 @@ def keep_last(folder: Path, config: Config) -> None:
     if state["epoch"] < epochs or state["pending"] is not None:
         raise InputError(
             f"--evaluate last: the newest checkpoint is in epoch {state['epoch'] + 1} of {epochs}. "
-            f"Finish the run with `cure-fast train {folder} --resume`, or take --evaluate best."
+            f"Finish the run with `{command('train', folder, '--resume')}`, or take --evaluate best."
         )
     result = result_of(config)
     weights = state["model"] if result == "model" else state["networks"][result]

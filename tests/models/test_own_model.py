@@ -143,6 +143,7 @@ def test_no_file_decides_which_code_is_run(module, capsys, tmp_path):
         ("{module}:failing", "failed (RuntimeError: out of)"),
         ("{module}:seven", "expected logits [2, 10] of images [2, 3, 8, 8]"),
         ("{module}:two_answers", "failed (AttributeError"),
+        ("{module}:single", "only layer is its classifier; use --mask-layers all"),
         ("{module}:other_size", "a pass of images [2, 3, 8, 8] failed (RuntimeError"),
     ],
 )
