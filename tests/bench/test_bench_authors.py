@@ -56,6 +56,10 @@ def eager_run(theirs, name, batch):
     config = select_method(
         Config(optim=optim) if name == "cure_official" else Config(attack=attack, optim=optim), name
     )
+    assert config.attack.step_length == pytest.approx(attack.step_length, rel=1e-15)
+    config = dataclasses.replace(
+        config, attack=dataclasses.replace(config.attack, step_size=0.007, step_share=0.25)
+    )
     assert config.attack == attack
     changes = {
         "cure_official": {"revision_rate": theirs.settings.revision_rate},

@@ -94,7 +94,7 @@ def test_methods_end_the_same_after_a_kill_while_training(tmp_path, method):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     for cwd in (broken, whole):
         cwd.mkdir()
-    in_the_second_epoch = partial(signal_at, "torch.optim:SGD.step", 5, signal.SIGKILL)
+    in_the_second_epoch = partial(signal_at, "cure_fast.engine.eager:train_step", 5, signal.SIGKILL)
     runs = start(words, broken, prepare=in_the_second_epoch), start(words, whole)
     codes = [run.wait() for run in runs]
     assert codes == [-signal.SIGKILL, 0], [run.output() for run in runs]
@@ -112,11 +112,13 @@ def test_a_run_killed_after_it_went_on_in_mid_epoch_ends_the_same(tmp_path, meth
     for cwd in (broken, whole):
         cwd.mkdir()
     unbroken = start(words, whole)
-    stopped = partial(signal_at, "torch.optim:SGD.step", 4, signal.SIGTERM)
+    stopped = partial(signal_at, "cure_fast.engine.eager:train_step", 4, signal.SIGTERM)
     code, output = finish(words, broken, prepare=stopped)
     assert code == 75 and checkpoints(broken / "run")[-1] == 4, output
     words.append("--resume")
-    killed = start(words, broken, prepare=partial(signal_at, "torch.optim:SGD.step", 1, 9))
+    killed = start(
+        words, broken, prepare=partial(signal_at, "cure_fast.engine.eager:train_step", 1, 9)
+    )
     assert killed.wait() == -signal.SIGKILL, killed.output()
     code, output = finish(words, broken)
     assert code == 0 and "train: resumed after step 4\n" in output, output
@@ -132,15 +134,15 @@ def test_a_kill_before_the_configuration_is_written_leaves_a_name_to_use(tmp_pat
     killed = start(tiny_words(), tmp_path, prepare=partial(signal_at, place, 1, signal.SIGKILL))
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "config.json").exists()
-    code, output = finish(tiny_words("--resume"), tmp_path)
-    assert code == 2 and len(output.splitlines()) == 1, output
+    refused = start(tiny_words("--resume"), tmp_path)
+    assert refused.wait() == 2 and len(refused.stderr().splitlines()) == 1, refused.output()
     code, output = finish(tiny_words(), tmp_path)
     assert code == 0, output
 
 
 def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, unbroken):
     go = tmp_path / "go"
-    hold = partial(hold_at, "torch.optim:SGD.step", 8, go)
+    hold = partial(hold_at, "cure_fast.engine.eager:train_step", 8, go)
     first = start(tiny_words(), tmp_path, prepare=hold)
     first.wait_for("train epoch   1/2")
     second = start(tiny_words("--resume"), tmp_path)

@@ -149,9 +149,9 @@ def words_to_go_on(cwd: Path, outcome: Outcome) -> list[str]:
     resuming = tiny_words("--resume")
     if (cwd / "run" / "config.json").exists():
         return resuming
-    code, output = finish(resuming, cwd)
-    if code != 2 or len(output.splitlines()) != 1:
-        outcome.refused.append(f"--resume without a run gave exit code {code}: {output}")
+    refused = start(resuming, cwd)
+    if (code := refused.wait()) != 2 or len(refused.stderr().splitlines()) != 1:
+        outcome.refused.append(f"--resume without a run gave exit code {code}: {refused.output()}")
     return tiny_words()
 
 

@@ -161,7 +161,7 @@ def test_a_run_whose_weights_are_not_those_measured_is_not_finished(folder, trai
 
 def test_ctrl_c_exits_with_75_and_the_same_command_goes_on(tmp_path, compared):
     # Of seed 0 the start, and both entries, take 2 + 4 + 4 steps; this one is of the second's.
-    stopping = partial(signal_at, "torch.optim:SGD.step", 8, signal.SIGINT)
+    stopping = partial(signal_at, "cure_fast.engine.eager:train_step", 8, signal.SIGINT)
     stopped = start(words(), tmp_path, prepare=stopping)
     assert stopped.wait() == 75, stopped.output()
     told = "stopped at pgd_at+ema, seed 0; the same command goes on from there."
