@@ -51,7 +51,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train", "expected the name of a recipe"),
         ("train --epochs 3 quickstart", "before the flags"),
         ("train quickstart now", "expected flags"),
-        ("eval", "TARGET: expected a text"),
+        ("eval", "TARGET: expected run folder"),
         ("report run other", "got 'other'"),
     ],
     "Recipes, methods and run folders": [
