@@ -140,7 +140,8 @@ def keep_last(folder: Path, config: Config) -> None:
     if state["epoch"] < epochs or state["pending"] is not None:
         raise InputError(
             f"--evaluate last: the newest checkpoint is in epoch {state['epoch'] + 1} of {epochs}. "
-            f"Finish the run with `{command('train', folder, '--resume')}`, or take --evaluate best."
+            f"Finish the run with `{command('train', folder, '--resume')}`, or take --evaluate "
+            "best."
         )
     result = result_of(config)
     weights = state["model"] if result == "model" else state["networks"][result]
