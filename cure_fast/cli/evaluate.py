@@ -52,6 +52,8 @@ FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out"
 class Saved:
     """The attacked images of ``--save-adversarial``, if that is given; written when all are there.
 
+    They are float32 [N, C, H, W] in [0, 1], as :func:`cure_fast.evaluate` takes them.
+
     Raises:
         InputError: for a file that could not be written, or that there is already.
     """
@@ -73,7 +75,7 @@ class Saved:
         return None if self.path is None else self._take
 
     def _take(self, attack: str, images: np.ndarray) -> None:
-        self.arrays[f"images_{attack}"] = images
+        self.arrays[f"images_{attack}"] = images.transpose(0, 3, 1, 2)
 
     def write(self, test: ImageSet) -> None:
         """Write images, labels [N] and places in the test set [N], of as many as an attack has."""
@@ -86,8 +88,6 @@ class Saved:
         say(f"adversarial images: {self.path}")
 
 
-def evaluate_folder(folder: Path, args: EvalArgs) -> None:
-    """Attack the models of a run; its record and report change only where they get no worse.
 @contextmanager
 def stoppable(*, kept: bool) -> Iterator[StopSignals]:
     """Catch signals in the block; where one stops it, say what the same command will do then."""
@@ -101,6 +101,8 @@ def stoppable(*, kept: bool) -> Iterator[StopSignals]:
             raise StoppedError(f"evaluation {error}; the same command {how}.") from error
 
 
+def evaluate_folder(folder: Path, args: EvalArgs) -> None:
+    """Attack the models of a run; its record and report change only where they get no worse.
 
     The folder is held meanwhile: neither training nor another evaluation may write in it.
     """

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import cure_fast
+from cure_fast.cli.evaluate import stoppable
 from cure_fast.cli.main import main
 from cure_fast.config.arguments import EvalArgs
 from cure_fast.errors import InputError, StoppedError
@@ -21,9 +23,9 @@ from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import Outcome
 from cure_fast.evaluation.measurement import by_class
 from cure_fast.evaluation.record import merge_results, model_entry
+from cure_fast.evaluation.trust import Guard
 from cure_fast.loaders import read_dataset
 from cure_fast.models.building import build_for_data, load_model
-from cure_fast.evaluation.trust import Guard
 from cure_fast.models.weights import read_metadata, save_weights
 
 RUN = (
@@ -129,10 +131,15 @@ def test_attacked_images_are_saved_with_labels_and_places(
         assert (file["indices"] == np.arange(20)).all() and (
             file["labels"] == test.labels[:20]
         ).all()
-        moved = np.abs(file["images_pgd2"] - test.images[:20].astype(np.float32) / 255)
+        natural = test.images[:20].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        moved = np.abs(file["images_pgd2"] - natural)
+        found = cure_fast.evaluate(
+            cure_fast.load(run), file["images_pgd2"], file["labels"], attacks=["natural"]
+        )
     assert 0.1 < moved.max() <= 0.15 + 1e-6
     [written] = aside(run)
     assert results(written)["restarts"] == 2
+    assert found.accuracy["natural"] == attacks(written)["pgd2"]["accuracy"]
     assert attacks(written)["pgd2"]["settings"]["restarts"] == 2
     for words in (["--save-adversarial", "x.npz"], ["--save-adversarial", "x.npy"]):
         assert evaluate(*words) == 2
