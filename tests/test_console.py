@@ -33,7 +33,7 @@ def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
 
 
 def test_a_command_is_read_back_by_a_shell():
-    folder = Path("my runs/it's \"$HOME\"")
+    folder = Path('my runs/it\'s "$HOME"')
     told = console.command("train", folder, "--resume")
     assert shlex.split(told) == ["cure-fast", "train", str(folder), "--resume"]
     assert console.command("report", Path("runs/x")) == "cure-fast report runs/x"
