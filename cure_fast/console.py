@@ -51,7 +51,7 @@ class Transcript:
 
 def command(*words: str | os.PathLike[str]) -> str:
     """Return a command of cure-fast as a shell takes it."""
-    return shlex.join(["cure-fast", *map(os.fspath, words)])
+    return shlex.join(["cure-fast", *(os.fspath(word) for word in words)])
 
 
 # That of the job that runs in this context, where one does.

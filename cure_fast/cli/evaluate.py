@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cure_fast.config import Config, EvalConfig
 from cure_fast.config.arguments import EvalArgs
 from cure_fast.config.values import with_values
 from cure_fast.console import say
-from cure_fast.errors import InputError
+from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.record import (
     check_ball,
     keep_results,
@@ -51,6 +52,8 @@ FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out"
 class Saved:
     """The attacked images of ``--save-adversarial``, if that is given; written when all are there.
 
+    They are float32 [N, C, H, W] in [0, 1], as :func:`cure_fast.evaluate` takes them.
+
     Raises:
         InputError: for a file that could not be written, or that there is already.
     """
@@ -72,7 +75,7 @@ class Saved:
         return None if self.path is None else self._take
 
     def _take(self, attack: str, images: np.ndarray) -> None:
-        self.arrays[f"images_{attack}"] = images
+        self.arrays[f"images_{attack}"] = images.transpose(0, 3, 1, 2)
 
     def write(self, test: ImageSet) -> None:
         """Write images, labels [N] and places in the test set [N], of as many as an attack has."""
@@ -83,6 +86,19 @@ class Saved:
         with replacing(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, **self.arrays, **told)  # pyright: ignore[reportArgumentType]
         say(f"adversarial images: {self.path}")
+
+
+@contextmanager
+def stoppable(*, kept: bool) -> Iterator[StopSignals]:
+    """Catch signals in the block; where one stops it, say what the same command will do then."""
+    with StopSignals() as stop:
+        try:
+            yield stop
+        except StoppedError as error:
+            how = (
+                "continues it" if kept else "starts anew, and --out FOLDER would keep what is done"
+            )
+            raise StoppedError(f"evaluation {error}; the same command {how}.") from error
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:
@@ -108,7 +124,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     test = read_dataset(own.data.data, place, "test", image_size=size)
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
-    with StopSignals() as stop, held(folder, busy=busy, denied=denied):
+    with stoppable(kept=True) as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
         device = choose_device(args.device)
@@ -190,7 +206,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     check_takes(model, test.image_size, str(path))
     config = changed(stated_settings(metadata, vars(args), path), args)
     out = None if args.out is None else Path(args.out)
-    with StopSignals() as stop:
+    with stoppable(kept=out is not None) as stop:
         device = choose_device(args.device)
         with threads(threads_asked(args, model, test, config.eval)), Progress() as progress:
             plan_attacks(progress, path.stem, config.eval, test)

@@ -47,8 +47,9 @@ class EvalArgs(Checked):
     data_root: str | None = None
     """Folder that holds the data sets; for a file data."""
     save_adversarial: str | None = None
-    """File ending in .npz for the attacked images, float32 in [0, 1]: images_ATTACK for each
-    attack, with labels and indices (places in the test set). Of a run it has the result's."""
+    """File ending in .npz for the attacked images, float32 [N, C, H, W] in [0, 1]: images_ATTACK
+    for each attack, with labels and indices (places in the test set). Of a run it has the
+    result's."""
     networks: tuple[str, ...] | None = None
     """For a run alone: further networks to attack beside its result, such as raw or revision."""
     evaluate: tuple[Literal["best", "last"], ...] | None = None

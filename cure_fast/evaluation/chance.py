@@ -24,7 +24,16 @@ def beats_chance(right: int, count: int, share: float) -> bool:
 
     By three standard deviations of the binomial distribution.
     """
-    return right > count * share + SURE * math.sqrt(count * share * (1 - share))
+    return right > count * share + _margin(count, share)
+
+
+def below_chance(right: int, count: int, share: float) -> bool:
+    """Return whether fewer are right than by guessing, by as much as :func:`beats_chance` asks."""
+    return right < count * share - _margin(count, share)
+
+
+def _margin(count: int, share: float) -> float:
+    return SURE * math.sqrt(count * share * (1 - share))
 
 
 def chance_warnings(record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -94,7 +103,7 @@ def _not_hardened(
     if worse:
         found.append(f"less robust than the start that it was trained from: {', '.join(worse)}; ")
     weakest = min(attacked.values(), key=lambda result: result.accuracy, default=None)
-    if weakest and weakest.count >= LEAST_IMAGES and weakest.correct < weakest.count / classes:
+    if weakest and below_chance(weakest.correct, weakest.count, 1 / classes):
         found.append(
             f"{weakest.attack}: {weakest.accuracy:.1f} % are right, fewer than the "
             f"{100 / classes:.1f} % of guessing, which no attack lowers; "

@@ -358,21 +358,30 @@ def print_results(results: dict[str, Any]) -> None:
         for text in results["warnings"]:
             console.print(f"warning: {text}", markup=False)
     say(captured.get().rstrip("\n"))
+    # Networks are told by the one attack that leaves the result least, also where others tie.
+    quoted = strongest(_results(models["trained"]["attacks"])) if "trained" in models else None
     for key, entry in models.items():
-        if line := headline(model_name(key, results), entry["attacks"], results["test_images"]):
+        attack = quoted.attack if quoted and quoted.attack in entry["attacks"] else None
+        name = model_name(key, results)
+        if line := headline(name, entry["attacks"], results["test_images"], attack):
             say(line)
 
 
-def headline(name: str, attacks: Mapping[str, Any], images: int) -> str:
-    """Return a model's natural accuracy and that under the strongest attack, in a line."""
-    found = {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
-    quoted = [result for result in (found.get("natural"), strongest(found)) if result]
+def headline(name: str, attacks: Mapping[str, Any], images: int, attack: str | None = None) -> str:
+    """Return a model's natural accuracy and that under ``attack``, or the strongest, in a line."""
+    found = _results(attacks)
+    robust = strongest(found) if attack is None else found[attack]
+    quoted = [result for result in (found.get("natural"), robust) if result]
     told = []
     for result in quoted:
         of = "" if result.count == images else f" (first {result.count:,} of {images:,} images)"
         doubt = "" if result.reliable else ", unreliable"
         told.append(f"{result.accuracy:.1f} % {seen(result.attack)}{of}{doubt}")
     return f"{name}: {', '.join(told)}" if told else ""
+
+
+def _results(attacks: Mapping[str, Any]) -> dict[str, AttackResult]:
+    return {attack: AttackResult.from_dict(result) for attack, result in attacks.items()}
 
 
 def _cell(attack: dict[str, Any] | None) -> str:

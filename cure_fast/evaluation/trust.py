@@ -72,7 +72,7 @@ class Guard(nn.Module):
         Refuses, naming the image, logits that are not finite and, in the backward pass, gradients.
         """
         if self.stop is not None and self.stop():
-            raise StoppedError("evaluation stopped; the same command continues it.")
+            raise StoppedError("stopped by a signal")
         seen = x.to(self.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
             seen = seen.view_as(seen)

@@ -191,13 +191,18 @@ def judge(state: TrainState, terms: Terms) -> Verdict:
     """
     grads = [p.grad for p in state.trained_parameters if p.grad is not None]
     further = [grad for group in state.gradients.values() for grad in group]
-    finite = [torch.stack([*terms.values()]).isfinite().all()]
-    norms = [torch.nn.utils.get_total_norm(group) for group in (grads, further) if group]
-    finite += [norm.isfinite() for norm in norms]
-    # A step that moves nothing counts as none: fp16 overflows while it looks for its loss scale.
-    terms["gradient_norm"] = norms[0].nan_to_num(0, 0, 0)
-    # A method without further gradients has none that is not finite.
-    return Verdict(*torch.stack(finite).tolist())
+    finite = {"loss": torch.stack([*terms.values()]).isfinite().all()}
+    norms = {
+        name: torch.nn.utils.get_total_norm(group)
+        for name, group in (("grads", grads), ("further", further))
+        if group
+    }
+    finite |= {name: norm.isfinite() for name, norm in norms.items()}
+    if "grads" in norms:
+        # A step that moves nothing has none: fp16 overflows while it looks for its loss scale.
+        terms["gradient_norm"] = norms["grads"].nan_to_num(0, 0, 0)
+    # What a step has no gradients of has none that is not finite.
+    return Verdict(**dict(zip(finite, torch.stack([*finite.values()]).tolist(), strict=True)))
 
 
 def update_scale(state: TrainState, verdict: Verdict) -> None:

@@ -104,8 +104,9 @@ def run_job(
             )
             plan_job(progress, config, data)
     except Interrupted as error:
-        going_on = f"continue with: {command('train', named, '--resume')}"
-        again = going_on if resume else "start it again"
+        again = (
+            f"continue with: {command('train', named, '--resume')}" if resume else "start it again"
+        )
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
     with own_folder(config, resume=resume) as folder, threads(number):

@@ -139,8 +139,7 @@ def keep_last(folder: Path, config: Config) -> None:
     state, _ = load_checkpoint(folder / "checkpoints")
     if state["epoch"] < epochs or state["pending"] is not None:
         raise InputError(
-            f"--evaluate last: the newest checkpoint is in epoch {state['epoch'] + 1} of "
-            f"{epochs}. "
+            f"--evaluate last: the newest checkpoint is in epoch {state['epoch'] + 1} of {epochs}. "
             f"Finish the run with `{command('train', folder, '--resume')}`, or take --evaluate "
             "best."
         )

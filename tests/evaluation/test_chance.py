@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cure_fast.evaluation.chance import beats_chance, chance_warnings
+from cure_fast.evaluation.chance import beats_chance, below_chance, chance_warnings
 from cure_fast.evaluation.record import record_warnings
+from cure_fast.evaluation.results import print_results
 
 CLASSES = [f"class {k}" for k in range(10)]
 
@@ -18,6 +19,7 @@ def attack(name: str, correct: int, count: int = 1000, by_class: tuple = ()) -> 
         "attack": name,
         "correct": correct,
         "count": count,
+        "accuracy": 100 * correct / count,
         "seconds": 1.0,
         "settings": {"eps": 0.03, "steps": 20, "step_size": 0.003},
         "warnings": [],
@@ -51,6 +53,10 @@ def test_networks_that_have_learnt_are_left_alone():
     assert record_warnings(natural) == []
     # 57 of 500 in 10 classes: 50 by guessing, with a deviation of 6.7; too few to tell.
     assert not beats_chance(57, 500, 0.1) and beats_chance(71, 500, 0.1)
+    assert not below_chance(43, 500, 0.1) and below_chance(29, 500, 0.1)
+    # By chance alone 99 of 1000 are as good as 100.
+    guessing = record(trained=[attack("natural", 800), attack("aa", 99)])
+    assert record_warnings(guessing) == []
 
 
 CONSTANT = tuple(100.0 if k == 3 else 0.0 for k in range(10))
@@ -80,8 +86,8 @@ CONSTANT = tuple(100.0 if k == 3 else 0.0 for k in range(10))
         ),
         (
             "trained",
-            [attack("natural", 800), attack("cw20", 110), attack("aa", 99)],
-            "aa: 9.9 % are right, fewer than the 10.0 % of guessing",
+            [attack("natural", 800), attack("cw20", 110), attack("aa", 60)],
+            "aa: 6.0 % are right, fewer than the 10.0 % of guessing",
         ),
     ],
 )
@@ -108,3 +114,14 @@ def test_a_file_is_told_what_it_is_to_be_described_by():
 def test_the_result_is_called_as_everywhere():
     (told,) = record_warnings(record(network="ema", trained=[attack("natural", 100)]))
     assert told.startswith("CURE, ema network: natural: ")
+
+
+def test_networks_are_told_by_the_attack_that_is_quoted_of_the_result(capsys):
+    # At the start both leave none, and the first of them is no more than the first.
+    start = [attack("natural", 900), attack("pgd20", 0), attack("cw20", 0)]
+    models = record(trained=SOUND["trained"], start=start)
+    told = {"eps": 0.03, "data": "digits", "model": "tiny", "paper": None, "warnings": []}
+    told |= {"test_images": 1000, "policies": []}
+    print_results(models | told)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "% of natural" in line]
+    assert len(lines) == 2 and all("under CW-20" in line for line in lines), lines

@@ -12,14 +12,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+import cure_fast
+from cure_fast.cli.evaluate import stoppable
 from cure_fast.cli.main import main
 from cure_fast.config.arguments import EvalArgs
-from cure_fast.errors import InputError
+from cure_fast.errors import InputError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import Outcome
 from cure_fast.evaluation.measurement import by_class
 from cure_fast.evaluation.record import merge_results, model_entry
+from cure_fast.evaluation.trust import Guard
 from cure_fast.loaders import read_dataset
 from cure_fast.models.building import build_for_data, load_model
 from cure_fast.models.weights import read_metadata, save_weights
@@ -127,10 +131,15 @@ def test_attacked_images_are_saved_with_labels_and_places(
         assert (file["indices"] == np.arange(20)).all() and (
             file["labels"] == test.labels[:20]
         ).all()
-        moved = np.abs(file["images_pgd2"] - test.images[:20].astype(np.float32) / 255)
+        natural = test.images[:20].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        moved = np.abs(file["images_pgd2"] - natural)
+        found = cure_fast.evaluate(
+            cure_fast.load(run), file["images_pgd2"], file["labels"], attacks=["natural"]
+        )
     assert 0.1 < moved.max() <= 0.15 + 1e-6
     [written] = aside(run)
     assert results(written)["restarts"] == 2
+    assert found.accuracy["natural"] == attacks(written)["pgd2"]["accuracy"]
     assert attacks(written)["pgd2"]["settings"]["restarts"] == 2
     for words in (["--save-adversarial", "x.npz"], ["--save-adversarial", "x.npy"]):
         assert evaluate(*words) == 2
@@ -368,3 +377,10 @@ def test_accuracies_by_class_make_up_the_accuracy_and_are_kept(run: Path) -> Non
 def test_a_class_without_images_has_no_accuracy() -> None:
     right = torch.tensor([True, False, True, True])
     assert by_class(right, torch.tensor([0, 0, 2, 2]), 4) == (50.0, None, 100.0, None)
+
+
+def test_what_is_stopped_says_how_it_goes_on() -> None:
+    for kept, how in ((True, "continues it."), (False, "starts anew, and --out FOLDER would")):
+        with pytest.raises(StoppedError, match=f"^evaluation stopped by a signal; .* {how}"):
+            with stoppable(kept=kept):
+                Guard(nn.Identity(), stop=lambda: True)(torch.rand(1, 3, 8, 8))

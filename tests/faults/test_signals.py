@@ -47,7 +47,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
 
 def check_stopped(run: Running) -> None:
     assert run.wait(SOON_S) == 75, run.output()
-    assert "Traceback" not in run.output()
+    told = run.output()
+    # One advice, in a sentence of its own.
+    assert "Traceback" not in told and ".;" not in told
+    assert told.count("continue with:") + told.count("the same command") <= 1
 
 
 @pytest.mark.parametrize("phase", PHASES)

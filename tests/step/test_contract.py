@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import tiny_step
 from cure_fast.config import Config
@@ -15,6 +17,7 @@ from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, check_config
 from cure_fast.policies import POLICIES
 from cure_fast.step.policy import Policy
+from cure_fast.step.train_step import Verdict, judge
 from cure_fast.training.trainer import next_step
 
 # Radius of the images in units of eps, where a method leaves the ball by design.
@@ -127,3 +130,16 @@ def test_policies_keep_it_in_pairs(pair):
             make("trades", pair)
         return
     assert_keeps_the_contract("trades", pair)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_what_is_not_finite_is_told_by_its_kind(value, has_grad):
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2) if has_grad else None
+    state = SimpleNamespace(
+        trained_parameters=[parameter], gradients={"score": [torch.tensor([value])]}
+    )
+    terms = {"total": torch.tensor(1.0)}
+    assert judge(state, terms) == Verdict(loss=True, grads=True, further=value == 1)
+    assert ("gradient_norm" in terms) == has_grad
