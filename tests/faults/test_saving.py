@@ -123,7 +123,8 @@ def test_a_really_full_disk(tmp_path):
     words = (
         "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 0 "
         "--epochs 3 --attack-steps 1 --step-size 0.15 --attacks natural --limit 20 "
-        f"--loader resident --no-tensorboard --device cpu --batch-size 32 --cache {tmp_path} --out {disk}/run"
+        f"--loader resident --no-tensorboard --device cpu --batch-size 32 --cache {tmp_path} "
+        f"--out {disk}/run"
     )
     script = (
         f"mount -t tmpfs -o size=284k tmpfs {disk} && {sys.executable} -m cure_fast {words}; "
