@@ -16,6 +16,7 @@ from cure_fast.api.answers import Results
 from cure_fast.config import Norm
 from cure_fast.config.arguments import EvalArgs
 from cure_fast.config.checks import check, shown
+from cure_fast.config.values import convert
 from cure_fast.errors import InputError
 from cure_fast.evaluation.evaluate import adversarial_images
 from cure_fast.evaluation.evaluate import evaluate as measure
@@ -43,7 +44,7 @@ def load(source: str | os.PathLike[str], *, model: str | None = None) -> nn.Modu
     Raises:
         InputError: for what is neither, or weights that do not fit.
     """
-    path = Path(source)
+    path = _path(source)
     if path.is_dir():
         model = load_config(path).model.model
         path /= "model.safetensors"
@@ -90,11 +91,8 @@ def evaluate(
     """
     if isinstance(attacks, str):
         attacks = attacks.split(",")
-    if isinstance(model, nn.Module):
-        own = {"norm": "linf", "eps": EPS}
-    else:
-        own = _own_ball(Path(model))
-        model = load(model).to(choose_device("auto"))
+    model, own = _opened(model)
+    eps, step_size = _number("eps", eps), _number("step_size", step_size)
     if norm is not None and norm != own["norm"]:
         check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
     results = measure(
@@ -119,13 +117,13 @@ def evaluate(
 
 
 def attack(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     x: np.ndarray | Tensor,
     y: np.ndarray | Tensor | Sequence[int],
     *,
     attack: str = "pgd20",
-    eps: float = EPS,
-    norm: Norm = "linf",
+    eps: float | None = None,
+    norm: Norm | None = None,
     step_size: float | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -139,8 +137,8 @@ def attack(
         x: images, as for :func:`evaluate`.
         y: labels, as for :func:`evaluate`.
         attack: ``fgsm``, ``pgdK`` or ``cwK``.
-        eps: radius of the ball in pixel units of [0, 1]; the usual one is linf's.
-        norm: ``linf`` or ``l2``.
+        eps: as for :func:`evaluate`.
+        norm: as for :func:`evaluate`.
         step_size: as for :func:`evaluate`.
         batch_size: images per batch; changes the time, not the result.
         seed: of the random starts.
@@ -151,18 +149,42 @@ def attack(
     Raises:
         InputError: a ``ValueError`` for images, labels or settings of another kind.
     """
+    model, own = _opened(model)
+    eps, step_size = _number("eps", eps), _number("step_size", step_size)
+    if norm is not None and norm != own["norm"]:
+        check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
     return adversarial_images(
         model,
         _images(x),
         _labels(y),
         attack=attack,
-        eps=eps,
-        norm=norm,
+        eps=own["eps"] if eps is None else eps,
+        norm=own["norm"] if norm is None else norm,
         step_size=step_size,
         batch_size=batch_size,
         device=_device(model),
         seed=seed,
     )
+
+
+def _opened(model: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network, where it computes, and the norm and radius it is attacked with."""
+    if isinstance(model, nn.Module):
+        return model, {"norm": "linf", "eps": EPS}
+    own_ball = _own_ball(_path(model))
+    return load(model).to(choose_device("auto")), own_ball
+
+
+def _path(model: Any) -> Path:
+    """Return where a run or a file of weights is."""
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"model: expected a module, a run or a file of it, got {shown(model)}.")
+    return Path(model)
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a number, which may be written as ``8/255``; all else as it is."""
+    return convert(name, float, value) if isinstance(value, str) else value
 
 
 def _own_ball(source: Path) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def configure(start: str | os.PathLike[str] | Config, given: Mapping[str, Any]) 
     Raises:
         InputError: for an unknown recipe or field, or a wrong value.
     """
+    if not isinstance(start, str | os.PathLike | Config):
+        raise InputError(
+            f"expected a recipe, a run folder or a configuration to start from, got {shown(start)}."
+        )
     given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
     config = start if isinstance(start, Config) else starting_point(os.fspath(start))
     first = {**CHOICES, "data": str, "model": str}

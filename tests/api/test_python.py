@@ -124,6 +124,9 @@ def test_a_run_is_that_of_the_command_line_from_a_thread_and_a_notebook(folder):
     assert named.record["attacks"]["pgd3"]["settings"]["eps"] == 0.15
     of_file = cure_fast.evaluate(run.path / "model.safetensors", images, labels, attacks=["pgd3"])
     assert of_file.accuracy == named.accuracy
+    x_adv = cure_fast.attack(run, images, labels, attack="pgd3").cpu()
+    by_module = cure_fast.attack(model, images, labels, attack="pgd3", eps=0.15)
+    assert torch.allclose(x_adv, by_module, atol=1e-4)
 
 
 def test_a_stopped_run_says_so_and_goes_on(monkeypatch):
@@ -268,3 +271,23 @@ def test_images_and_labels_of_other_kinds_are_refused(net, images, labels, messa
 def test_what_is_no_classifier_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         cure_fast.evaluate(model, PLANES, LABELS)
+
+
+def test_what_is_of_another_type_is_refused_as_input(net):
+    for call in (cure_fast.evaluate, cure_fast.attack):
+        with pytest.raises(cure_fast.InputError, match="model: expected a module, a run or"):
+            call(None, PLANES, LABELS)
+        with pytest.raises(cure_fast.InputError, match="eps: expected a number such as"):
+            call(net, PLANES, LABELS, eps="8 / 25 5")
+    with pytest.raises(cure_fast.InputError, match="to start from, got 3"):
+        cure_fast.recipe(3)
+    with pytest.raises(cure_fast.InputError, match="model: expected a module"):
+        cure_fast.load(3)
+
+
+def test_a_radius_may_be_written_as_a_fraction(net):
+    assert cure_fast.recipe("quickstart", eps="8/255").attack.eps == 8 / 255
+    images = [cure_fast.attack(net.eval(), PLANES, LABELS, eps=e) for e in ("8/255", 8 / 255)]
+    assert torch.equal(*images)
+    told = cure_fast.evaluate(net, PLANES, LABELS, attacks=["fgsm"], eps="8/255")
+    assert told.record["attacks"]["fgsm"]["settings"]["eps"] == 8 / 255

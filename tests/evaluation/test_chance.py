@@ -124,4 +124,4 @@ def test_networks_are_told_by_the_attack_that_is_quoted_of_the_result(capsys):
     told |= {"test_images": 1000, "policies": []}
     print_results(models | told)
     lines = [line for line in capsys.readouterr().out.splitlines() if "% of natural" in line]
-    assert len(lines) == 2 and all("under CW-20" in line for line in lines), lines
+    assert len(lines) == 2 and all("under C&W-20" in line for line in lines), lines
