@@ -26,7 +26,8 @@ from tiny_command import differences, tiny_words
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     **{"train_images": 96, "val_images": 20, "width": 4, "batch_size": 32, "pretrain_epochs": 1},
-    **{"epochs": 2, "attack_steps": 2, "val_attack_steps": 1, "attacks": ["natural", "pgd2"]},
+    **{"epochs": 2, "attack_steps": 2, "step_size": 0.075, "val_attack_steps": 1},
+    **{"attacks": ["natural", "pgd2"]},
     **{"limit": 24, "eval_step_size": 0.1, "loader": "resident", "log_every": 1, "device": "cpu"},
     **{"tensorboard": False, "cache": "cache"},
 }

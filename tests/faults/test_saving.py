@@ -117,17 +117,17 @@ def may_mount():
 
 @pytest.mark.skipif(not may_mount(), reason="this machine lets no process mount a file system")
 def test_a_really_full_disk(tmp_path):
-    """Room for a checkpoint (116 KiB) and the rest of a run (152), not for a second checkpoint."""
+    """Room for a checkpoint and the rest of a run, some 450 KiB, not for a second checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
     words = (
-        "train quickstart --train-images 96 --val-images 20 --width 4 --pretrain-epochs 0 "
+        "train quickstart --train-images 96 --val-images 20 --width 6 --pretrain-epochs 0 "
         "--epochs 3 --attack-steps 1 --step-size 0.15 --attacks natural --limit 20 "
         f"--loader resident --no-tensorboard --device cpu --batch-size 32 --cache {tmp_path} "
         f"--out {disk}/run"
     )
     script = (
-        f"mount -t tmpfs -o size=284k tmpfs {disk} && {sys.executable} -m cure_fast {words}; "
+        f"mount -t tmpfs -o size=492k tmpfs {disk} && {sys.executable} -m cure_fast {words}; "
         f"echo exit $?; cd {disk}/run/checkpoints && ls -A; "
         f"sha256sum checkpoint-*/state.pt; cat checkpoint-*/manifest.json"
     )
