@@ -116,6 +116,8 @@ def run_job(
         def record() -> None:
             start_record(folder, config, loader.reason, **kept)
             printed.write_to(folder / "console.log")
+            if alarm := step_alarm(config):
+                warn(alarm)
 
         # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a
         # checkpoint when that has been read and fits: a folder that is refused stays as it was, and
@@ -220,8 +222,6 @@ def prepare(
     teachers = read_teachers(config, len(data.train.classes), folder)
     for name, teacher in teachers.items():
         check_takes(teacher, data.train.image_size, f"teacher {name}")
-    if alarm := step_alarm(config):
-        warn(alarm)
     check_trial(config, model, loader, teachers)
     return data, loader, model, teachers
 

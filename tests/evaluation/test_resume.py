@@ -67,7 +67,7 @@ def test_a_stopped_evaluation_continues(linear, data, tmp_path, last_call):
     unbroken = evaluate(model, images, labels, **COMMON)
     model.calls = 0
     stop = lambda: model.calls >= last_call  # noqa: E731
-    with pytest.raises(StoppedError, match="same command continues"):
+    with pytest.raises(StoppedError, match="stopped by a signal"):
         evaluate(model, images, labels, state_dir=tmp_path, stop=stop, **COMMON)
     assert model.calls == last_call
     done = {p.stem for p in tmp_path.iterdir()}
