@@ -91,19 +91,15 @@ def evaluate(
     """
     if isinstance(attacks, str):
         attacks = attacks.split(",")
-    model, own = _opened(model)
-    eps, step_size = _number("eps", eps), _number("step_size", step_size)
-    if norm is not None and norm != own["norm"]:
-        check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
+    model, ball = _opened(model, eps, norm)
     results = measure(
         model,
         _images(images),
         _labels(labels),
         num_classes=None,
         attacks=attacks,
-        eps=own["eps"] if eps is None else eps,
-        norm=own["norm"] if norm is None else norm,
-        step_size=step_size,
+        **ball,
+        step_size=_number("step_size", step_size),
         restarts=restarts,
         batch_size=batch_size,
         device=_device(model),
@@ -149,30 +145,30 @@ def attack(
     Raises:
         InputError: a ``ValueError`` for images, labels or settings of another kind.
     """
-    model, own = _opened(model)
-    eps, step_size = _number("eps", eps), _number("step_size", step_size)
-    if norm is not None and norm != own["norm"]:
-        check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
+    model, ball = _opened(model, eps, norm)
     return adversarial_images(
         model,
         _images(x),
         _labels(y),
         attack=attack,
-        eps=own["eps"] if eps is None else eps,
-        norm=own["norm"] if norm is None else norm,
-        step_size=step_size,
+        **ball,
+        step_size=_number("step_size", step_size),
         batch_size=batch_size,
         device=_device(model),
         seed=seed,
     )
 
 
-def _opened(model: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network, where it computes, and the norm and radius it is attacked with."""
-    if isinstance(model, nn.Module):
-        return model, {"norm": "linf", "eps": EPS}
-    own_ball = _own_ball(_path(model))
-    return load(model).to(choose_device("auto")), own_ball
+def _opened(model: Any, eps: float | None, norm: Norm | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network, where it computes, and the norm and radius to attack it with."""
+    own: dict[str, Any] = {"norm": "linf", "eps": EPS}
+    if not isinstance(model, nn.Module):
+        own = _own_ball(_path(model))
+        model = load(model).to(choose_device("auto"))
+    if norm not in (None, own["norm"]):
+        check(eps is not None, "norm", norm, f"a radius of its own with it, eps; {EPS} is linf's")
+    given = {"norm": norm, "eps": _number("eps", eps)}
+    return model, own | {name: value for name, value in given.items() if value is not None}
 
 
 def _path(model: Any) -> Path:

@@ -20,18 +20,23 @@ def read_config(
     ``prog`` has the words before the flags, for messages; ``switches`` are flags of the command
     itself with their types, whose values are returned too where they are given.
     """
-    config = base_config(recipe, words, prog)
+    start = starting_point(recipe)
+    config = chosen(start, words, prog)
     parts = sections(config)
     flags = {**CHOICES, **flags_of(*map(type, parts.values())), **switches}
     with pointing_to(prog, "each flag"):
         values = read_flags(words, flags, partial(of_others, config))
         own = {name: values.pop(name) for name in switches if name in values}
-        return configure(starting_point(recipe), values), own
+        return configure(start, values), own
 
 
 def base_config(recipe: str, words: Sequence[str], prog: str) -> Config:
     """Return the recipe's or run's own with the flags that decide what others are."""
-    config = starting_point(recipe)
+    return chosen(starting_point(recipe), words, prog)
+
+
+def chosen(config: Config, words: Sequence[str], prog: str) -> Config:
+    """Return a configuration with those of the flags that decide what others are."""
     with pointing_to(prog, "each flag"):
         given, _ = split_flags(words, {**CHOICES, "data": str, "model": str})
     return choose(config, given)

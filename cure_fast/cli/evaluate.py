@@ -12,6 +12,7 @@ import numpy as np
 
 from cure_fast.config import Config, EvalConfig
 from cure_fast.config.arguments import EvalArgs
+from cure_fast.config.checks import flag_of
 from cure_fast.config.values import with_values
 from cure_fast.console import say
 from cure_fast.errors import InputError, StoppedError
@@ -46,7 +47,7 @@ from cure_fast.training.saving import keep_last
 # What weights.py reads.
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
-FILE_FLAGS = ("data", "image-size", "model", "width", "stem", "normalize", "out")
+FILE_FLAGS = ("data", "image_size", "model", "width", "stem", "normalize", "out")
 
 
 class Saved:
@@ -106,7 +107,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
 
     The folder is held meanwhile: neither training nor another evaluation may write in it.
     """
-    given = [f"--{n}" for n in FILE_FLAGS if getattr(args, n.replace("-", "_")) is not None]
+    given = [flag_of(name) for name in FILE_FLAGS if getattr(args, name) is not None]
     if given:
         raise InputError(
             f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "

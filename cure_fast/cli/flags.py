@@ -34,8 +34,6 @@ T = TypeVar("T")
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
 # What each cyclopts.App here is made with.
 PLAIN = {"help_format": "plaintext", "print_error": False, "exit_on_error": False}
-
-
 # Groups of flags in help: the first, and those of a configuration's sections in their order.
 MOST_USED = ("data", "model", "method", "policies", "epochs", "eps", "seed", "out")
 TITLES = {
@@ -68,11 +66,6 @@ def flags_of(*kinds: type) -> dict[str, Any]:
     return {field.name: field_types(kind)[field.name] for kind in kinds for field in fields(kind)}
 
 
-def flag_words(names: Iterable[str]) -> list[str]:
-    """Return the flags of fields as they are written."""
-    return [flag_of(name) for name in names]
-
-
 def parameters(function: Callable[..., None]) -> dict[str, Any]:
     """Return the type of each parameter of a function by its name."""
     return {k: v for k, v in get_type_hints(function).items() if k != "return"}
@@ -99,11 +92,8 @@ def application(
         config: whose fields are flags too.
         about: what help says before the function's docstring.
     """
-    kinds, usual, help_of = (
-        parameters(function),
-        signature(function).parameters,
-        explained(function),
-    )
+    kinds, usual = parameters(function), signature(function).parameters
+    help_of = explained(function)
     made: list[Any] = [kind for kind in kinds.values() if is_dataclass(kind)]
     words: dict[str, Flag] = {}
     flags: dict[str, Flag] = {}
@@ -223,7 +213,7 @@ def app_of(
 
 def options(field: str, flag: Flag) -> cyclopts.Parameter:
     """Return how cyclopts reads and shows a flag."""
-    (name,) = flag_words([field])
+    name = flag_of(field)
     told = {"name": name, "group": flag.group, "help": flag.help, "allow_repeating": True}
     if flag.hint is bool:
         return cyclopts.Parameter(negative=f"--no-{name[2:]}", **told)
@@ -295,7 +285,7 @@ def named(words: Iterable[str], flags: Mapping[str, T]) -> Mapping[str, T]:
     written = {word.partition("=")[0] for word in words if word.startswith("-")}
     found = {}
     for name, flag in flags.items():
-        (word,) = flag_words([name])
+        word = flag_of(name)
         both = {word, f"--no-{word[2:]}"}
         if both & written:
             found[name] = flag

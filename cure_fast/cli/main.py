@@ -248,9 +248,12 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     if words[0] in CONFIGURED:
         return prepare_configured(words[0], words[1:])
     known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
-    with pointing_to(f"cure-fast {known}".rstrip(), "it" if known else "the commands"):
+    prog, rest = f"cure-fast {known}".rstrip(), words[len(known.split()) :]
+    with pointing_to(prog, "it" if known else "the commands"):
+        # All of them are needed to say which one an unknown one is like.
+        app = application(prog, COMMANDS[known]) if known else tree()
         with in_a_line():
-            run, bound, _ = tree().parse_args(words, console=console_for(words))
+            run, bound, _ = app.parse_args(rest, console=console_for(words))
         return run(*bound.args, **bound.kwargs)
 
 

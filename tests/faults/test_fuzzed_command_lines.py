@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bad_input import answer, prepared
-from cure_fast.cli.flags import flag_words, flags_of, parameters
+from cure_fast.cli.flags import flags_of, parameters
 from cure_fast.cli.main import COMMANDS
+from cure_fast.config.checks import flag_of
 from cure_fast.config.values import sections, to_dict
 from cure_fast.errors import InputError
 from cure_fast.methods import METHODS, select_method
@@ -23,7 +24,7 @@ KINDS = {
     *(type(method.settings) for method in METHODS.values()),
     *(k for f in COMMANDS.values() for k in parameters(f).values() if hasattr(k, "__match_args__")),
 }
-FLAGS = [*flag_words(sorted(flags_of(*KINDS))), "--method", "--resume", "--override", "--help"]
+FLAGS = [*map(flag_of, sorted(flags_of(*KINDS))), "--method", "--resume", "--override", "--help"]
 TARGETS = [
     *("quickstart", "run", "run-no-model", "run-cut", "good.safetensors", "notes.txt", "missing"),
     *("digits", "folder:photos", "empty-folder", "full", "write", "locked"),
