@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cure_fast.analysis.opening import load
     from cure_fast.api.answers import Results, RunFolder
-    from cure_fast.api.models import attack, evaluate, load
+    from cure_fast.api.models import attack, evaluate
     from cure_fast.api.runs import recipe, train
     from cure_fast.config import Config
     from cure_fast.errors import CureFastError, InputError, StoppedError
@@ -32,10 +33,11 @@ __all__ = [
 
 _PLACES = {
     "api.answers": ("Results", "RunFolder"),
-    "api.models": ("attack", "evaluate", "load"),
+    "api.models": ("attack", "evaluate"),
     "api.runs": ("recipe", "train"),
     "config": ("Config",),
     "errors": ("CureFastError", "InputError", "StoppedError"),
+    "analysis.opening": ("load",),
 }
 
 
@@ -43,6 +45,8 @@ def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
             return getattr(importlib.import_module(f"cure_fast.{place}"), name)
+    if name == "analysis":
+        return importlib.import_module("cure_fast.analysis")
     raise AttributeError(f"module 'cure_fast' has no attribute {name!r}")
 
 

@@ -22,7 +22,7 @@ ROOMS = (
     "methods",
     *("engine", "recipes", "runs"),
     "evaluation",
-    *("report", "export"),
+    *("report", "export", "analysis"),
     "training",
     "cli",
     *("api", "__main__"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cure_fast.config import Config, EvalConfig
-from cure_fast.config.arguments import EvalArgs
+from cure_fast.config.arguments import EvalArgs, Opening
 from cure_fast.config.checks import flag_of
 from cure_fast.config.values import with_values
 from cure_fast.console import say
@@ -107,30 +107,16 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
 
     The folder is held meanwhile: neither training nor another evaluation may write in it.
     """
-    given = [flag_of(name) for name in FILE_FLAGS if getattr(args, name) is not None]
-    if given:
-        raise InputError(
-            f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "
-            "this itself. Leave it out, or name the file, such as "
-            f"{folder / 'model.safetensors'}."
-        )
-    own, saved = load_config(folder), Saved(args.save_adversarial)
-    if not (folder / "model.safetensors").exists():
-        raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
-    check_ball(vars(args), own.evaluated_norm)
-    config = changed(own, args)
+    saved, run = Saved(args.save_adversarial), opened_folder(folder, args)
+    own, config, test = load_config(folder), run.config, run.test
     check_networks(config.eval.networks, networks_in(folder))
-    root = own.data.data_root if args.data_root is None else args.data_root
-    place, size = user_path(root, "--data-root"), own.data.image_size
-    test = read_dataset(own.data.data, place, "test", image_size=size)
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
     with stoppable(kept=True) as stop, held(folder, busy=busy, denied=denied):
         if "last" in config.eval.evaluate:
             keep_last(folder, config)
         device = choose_device(args.device)
-        model = load_model(folder / "model.safetensors", trusted=own.model.model)
-        with threads(threads_asked(args, model, test, config.eval)), Progress() as progress:
+        with threads(threads_asked(args, run.model, test, config.eval)), Progress() as progress:
             measured, examples = measure_run(
                 folder, config, test, device, stop, progress, saved.taken
             )
@@ -152,7 +138,7 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
             say(f"unchanged: {folder / 'results.json'}")
 
 
-def changed(config: Config, args: EvalArgs) -> Config:
+def changed(config: Config, args: Opening) -> Config:
     """Return the configuration of an evaluation with what the arguments say."""
     given = {k: getattr(args, k.removeprefix("eval_"), None) for k in vars(config.eval)}
     told: dict[str, Any] = {k: v for k, v in {**given, "seed": args.seed}.items() if v is not None}
@@ -160,7 +146,7 @@ def changed(config: Config, args: EvalArgs) -> Config:
 
 
 def threads_asked(
-    args: EvalArgs, model: ImageClassifier, test: ImageSet, settings: EvalConfig
+    args: Opening, model: ImageClassifier, test: ImageSet, settings: EvalConfig
 ) -> int:
     """Return how many CPU threads to attack the model with."""
     return choose_threads(
@@ -172,19 +158,60 @@ def threads_asked(
     )
 
 
-def evaluate_file(path: Path, args: EvalArgs) -> None:
-    """Attack the network in a file of weights."""
+@dataclass(frozen=True)
+class Opened:
+    """A network with the images and attacks that it is measured by.
+
+    Attributes:
+        path: the run's folder, or the file of weights.
+        metadata: what a file says of itself; empty of a run.
+    """
+
+    path: Path
+    model: ImageClassifier
+    test: ImageSet
+    config: Config
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def opened_folder(folder: Path, args: Opening) -> Opened:
+    """Return the result of a run with the run's test images.
+
+    Raises:
+        InputError: for arguments that only a file takes, or a run that has no result yet.
+    """
+    given = [flag_of(name) for name in FILE_FLAGS if getattr(args, name, None) is not None]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: only for a file of weights; {folder} is a run folder, which says "
+            "this itself. Leave it out, or name the file, such as "
+            f"{folder / 'model.safetensors'}."
+        )
+    own = load_config(folder)
+    if not (folder / "model.safetensors").exists():
+        raise InputError(f"{folder}: the run has no model.safetensors yet; train it first.")
+    check_ball(vars(args), own.evaluated_norm)
+    root = own.data.data_root if args.data_root is None else args.data_root
+    place, size = user_path(root, "--data-root"), own.data.image_size
+    test = read_dataset(own.data.data, place, "test", image_size=size)
+    model = load_model(folder / "model.safetensors", trusted=own.model.model)
+    return Opened(folder, model, test, changed(own, args))
+
+
+def opened_file(path: Path, args: Opening) -> Opened:
+    """Return the network in a file of weights with the test images of its data set.
+
+    Raises:
+        InputError: for a file that is none, or does not say all that is needed.
+    """
     if not path.exists():
         raise InputError(f"{path}: expected a run folder or a file of weights; there is none.")
-    for name in ("networks", "evaluate"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name}: only for a run folder; {path} holds a single network.")
     if path.suffix not in WEIGHTS_ENDINGS:
         raise InputError(
             f"{path}: expected a file of weights ({', '.join(WEIGHTS_ENDINGS)}), got another kind "
             "of file. Give that, or a run folder; a model exported as ONNX is for other programs."
         )
-    saved, metadata = Saved(args.save_adversarial), read_metadata(path)
+    metadata = read_metadata(path)
     for name in ("model", "width", "stem", "normalize"):
         if (value := getattr(args, name)) is not None:
             metadata[name] = str(value)
@@ -205,7 +232,18 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     metadata.setdefault("image_size", str(test.image_size))
     model = load_model(path, metadata, trusted=args.model)
     check_takes(model, test.image_size, str(path))
-    config = changed(stated_settings(metadata, vars(args), path), args)
+    config = stated_settings(metadata, vars(args), path)
+    config = replace(config, data=replace(config.data, data=data))
+    return Opened(path, model, test, changed(config, args), metadata)
+
+
+def evaluate_file(path: Path, args: EvalArgs) -> None:
+    """Attack the network in a file of weights."""
+    for name in ("networks", "evaluate"):
+        if getattr(args, name) is not None and path.exists():
+            raise InputError(f"--{name}: only for a run folder; {path} holds a single network.")
+    saved, file = Saved(args.save_adversarial), opened_file(path, args)
+    model, test, config, metadata = file.model, file.test, file.config, file.metadata
     out = None if args.out is None else Path(args.out)
     with stoppable(kept=out is not None) as stop:
         device = choose_device(args.device)
@@ -227,7 +265,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     saved.write(test)
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
-        told | {"data": data},
+        told | {"data": config.data.data},
         test,
         {path.stem: model_entry(path.name, attacks)},
         **main_settings(config),

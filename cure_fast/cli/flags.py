@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from inspect import Parameter, Signature, signature
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cyclopts
@@ -82,7 +83,12 @@ def explained(documented: Any) -> dict[str, str]:
 
 
 def application(
-    name: str, function: Callable[..., None], *, config: Config | None = None, about: str = ""
+    name: str,
+    function: Callable[..., None],
+    *,
+    config: Config | None = None,
+    about: str = "",
+    titles: Mapping[str, str] = MappingProxyType({}),
 ) -> App:
     """Return the command line of a function, which returns the function with what was read.
 
@@ -91,31 +97,37 @@ def application(
         function: of which text without a name before it is a word, and a dataclass its fields.
         config: whose fields are flags too.
         about: what help says before the function's docstring.
+        titles: of the groups of flags that dataclasses are, by the function's names for them.
     """
     kinds, usual = parameters(function), signature(function).parameters
     help_of = explained(function)
-    made: list[Any] = [kind for kind in kinds.values() if is_dataclass(kind)]
+    made: dict[str, Any] = {field: kind for field, kind in kinds.items() if is_dataclass(kind)}
+    groups = {field: Group.create_ordered(title) for field, title in titles.items()}
     words: dict[str, Flag] = {}
     flags: dict[str, Flag] = {}
+    many = ""
     for field, kind in kinds.items():
-        if kind in made:
-            flags |= fields_of(kind())
+        if field in made:
+            flags |= fields_of(kind(), groups.get(field))
             continue
         one = usual[field]
         default = None if one.default is Parameter.empty else one.default
         flag = Flag(hint=kind, default=default, help=help_of[field])
         (flags if one.kind is Parameter.KEYWORD_ONLY else words)[field] = flag
+        many = field if one.kind is Parameter.VAR_POSITIONAL else many
 
     def prepare(*words: str, **values: Any) -> Callable[[], None]:
         own = {name: values.pop(name) for name in usual if name in values}
-        return partial(function, *words, *(kind(**values) for kind in made), **own)
+        for field, kind in made.items():
+            own[field] = kind(**{name: values[name] for name in flags_of(kind) if name in values})
+        return partial(function, *words, **own)
 
     if config is not None:
         flags = configured(config, flags)
     told = "\n\n".join(filter(None, (parse(function.__doc__ or "").description, about)))
     # Lines of a paragraph are as long as the terminal is wide.
     paragraphs = (" ".join(paragraph.split()) for paragraph in told.split("\n\n"))
-    return app_of(name, prepare, "\n\n".join(paragraphs), words, flags)
+    return app_of(name, prepare, "\n\n".join(paragraphs), words, flags, many=many)
 
 
 def fields_of(part: Any, group: Group | None = None) -> dict[str, Flag]:
@@ -175,9 +187,13 @@ def app_of(
     about: str,
     words: Mapping[str, Flag],
     flags: Mapping[str, Flag],
+    many: str = "",
     **more: Any,
 ) -> App:
-    """Return what reads words and flags, for a function that takes those that are given."""
+    """Return what reads words and flags, for a function that takes those that are given.
+
+    Of the word ``many``, the last one, there may be any number.
+    """
 
     def read(*words: str, **values: Any) -> Any:
         return call(*words, **values)
@@ -185,7 +201,7 @@ def app_of(
     positional = [
         Parameter(
             word,
-            Parameter.POSITIONAL_ONLY,
+            Parameter.VAR_POSITIONAL if word == many else Parameter.POSITIONAL_ONLY,
             default=Parameter.empty if told.default is None else told.default,
             annotation=Annotated[
                 str,
@@ -299,7 +315,7 @@ def in_a_line(of_others: Callable[[str], str] = lambda name: "") -> Iterator[Non
     try:
         yield
     except cyclopts.UnknownOptionError as error:
-        flag = str(error.token.keyword)
+        flag = error.token.keyword or error.token.value
         name = flag.removeprefix("--").replace("-", "_")
         told = of_others(name) or of_others(name.removeprefix("no_"))
         known = [name for argument in error.argument_collection or () for name in argument.names]

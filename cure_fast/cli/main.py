@@ -26,7 +26,7 @@ from cyclopts import App
 import cure_fast
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
-from cure_fast.config.arguments import DataWriteArgs, EvalArgs, ExportArgs
+from cure_fast.config.arguments import AnalyzeArgs, DataWriteArgs, EvalArgs, ExportArgs
 from cure_fast.config.checks import SHOWN, find, shown
 from cure_fast.config.values import to_dict
 from cure_fast.console import discard, say, tell
@@ -121,6 +121,16 @@ def evaluate(target: str, args: EvalArgs) -> None:
         evaluate_file(path, args)
 
 
+def analyze(*targets: str, args: AnalyzeArgs) -> None:
+    """Show why networks are robust: figures and numbers of runs or files of weights.
+
+    Args:
+        targets: Name of an analysis, and then run folders or files of weights.
+        args: What to look at, and how.
+    """
+    raise AssertionError("what analyze does depends on the analysis that is named")
+
+
 def report(run: str) -> None:
     """Write report.html of a run again.
 
@@ -213,6 +223,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
     "eval": evaluate,
+    "analyze": analyze,
     "report": report,
     "export": export,
     "data write": data_write,
@@ -247,6 +258,8 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
         raise InputError("expected words without null characters, got one; leave it out.")
     if words[0] in CONFIGURED:
         return prepare_configured(words[0], words[1:])
+    if words[0] == "analyze":
+        return prepare_analysis(words[1:])
     known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
     prog, rest = f"cure-fast {known}".rstrip(), words[len(known.split()) :]
     with pointing_to(prog, "it" if known else "the commands"):
@@ -309,6 +322,35 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
             raise InputError("--toml: expected it or --json, got both. Leave one out.")
         return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
     return Training(config, **given)
+
+
+def prepare_analysis(words: Sequence[str]) -> Callable[[], object] | None:
+    """Return the analysis that is named, to be run with what follows; None where that was help."""
+    from cure_fast.analysis import ANALYSES
+    from cure_fast.cli.analyze import analyses_listed, analyze_function
+
+    name, helps = next((w for w in words if not w.startswith("-")), ""), HELP & set(words)
+    if helps and not name:
+        told = analyses_listed()
+        application("cure-fast analyze", analyze, about=told).help_print(
+            [], console=console_for(words)
+        )
+        return None
+    with pointing_to("cure-fast analyze", "the analyses"):
+        if not words or words[0].startswith("-"):
+            came = f"got {shown(words[0])} first" if words else "got nothing"
+            raise InputError(f"analyze: expected the name of an analysis before all else, {came}.")
+        analysis = find("NAME", ANALYSES, name)
+    prog = f"cure-fast analyze {name}"
+    titles = {"settings": f"Analysis {name}", "args": "What is looked at, and how"}
+    about = f"{analysis.title} ({analysis.source}). {analysis.about}"
+    app = application(prog, analyze_function(analysis), about=about, titles=titles)
+    if helps:
+        app.help_print([], console=console_for(words))
+        return None
+    with pointing_to(prog, "it"), in_a_line():
+        run, bound, _ = app.parse_args(words[1:])
+        return run(*bound.args, **bound.kwargs)
 
 
 def run_comparison(comparison: Comparison) -> None:

@@ -10,21 +10,25 @@ from cure_fast.config.checks import Bounds, Checked, Count, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs(Checked):
-    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack.
-
-    None takes the run's own, or what a file says of itself.
-    """
+class Attacks:
+    """What attacks, of ``cure-fast eval``."""
 
     attacks: tuple[str, ...] | None = None
     """Attacks: natural, fgsm, pgdK, cwK (K steps), pgdK-t (targeted), aa (AutoAttack standard); for
     a file natural,pgd20,cw20."""
     restarts: Count | None = None
     """Random starts of pgdK, pgdK-t and cwK, 1 or more; an image is right that is so after all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening(Checked):
+    """How runs and files of weights are opened, and within which ball they are attacked.
+
+    None takes the run's own, or what a file says of itself.
+    """
+
     limit: Count | Literal["all"] | None = None
     """Test images to use, the first ones, 1 or more, or the word all; for a file all."""
-    aa_limit: Count | Literal["all"] | None = None
-    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
     eps: Radius | None = None
     """Radius in pixel units, such as 8/255, which a file has that says none; 0 to 1, in L2 to
     1000."""
@@ -46,14 +50,6 @@ class EvalArgs(Checked):
     """Seed of the attacks' random starts, 0 or more; for a file that says none 0."""
     data_root: str | None = None
     """Folder that holds the data sets; for a file data."""
-    save_adversarial: str | None = None
-    """File ending in .npz for the attacked images, float32 [N, C, H, W] in [0, 1]: images_ATTACK
-    for each attack, with labels and indices (places in the test set). Of a run it has the
-    result's."""
-    networks: tuple[str, ...] | None = None
-    """For a run alone: further networks to attack beside its result, such as raw or revision."""
-    evaluate: tuple[Literal["best", "last"], ...] | None = None
-    """For a run alone: epochs of its result to attack, best, last, or both."""
     data: str | None = None
     """For a file alone: data set of the test images."""
     image_size: Annotated[int, Bounds(1, 4096)] | None = None
@@ -70,6 +66,34 @@ class EvalArgs(Checked):
     """For a file alone: whether the model first takes out the data set's mean and deviation."""
     out: str | None = None
     """For a file alone: folder for results.json and resumable states; None keeps nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(Opening, Attacks):
+    """Arguments of ``cure-fast eval``, beside the run folder or file of weights to attack."""
+
+    aa_limit: Count | Literal["all"] | None = None
+    """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
+    save_adversarial: str | None = None
+    """File ending in .npz for the attacked images, float32 [N, C, H, W] in [0, 1]: images_ATTACK
+    for each attack, with labels and indices (places in the test set). Of a run it has the
+    result's."""
+    networks: tuple[str, ...] | None = None
+    """For a run alone: further networks to attack beside its result, such as raw or revision."""
+    evaluate: tuple[Literal["best", "last"], ...] | None = None
+    """For a run alone: epochs of its result to attack, best, last, or both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeArgs(Opening):
+    """Arguments of ``cure-fast analyze``, beside the analysis' own settings."""
+
+    limit: Count | Literal["all"] | None = None
+    """Test images to use, the first ones, 1 or more, or the word all; None takes as many as the
+    analysis usually does."""
+    out: str | None = None
+    """Folder for figure and numbers; None takes the folder analysis of the first run, whose report
+    shows them too, and for a file NAME-analysis beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def evaluate(
         **({} if work is None else {"work": work}),
     )
     results = {}
-    with _measuring(model, task.device):
+    with measuring(model, task.device):
         if num_classes is None:
             _ask_classes(task)
         for text, spec in specs.items():
@@ -175,7 +175,7 @@ def adversarial_examples(
         confidences = (each.float().softmax(1).amax(1) for each in (logits, after))
         found.append((x_adv.permute(0, 2, 3, 1).float(), *classes, *confidences))
 
-    with _measuring(model, task.device):
+    with measuring(model, task.device):
         task.each_batch(torch.arange(len(images)), attack)
         task.watch.check()
     arrays = [torch.cat(parts).cpu().contiguous().numpy() for parts in zip(*found, strict=True)]
@@ -196,6 +196,8 @@ def adversarial_images(
     device: torch.device | str,
     seed: int,
     norm: Norm = "linf",
+    step_share: float = STEP_SHARE,
+    stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Return what an attack makes of all the images, right or wrong: [N, C, H, W] on the device.
 
@@ -207,15 +209,16 @@ def adversarial_images(
         raise InputError(f"attack: expected fgsm, pgdK or cwK, got {attack!r}.")
     _check_data(images, labels)
     specs = {spec.name: spec}
-    _check_settings(eps, norm, step_size, STEP_SHARE, batch_size, seed, None, specs)
+    _check_settings(eps, norm, step_size, step_share, batch_size, seed, None, specs)
     task = Measurement(
-        guard=Guard(model),
+        guard=Guard(model, stop=stop),
         images=images,
         labels=labels,
         device=torch.device(device),
         eps=eps,
         step_size=step_size,
         norm=norm,
+        step_share=step_share,
         batch_size=batch_size,
         seed=seed,
     )
@@ -226,7 +229,7 @@ def adversarial_images(
         task.guard.at(x, indices, spec.name)
         found.append(task.perturb(spec, x, y, indices, Round()))
 
-    with _measuring(model, task.device):
+    with measuring(model, task.device):
         _ask_classes(task)
         task.each_batch(torch.arange(len(images)), perturb)
         task.watch.check()
@@ -241,7 +244,7 @@ def _ask_classes(task: Measurement) -> None:
 
 
 @contextmanager
-def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
+def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Hold the model in the state that it is measured in, and restore all of it after."""
     for name, parameter in model.named_parameters():
         here = parameter.device

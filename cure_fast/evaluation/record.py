@@ -90,7 +90,9 @@ def stated_settings(metadata: Mapping[str, str], given: Mapping[str, Any], file:
         given: arguments of ``cure-fast eval``; what they give is not read.
         file: the file, for messages.
     """
-    told = {k: metadata[k] for k, flag in STATED.items() if k in metadata and given[flag] is None}
+    told = {
+        k: metadata[k] for k, flag in STATED.items() if k in metadata and given.get(flag) is None
+    }
     check_ball(given, metadata.get("eval_norm", metadata.get("norm", AttackConfig.norm)))
     # With them, as a norm and a radius go together.
     ball = {name: given[name] for name in BALL if given[name] is not None}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cure_fast.errors import InputError
 from cure_fast.files import replacing
+from cure_fast.report.analyses import analyses
 from cure_fast.report.answer import answer
 from cure_fast.report.charts import training
 from cure_fast.report.details import details
@@ -31,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
         InputError: if ``config.json`` or ``metrics.jsonl`` is missing, any file is damaged, or the
             page cannot be written.
     """
-    page = render(read_record(run_dir))
+    page = render(read_record(run_dir), analyses(run_dir))
     path = run_dir / "report.html"
     try:
         with replacing(path) as temporary:
@@ -41,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(record: Record) -> str:
+def render(record: Record, analysed: Sequence[dict[str, Any]] = ()) -> str:
     """Return the whole page: what it says is in ``templates/``, the values come from here."""
     templates = Environment(
         loader=PackageLoader("cure_fast.report"),
@@ -59,5 +62,6 @@ def render(record: Record) -> str:
         results=results_section(record),
         pictures=pictures(record),
         training=training(record),
+        analyses=analysed,
         details=details(record),
     )

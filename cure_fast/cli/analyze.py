@@ -1,0 +1,161 @@
+"""``cure-fast analyze``: figures and numbers of runs and files of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cure_fast.analysis import ANALYSES, Analysis, Settings
+from cure_fast.analysis.shape import Task, distinct, kept_for, subject_of
+from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, threads_asked
+from cure_fast.config.arguments import AnalyzeArgs
+from cure_fast.config.checks import flag_of
+from cure_fast.console import say
+from cure_fast.errors import InputError, StoppedError
+from cure_fast.evaluation.record import main_settings
+from cure_fast.files import user_path
+from cure_fast.progress import Progress
+from cure_fast.runs.environment import choose_device
+from cure_fast.runs.folder import held, load_config
+from cure_fast.runs.threads import threads
+from cure_fast.signals import StopSignals
+
+BUSY = "Wait for its end, or name another folder with --out."
+DENIED = "Change that, or name another folder with --out."
+
+
+def analyses_listed() -> str:
+    """Return a line per analysis, with the figure that it is after."""
+    width = max(map(len, ANALYSES))
+    lines = [f"{a.name:<{width}}  {a.title} ({a.source})" for a in ANALYSES.values()]
+    return "\n\n".join(["Analyses:", *lines])
+
+
+def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
+    """Return what an analysis does with words and flags, as the command line takes it."""
+
+    def analyze(*targets: str, settings: Settings, args: AnalyzeArgs) -> None:
+        """Write the figure as SVG, PNG and PDF, and its numbers as JSON and CSV.
+
+        Args:
+            targets: Run folders or files of weights.
+            settings: Settings of the analysis.
+            args: What to look at, and how.
+        """
+        run_analysis(analysis, [Path(target) for target in targets], settings, args)
+
+    # Its own settings are its own flags.
+    analyze.__annotations__["settings"] = type(analysis.settings)
+    return analyze
+
+
+def run_analysis(
+    analysis: Analysis[Any], paths: Sequence[Path], settings: Settings, args: AnalyzeArgs
+) -> None:
+    """Compute, draw and write an analysis; the first run's report shows it from then on.
+
+    Raises:
+        InputError: for runs, files or settings that do not fit, before anything is written.
+        StoppedError: after a signal; the same command goes on from there.
+    """
+    analysis.check_count(len(paths))
+    task, threads_wanted = (runs_alone if analysis.of_runs else networks)(analysis, paths, args)
+    out, first = folder_for(paths[0], args), task.subjects[0].folder
+    # A run's own folder is written to by one process at a time.
+    own = first is not None and out.resolve().is_relative_to(first.resolve())
+    with (
+        StopSignals() as stop,
+        held(first, busy=BUSY, denied=DENIED) if own and first else nullcontext(),
+        threads(threads_wanted),
+        Progress() as progress,
+    ):
+        kept = kept_for(out, analysis, settings, task, stop=stop, progress=progress)
+        try:
+            result = analysis.run(replace(task, kept=kept), settings)
+        except StoppedError as error:
+            raise StoppedError(
+                f"{analysis.name} {error}; the same command continues it."
+            ) from error
+        written = result.save(out)
+        if own and first:
+            from cure_fast.report import write_report
+
+            written = [*written, write_report(first)]
+    for path in written:
+        say(f"{'report' if path.suffix == '.html' else analysis.name}: {path}")
+
+
+def folder_for(path: Path, args: AnalyzeArgs) -> Path:
+    """Return where the results of an analysis of this run or file go."""
+    if args.out is not None:
+        return user_path(args.out, "--out")
+    return path / "analysis" if path.is_dir() else path.with_name(f"{path.stem}-analysis")
+
+
+def runs_alone(
+    analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs
+) -> tuple[Task, int]:
+    """Return the task of an analysis that reads the files of runs, and threads to compute with."""
+    usual = vars(AnalyzeArgs())
+    given = [flag_of(k) for k, v in vars(args).items() if k != "out" and v != usual[k]]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: expected none with {analysis.name}, which reads what runs "
+            "recorded. Leave it out."
+        )
+    for path in paths:
+        # Says what is wrong with a folder that is no run's.
+        load_config(path)
+    return Task(subjects=distinct([subject_of(path, None) for path in paths])), 1
+
+
+def networks(analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs) -> tuple[Task, int]:
+    """Return the task of an analysis of networks, and how many threads to compute with."""
+    opened = [open_one(path, args) for path in paths]
+    first = opened[0]
+    for other in opened[1:]:
+        same = (other.config.data.data, other.test.image_size, len(other.test.classes))
+        own = (first.config.data.data, first.test.image_size, len(first.test.classes))
+        if same != own:
+            raise InputError(
+                f"{other.path}: expected a network of the same images as {first.path} "
+                f"({described(own)}), got one of {described(same)}. Leave one of them out."
+            )
+    count = len(first.test) if args.limit == "all" else args.limit or analysis.images
+    test, device = (
+        first.test.subset(np.arange(min(count, len(first.test)))),
+        choose_device(args.device),
+    )
+    settings, evaluated = main_settings(first.config), first.config.eval
+    task = Task(
+        subjects=distinct([subject_of(o.path, o.model.to(device).eval()) for o in opened]),
+        images=torch.from_numpy(test.images),
+        labels=torch.from_numpy(test.labels).long(),
+        classes=test.classes,
+        data=first.config.data.data,
+        eps=settings["eps"],
+        norm=settings["norm"],
+        step_size=evaluated.eval_step_size,
+        step_share=evaluated.eval_step_share,
+        batch_size=evaluated.eval_batch_size,
+        device=device,
+        seed=settings["seed"],
+    )
+    return task, threads_asked(args, first.model, test, evaluated)
+
+
+def open_one(path: Path, args: AnalyzeArgs) -> Opened:
+    """Return the network of a run, or in a file, with its images and attacks."""
+    return (opened_folder if path.is_dir() else opened_file)(path, args)
+
+
+def described(images: tuple[str, int, int]) -> str:
+    """Return what a data set is, its images' size and number of classes in words."""
+    name, size, classes = images
+    return f"{name}, {size} pixels, {classes} classes"
