@@ -9,7 +9,7 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs bench bench-gpu bench-kernels clean
+.PHONY: help setup train test lint docs bench bench-gpu first-light bench-kernels clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ bench: setup  ## Run the benchmarks
 
 bench-gpu: setup  ## Measure steps on a CUDA GPU, engine against engine; figures go to bench/results/
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+first-light: setup  ## Measure what is most worth knowing on a GPU, in five minutes; CALL=2 trains
+	$(BIN)/python -m bench.first_light --call $(or $(CALL),1) $(ARGS)
 
 bench-kernels: setup  ## Test the kernels on a CUDA GPU, then measure them; figures go to bench/results/
 	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
