@@ -14,7 +14,7 @@ from cure_fast.files import user_path
 from cure_fast.models.weights import resized_to
 
 
-def audit_target(path: Path, checks: AuditChecks, args: AnalyzeArgs) -> None:
+def audit_target(path: Path, settings: AuditChecks, args: AnalyzeArgs) -> None:
     """Audit the network of a run or file; write its figure and numbers, and print its verdicts."""
     opened = open_one(path, args)
     data, size = opened.config.data, args.image_size
@@ -26,7 +26,7 @@ def audit_target(path: Path, checks: AuditChecks, args: AnalyzeArgs) -> None:
         test=opened.test,
         split=path.is_dir(),
     )
-    print_verdicts(run_analysis(audit_of(known), [path], AuditSettings(**vars(checks)), args))
+    print_verdicts(run_analysis(audit_of(known), [path], AuditSettings(**vars(settings)), args))
 
 
 def print_verdicts(result: Result) -> None:

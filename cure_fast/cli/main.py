@@ -137,19 +137,19 @@ def analyze(*targets: str, args: AnalyzeArgs) -> None:
     raise AssertionError("what analyze does depends on the analysis that is named")
 
 
-def audit(target: str, checks: AuditChecks, args: AnalyzeArgs) -> None:
+def audit(target: str, settings: AuditChecks, args: AnalyzeArgs) -> None:
     """Check whether the accuracy under attack of a run or file of weights can be believed.
 
     Each check has a verdict and what it rests on; that all of them pass proves no robustness.
 
     Args:
         target: Run folder or file of weights.
-        checks: What to check.
+        settings: What to check.
         args: What to look at, and how.
     """
     from cure_fast.cli.audit import audit_target
 
-    audit_target(Path(target), checks, args)
+    audit_target(Path(target), settings, args)
 
 
 def report(run: str) -> None:

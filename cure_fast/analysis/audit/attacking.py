@@ -156,13 +156,18 @@ def black_box(case: Case) -> Finding:
     left = case.survivors()
     if not left.any():
         return absent("the attacks with gradients left no image right")
-    fell = case.one(f"square, {case.settings.queries} queries", partial(by_square, case, left))
-    tried = min(int(left.sum()), SQUARE_IMAGES)
-    told = [(fell, tried, f"Square of {case.settings.queries} queries")]
+    told = []
+    # In L2 its squares are of a fifth of an image.
+    if case.task.norm == "linf" or case.task.images.shape[1] >= 5:
+        fell = case.one(f"square, {case.settings.queries} queries", partial(by_square, case, left))
+        tried = min(int(left.sum()), SQUARE_IMAGES)
+        told = [(fell, tried, f"Square of {case.settings.queries} queries")]
     start = case.subject.folder and case.subject.folder / "start.safetensors"
     if start and start.exists():
         other = case.one("transfer", partial(by_transfer, case, left, start))
         told.append((other, int(left.sum()), "images that fool the start"))
+    if not told:
+        return absent("Square in L2 needs images of 5 pixels or more, and there is no start")
     failed, doubtful = [], []
     for broke, of, what in told:
         share = broke / of * float(left.double().mean())

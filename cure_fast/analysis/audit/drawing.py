@@ -51,10 +51,11 @@ def draw_curve(axes: Axes, numbers: dict[str, Any]) -> None:
     x, y = zip(*numbers["curve"], strict=True)
     axes.plot([scale * r for r in x], y, color=COLOURS[0], marker="o")
     axes.axvline(scale * numbers["eps"], color="#9aa2ab", linewidth=0.8, linestyle=":")
-    axes.set_xscale("symlog", linthresh=scale * numbers["eps"] / 2)
-    ticks = [0, 4, 16, 64, 255] if linf else [0, 1, 4, 16]
-    ticks = [t for t in ticks if not 0 < t < scale * numbers["eps"] / 2]
-    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xscale("symlog", linthresh=max(scale * numbers["eps"] / 2, 1e-3))
+    own = scale * numbers["eps"]
+    far = [t for t in ((16, 64, 255) if linf else (1, 4, 16)) if t >= 1.5 * own]
+    ticks = [0, own / 2, own, *far]
+    axes.set_xticks(ticks, [f"{t:.3g}" for t in ticks])
     axes.minorticks_off()
     axes.set_xlim(0, 1.1 * scale * max(x))
     axes.set_xlabel("radius eps in 1/255" if linf else "radius eps, length in pixel units")
@@ -100,7 +101,7 @@ def draw_table(
         middle = top + 0.5
         axes.plot([0.01], [middle], mark, color=colour, markersize=5, clip_on=False)
         axes.text(0.03, middle, each, va="center", fontsize=7)
-        axes.text(0.135, middle, check, va="center", fontsize=7, weight="bold")
+        axes.text(0.145, middle, check, va="center", fontsize=7, weight="bold")
         for k, line in enumerate(text):
-            axes.text(0.235, middle + k, line, va="center", fontsize=7)
+            axes.text(0.24, middle + k, line, va="center", fontsize=7)
         top += len(text) + 0.5

@@ -76,18 +76,22 @@ def classes(case: Case) -> Finding:
         "random": logits.argmax(1).bincount().tolist(),
     }
     known, has = len(case.task.classes), set(labels.tolist())
+    real = set(range(known)) if known else has
+    # One class more than labels have is what a network that abstains has; more of them may be
+    # classes of which there is no image here.
+    one_more = logits.shape[1] == len(real) + 1
     failed, doubtful = [], []
     if known and known != logits.shape[1]:
         failed.append(f"{logits.shape[1]} logits for {known} classes: it may abstain")
     for kind, counts in kinds.items():
         for k, times in enumerate(counts):
-            if times > max(2, STRANGE * count) and k not in has:
+            if times > max(2, STRANGE * count) and k not in real:
                 sentence = (
                     f"class {k}, which no label has, is answered for {times} of {count} {kind} "
                     "images"
                 )
-                # A network of many classes has its favourite for noise.
-                (doubtful if kind == "random" else failed).append(f"{sentence}: it may abstain")
+                certain = one_more and kind != "random"
+                (failed if certain else doubtful).append(f"{sentence}: it may abstain")
     answered = [k for k, times in enumerate(kinds["natural"]) if times]
     right = natural.result.correct
     if len(answered) == 1 and len(has) > 1:

@@ -116,8 +116,9 @@ def selection(case: Case) -> Finding:
     if shared > FEW_SHARED * len(val):
         return found("", [f"{told}, of which {shared} are test images"])
     least = 10 * len(case.task.classes)
-    few = [f"{told}, few of {len(case.task.classes)} classes"] if held < least else []
-    return found(f"{told}, of which {shared} are test images", [], few)
+    told = f"{told}, of which {shared} are test images"
+    few = [f"{told}; they are few for {len(case.task.classes)} classes"] if held < least else []
+    return found(told, [], few)
 
 
 def overlap(case: Case) -> Finding:
