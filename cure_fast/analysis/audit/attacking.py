@@ -211,7 +211,7 @@ def by_transfer(case: Case, left: Tensor, start: Path) -> int:
     other = load(start, model=load_config(folder).model.model).to(case.task.device)
     task = replace(case.task, subjects=[replace(case.subject, model=other)])
     attacked = task.attacked(task.subjects[0], case.strongest[0])
-    wrong = case.task.logits(case.subject, attacked).argmax(1) != case.task.labels
+    wrong = case.logits(attacked).argmax(1) != case.task.labels
     return int((wrong & left).sum())
 
 
@@ -225,11 +225,7 @@ def rescored(case: Case) -> Finding:
     task, subject = case.task, case.subject
     attacked = task.attacked(subject, f"pgd{case.steps[0]}")
     right = {
-        size: int(
-            (
-                replace(task, batch_size=size).logits(subject, attacked).argmax(1) == task.labels
-            ).sum()
-        )
+        size: int((case.logits(attacked, size=size).argmax(1) == task.labels).sum())
         for size in (1, 256)
     }
     told = [f"{count} of {len(attacked)} in batches of {size}" for size, count in right.items()]

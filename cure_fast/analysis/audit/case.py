@@ -8,12 +8,15 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from cure_fast.analysis.shape import Settings, Subject, Task
 from cure_fast.config.arguments import AuditChecks
 from cure_fast.errors import CureFastError, MemoryExhaustedError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import flags_to_text, text_to_flags
+from cure_fast.evaluation.evaluate import measuring
+from cure_fast.evaluation.trust import Guard
 from cure_fast.loaders import ImageSet
 
 T = TypeVar("T")
@@ -142,6 +145,19 @@ class Case:
             left = left & self.measure(attack).right
         return left
 
+    def logits(
+        self, images: torch.Tensor, *, model: nn.Module | None = None, size: int | None = None
+    ) -> torch.Tensor:
+        """Return finite logits [N, K] of images [N, C, H, W], on the CPU; as attacks see them.
+
+        They are of another ``model`` where one is given, in batches of another ``size``.
+        """
+        network = self.subject.network if model is None else model
+        guard = Guard(network, stop=self.task.kept.stop)
+        with measuring(network, self.task.device):
+            parts = images.split(size or self.task.batch_size)
+            return torch.cat([guard(x.to(self.task.device)).float().cpu() for x in parts])
+
     def _attack(self, attack: str, eps: float) -> dict[str, Any]:
         images, found = self.task.pixels, []
         result = self.task.accuracies(
@@ -150,8 +166,7 @@ class Case:
         attacked = torch.from_numpy(found[0]).permute(0, 3, 1, 2) if found else images
         # Of the images as 8 bits hold them, which is how pictures are kept.
         rounded = (255 * attacked).round() / 255
-        answers = self.task.logits(self.subject, attacked).argmax(1)
-        again = self.task.logits(self.subject, rounded).argmax(1)
+        answers, again = (self.logits(each).argmax(1) for each in (attacked, rounded))
         moved = (attacked - images).flatten(1).double()
         far = moved.norm(dim=1) if self.task.norm == "l2" else moved.abs().amax(dim=1)
         return {

@@ -35,7 +35,7 @@ def answers(case: Case) -> Finding:
     """Check that logits are finite, the same again, alone and in batches, and written nowhere."""
     model = case.subject.network
     watch = Watch(model, thorough=False)
-    guard = Guard(model, num_classes=len(case.task.classes) or None, stop=case.task.kept.stop)
+    guard = Guard(model, stop=case.task.kept.stop)
     with measuring(model, case.task.device):
         for x, _ in case.task.batches(case.task.pixels):
             guard(x)
@@ -51,7 +51,7 @@ def answers(case: Case) -> Finding:
 
 def guard_classes(case: Case) -> int:
     """Return the number of logits."""
-    return case.task.logits(case.subject, case.task.pixels[:1]).shape[1]
+    return case.logits(case.task.pixels[:1]).shape[1]
 
 
 def probe(case: Case) -> list[tuple[Tensor, Tensor]]:
@@ -69,7 +69,7 @@ def classes(case: Case) -> Finding:
     labels, count = case.task.labels, len(case.task.labels)
     draw = torch.Generator().manual_seed(case.task.seed)
     noise = torch.rand(case.task.pixels.shape, generator=draw)
-    logits = case.task.logits(case.subject, noise)
+    logits = case.logits(noise)
     kinds = {
         "natural": natural.told["answers"],
         "attacked": attacked.told["answers"],
@@ -77,9 +77,9 @@ def classes(case: Case) -> Finding:
     }
     known, has = len(case.task.classes), set(labels.tolist())
     real = set(range(known)) if known else has
-    # One class more than labels have is what a network that abstains has; more of them may be
-    # classes of which there is no image here.
-    one_more = logits.shape[1] == len(real) + 1
+    # One class more than labels have is what a network that abstains has; more of them, or one
+    # beside a single one, are rather classes of which there is no image here.
+    one_more = logits.shape[1] == len(real) + 1 > 2
     failed, doubtful = [], []
     if known and known != logits.shape[1]:
         failed.append(f"{logits.shape[1]} logits for {known} classes: it may abstain")
@@ -91,7 +91,9 @@ def classes(case: Case) -> Finding:
                     "images"
                 )
                 certain = one_more and kind != "random"
-                (failed if certain else doubtful).append(f"{sentence}: it may abstain")
+                (failed if certain else doubtful).append(
+                    f"{sentence}: it may abstain, unless images of that class are missing here"
+                )
     answered = [k for k, times in enumerate(kinds["natural"]) if times]
     right = natural.result.correct
     if len(answered) == 1 and len(has) > 1:

@@ -28,6 +28,7 @@ from cure_fast.analysis.shape import Subject
 from cure_fast.config.attack_names import attack_name
 from cure_fast.evaluation.evaluate import measuring
 from cure_fast.evaluation.measurement import start_in_ball, uniform_start
+from cure_fast.evaluation.trust import weight_dtype
 
 # Inner points per image, their largest distance as a share of the radius, and random points of
 # the boundary that say how hard the test is.
@@ -105,7 +106,7 @@ def tried(case: Case) -> Finding:
         return absent("a ball of radius 0 has room for nothing else")
     count = min(case.settings.planted, len(task.images))
     features = Features(case.subject.network, last_layer(case))
-    x = task.pixels[:count].to(task.device)
+    x = task.pixels[:count].to(task.device, weight_dtype(case.subject.network))
     with measuring(case.subject.network, task.device):
         weight, middle, apart = readouts(case, features, x)
     if not apart.any():
@@ -121,7 +122,7 @@ def tried(case: Case) -> Finding:
     )
     subject = Subject(case.subject.name, model=model)
     hit = {
-        name: there.logits(subject, there.attacked(subject, name)).argmax(1) == 1
+        name: case.logits(there.attacked(subject, name), model=model, size=count).argmax(1) == 1
         for name in case.strongest
     }
     chance = by_chance(case, model, x[kept])
@@ -141,7 +142,8 @@ def tried(case: Case) -> Finding:
 
 def last_layer(case: Case) -> nn.Module | None:
     """Return the linear layer whose output the logits are, or None where there is none."""
-    model, x = case.subject.network, case.task.pixels[:2].to(case.task.device)
+    model = case.subject.network
+    x = case.task.pixels[:2].to(case.task.device, weight_dtype(model))
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         return None
