@@ -274,14 +274,10 @@ def test_a_run_is_audited_from_the_command_line(run, capsys):
     assert "0 are test images" in evidence["selection"]
     assert "0 of 360 test images are among 96 training images" in evidence["overlap"]
     assert 'id="analysis-audit"' in (run / "report.html").read_text()
-    # What is kept is not attacked again.
+    # What takes long is kept, so that the same command goes on from there.
     (path,) = (place / "parts").glob("audit-*.json")
-    stored = json.loads(path.read_text())
-    stored["check planted"]["evidence"] = "Kept from before."
-    path.write_text(json.dumps(stored))
-    assert main(words) == 0
-    assert "Kept from before." in (place / "audit.csv").read_text()
-    capsys.readouterr()
+    kept = {"check answers", "check planted", "check rescoring", "natural at 0.15", "cw4 at 0.15"}
+    assert kept <= json.loads(path.read_text()).keys()
 
 
 @pytest.mark.parametrize(

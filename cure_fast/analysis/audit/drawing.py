@@ -21,7 +21,7 @@ LOOKS = {
     ABSENT: (COLOURS[6], "_"),
 }
 # Letters of evidence on a line, and inches of a line and of the plots above.
-LETTERS, LINE, PLOTS = 98, 0.125, 1.9
+LETTERS, LINE, PLOTS = 88, 0.125, 1.9
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
@@ -103,5 +103,5 @@ def draw_table(
         axes.text(0.03, middle, each, va="center", fontsize=7)
         axes.text(0.145, middle, check, va="center", fontsize=7, weight="bold")
         for k, line in enumerate(text):
-            axes.text(0.24, middle + k, line, va="center", fontsize=7)
+            axes.text(0.25, middle + k, line, va="center", fontsize=7)
         top += len(text) + 0.5

@@ -40,6 +40,8 @@ RIDGE = 1e-3
 # Share of planted images to be found: the paper's for a test that is passed; and the share below
 # which the attack fails it.
 ENOUGH, FEW = 0.95, 0.75
+# Found images that excuse a single one that is missed.
+SEVERAL = 8
 # A planted point scores higher than all inner ones by this share of their spread, or no readout
 # tells them apart.
 TOLD_APART = 1e-3
@@ -134,8 +136,9 @@ def tried(case: Case) -> Finding:
         f"{int(either.sum())} of {len(kept)} planted images are found ({each}) by {of}; "
         f"{chance:.1%} of random points of the boundary are such"
     )
-    missed = len(kept) - int(either.sum())
-    if share >= ENOUGH or missed <= 1:
+    # Of few images one is more than a twentieth, and says little.
+    one_missed = int(either.sum()) == len(kept) - 1 >= SEVERAL
+    if share >= ENOUGH or one_missed:
         return found(text)
     return found("", [text]) if share < FEW else found("", doubtful=[text])
 
