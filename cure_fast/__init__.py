@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cure_fast.analysis.audit import AuditResult, audit
     from cure_fast.analysis.opening import load
     from cure_fast.api.answers import Results, RunFolder
     from cure_fast.api.models import attack, evaluate
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuditResult",
     "Config",
     "CureFastError",
     "InputError",
@@ -25,6 +27,7 @@ __all__ = [
     "RunFolder",
     "StoppedError",
     "attack",
+    "audit",
     "evaluate",
     "load",
     "recipe",
@@ -37,6 +40,7 @@ _PLACES = {
     "api.runs": ("recipe", "train"),
     "config": ("Config",),
     "errors": ("CureFastError", "InputError", "StoppedError"),
+    "analysis.audit": ("AuditResult", "audit"),
     "analysis.opening": ("load",),
 }
 

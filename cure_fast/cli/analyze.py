@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cure_fast.analysis import ANALYSES, Analysis, Settings
-from cure_fast.analysis.shape import Task, distinct, kept_for, subject_of
+from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of
 from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, threads_asked
 from cure_fast.config.arguments import AnalyzeArgs
 from cure_fast.config.checks import flag_of
@@ -57,8 +57,8 @@ def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
 
 def run_analysis(
     analysis: Analysis[Any], paths: Sequence[Path], settings: Settings, args: AnalyzeArgs
-) -> None:
-    """Compute, draw and write an analysis; the first run's report shows it from then on.
+) -> Result:
+    """Compute, draw, write and return an analysis; the first run's report shows it from then on.
 
     Raises:
         InputError: for runs, files or settings that do not fit, before anything is written.
@@ -89,6 +89,7 @@ def run_analysis(
             written = [*written, write_report(first)]
     for path in written:
         say(f"{'report' if path.suffix == '.html' else analysis.name}: {path}")
+    return result
 
 
 def folder_for(path: Path, args: AnalyzeArgs) -> Path:
@@ -152,7 +153,8 @@ def networks(analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs) 
 
 def open_one(path: Path, args: AnalyzeArgs) -> Opened:
     """Return the network of a run, or in a file, with its images and attacks."""
-    return (opened_folder if path.is_dir() else opened_file)(path, args)
+    # Where an analysis writes says nothing of what it opens.
+    return (opened_folder if path.is_dir() else opened_file)(path, replace(args, out=None))
 
 
 def described(images: tuple[str, int, int]) -> str:

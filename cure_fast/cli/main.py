@@ -26,7 +26,13 @@ from cyclopts import App
 import cure_fast
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
-from cure_fast.config.arguments import AnalyzeArgs, DataWriteArgs, EvalArgs, ExportArgs
+from cure_fast.config.arguments import (
+    AnalyzeArgs,
+    AuditChecks,
+    DataWriteArgs,
+    EvalArgs,
+    ExportArgs,
+)
 from cure_fast.config.checks import SHOWN, find, shown
 from cure_fast.config.values import to_dict
 from cure_fast.console import discard, say, tell
@@ -131,6 +137,21 @@ def analyze(*targets: str, args: AnalyzeArgs) -> None:
     raise AssertionError("what analyze does depends on the analysis that is named")
 
 
+def audit(target: str, settings: AuditChecks, args: AnalyzeArgs) -> None:
+    """Check whether the accuracy under attack of a run or file of weights can be believed.
+
+    Each check has a verdict and what it rests on; that all of them pass proves no robustness.
+
+    Args:
+        target: Run folder or file of weights.
+        settings: What to check.
+        args: What to look at, and how.
+    """
+    from cure_fast.cli.audit import audit_target
+
+    audit_target(Path(target), settings, args)
+
+
 def report(run: str) -> None:
     """Write report.html of a run again.
 
@@ -224,6 +245,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "eval": evaluate,
     "analyze": analyze,
+    "audit": audit,
     "report": report,
     "export": export,
     "data write": data_write,

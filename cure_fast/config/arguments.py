@@ -97,6 +97,21 @@ class AnalyzeArgs(Opening):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditChecks(Checked):
+    """What ``cure-fast audit`` asks, and how thoroughly."""
+
+    checks: tuple[str, ...] | None = None
+    """Checks to make, with commas between: answers, classes, gradients, zero, order, plateau, ball,
+    curve, black-box, planted, rescoring, counts, selection, overlap, published; None makes all."""
+    steps: Annotated[int, Bounds(4, 1000)] = 40
+    """Steps of the longest attacks, 4 to 1000; shorter ones have a quarter and a half of them."""
+    queries: Count = 300
+    """Queries of Square, 1 or more, on up to 64 images that no other attack broke."""
+    planted: Count = 24
+    """Images, 1 or more, for which an adversarial image is planted that attacks have to find."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataWriteArgs(Checked):
     """Arguments of ``cure-fast data write``, beside the data set."""
 

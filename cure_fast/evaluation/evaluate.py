@@ -88,7 +88,7 @@ def evaluate(
         StoppedError: if ``stop()`` became true; what is finished is kept.
     """
     specs = {text: parse_attack(text) for text in attacks}
-    _check_data(images, labels)
+    check_data(images, labels)
     if num_classes is not None:
         _check_classes(labels, num_classes)
     _check_settings(eps, norm, step_size, step_share, batch_size, seed, aa_limit, specs)
@@ -149,7 +149,7 @@ def adversarial_examples(
         them float32 [N] as ``natural_confidence`` and ``adversarial_confidence``.
     """
     spec = parse_attack(f"pgd{steps}")
-    _check_data(images, labels)
+    check_data(images, labels)
     _check_settings(eps, norm, step_size, STEP_SHARE, 1, seed, None, {spec.name: spec})
     task = Measurement(
         guard=Guard(model, stop=stop),
@@ -207,7 +207,7 @@ def adversarial_images(
     spec = parse_attack(attack)
     if spec.family in ("natural", "aa"):
         raise InputError(f"attack: expected fgsm, pgdK or cwK, got {attack!r}.")
-    _check_data(images, labels)
+    check_data(images, labels)
     specs = {spec.name: spec}
     _check_settings(eps, norm, step_size, step_share, batch_size, seed, None, specs)
     task = Measurement(
@@ -288,7 +288,7 @@ def _check_settings(
             raise InputError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def _check_data(images: Tensor, labels: Tensor) -> None:
+def check_data(images: Tensor, labels: Tensor) -> None:
     """Raise :class:`InputError` for other types or shapes, or an image outside [0, 1]."""
     known = images.dtype == torch.uint8 or images.is_floating_point()
     if images.ndim != 4 or not len(images) or not known:
