@@ -286,7 +286,7 @@ def draw(numbers: Numbers) -> Figure:
     lines = math.ceil(len(subjects) / columns)
     width = COLUMN if columns == 1 else PAGE
     side = width / columns
-    figure, axes = new_figure(lines, columns, width=width, height=lines * side + 0.2)
+    figure, axes = new_figure(lines, columns, width=width, height=lines * 0.9 * side + 0.1)
     attack = attack_name(numbers["settings"]["attack"])
     shown_image: Any = None
     for subject, place in zip(subjects, axes, strict=False):

@@ -310,7 +310,7 @@ def draw_distribution(axes: Axes, numbers: Numbers) -> None:
         if middle is not None:
             axes.plot(unit * middle, 50, marker=marker, color=style["color"], linestyle="none")
         axes.plot([], [], label=label, marker=marker, **style)
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_xlim(0.8 * unit * smallest, unit * numbers["most"])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("smallest radius in 1/255" if unit == 255 else "smallest radius in L2")
