@@ -7,12 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from cure_fast.analysis.cka import CKA
 from cure_fast.analysis.eps_sweep import EPS_SWEEP
+from cure_fast.analysis.landscape import LANDSCAPE
+from cure_fast.analysis.perturbation import PERTURBATION
 from cure_fast.analysis.shape import Analysis, Result, Settings
 
-__all__ = ["ANALYSES", "Analysis", "Result", "Settings", "eps_sweep"]
+__all__ = [
+    "ANALYSES",
+    "Analysis",
+    "Result",
+    "Settings",
+    "cka",
+    "eps_sweep",
+    "landscape",
+    "perturbation",
+]
 
-ANALYSES: dict[str, Analysis[Any]] = {each.name: each for each in (EPS_SWEEP,)}
+ANALYSES: dict[str, Analysis[Any]] = {
+    each.name: each for each in (CKA, EPS_SWEEP, LANDSCAPE, PERTURBATION)
+}
 
 # By the names of their files, whose place as attributes of this package they take.
+cka = CKA
 eps_sweep = EPS_SWEEP
+landscape = LANDSCAPE
+perturbation = PERTURBATION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_an_analysis_of_a_run_writes_figure_numbers_and_a_section(run, capsys):
     # Other images are another file.
     assert main([*words, "--limit", "21"]) == 0
     assert len(list((place / "parts").glob("eps-sweep-*.json"))) == 2
+    # Elsewhere nothing is read from here.
+    assert main([*words, "--out", "elsewhere"]) == 0
+    assert json.loads(Path("elsewhere/eps-sweep.json").read_text()) == first
     capsys.readouterr()
 
 
