@@ -25,15 +25,8 @@ REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "
 # What an epoch's row holds of every run; the rest is of its policies.
 COMMON = frozenset(
     {"event", "stage", "epoch", "step", "lr", "terms", "skipped", "micro_batch_size", "images"}
-    | {
-        "seconds",
-        "images_per_s",
-        "engine",
-        "gradients",
-        "validation",
-        "validation_seconds",
-        "collapsed",
-    }
+    | {"seconds", "images_per_s", "engine", "validation", "validation_seconds", "collapsed"}
+    | {"gradients"}
 )
 
 
