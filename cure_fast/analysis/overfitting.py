@@ -132,9 +132,10 @@ def draw(numbers: Numbers) -> Figure:
             seen = [point for point in seen if point[1] is not None]
             if seen and numbers["settings"]["training"]:
                 ax.plot(*zip(*seen, strict=True), linestyle=TRAINING, color=colour, linewidth=1)
-    attacks = dict.fromkeys(attack_name(r["attack"]) for r in numbers["rows"] if r["attack"])
+    attacks = {attack_name(row["attack"]) for row in numbers["rows"] if row["attack"]}
+    named = attacks.pop() if len(attacks) == 1 else "attack"
     percent_axis(axes[0], "natural accuracy in %")
-    percent_axis(axes[1], f"accuracy under {' or '.join(attacks) or 'attack'} in %")
+    percent_axis(axes[1], f"accuracy under {named} in %")
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
