@@ -24,7 +24,7 @@ class Rival:
 
 RIVALS = (
     Rival("DAJAT", "resnet18", 85.71, 52.48, DAJAT),
-    Rival("DAJAT", "resnet18", 86.67, 51.56, DAJAT),
+    Rival("DAJAT", "resnet18", 86.67, 51.56, f"{DAJAT}, 110 epochs"),
     Rival("AR-AT", "resnet18", 87.82, 49.02, AR_AT),
     Rival("AR-AT + SWA", "resnet18", 86.44, 50.28, AR_AT),
     Rival("PGD-AT + WA", "resnet18", 82.36, 50.49, "FastAT Benchmark, arXiv 2604.22853"),
