@@ -143,7 +143,6 @@ def averaged(
 
 def draw(numbers: Numbers) -> Figure:
     """Return gradients by epoch, shares of weights by layer, and the masks by epoch."""
-    masked = bool(numbers["masks"])
     figure, axes = new_figure(2, 3, width=PAGE, height=4.6)
     for ax, key, label in (
         (axes[0], "mean", "signed mean of the gradient"),
@@ -154,15 +153,23 @@ def draw(numbers: Numbers) -> Figure:
     draw_layers(axes[3], numbers, "nonzero", "weights updated in %")
     draw_layers(axes[4], numbers, "prominent", "weights above the common\npercentile in %")
     draw_masks(axes[5], numbers)
-    if not masked:
-        for ax in axes[4:]:
-            ax.set_axis_off()
     outside_legend(figure, axes, columns=4)
     return figure
 
 
+def absent(ax: Axes, rows: Sequence[dict[str, Any]], key: str, label: str) -> bool:
+    """Return whether no run recorded a number, and say so in its place."""
+    missing = all(row[key] is None for row in rows)
+    if missing:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, f"{label}:\nnot recorded", transform=ax.transAxes, ha="center")
+    return missing
+
+
 def draw_epochs(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
     """Draw a number by epoch: the mean over layers as a line, their range as a band."""
+    if absent(ax, numbers["rows"], key, label):
+        return
     subjects = numbers["subjects"]
     for subject, style in zip(subjects, line_styles(subjects), strict=True):
         by_epoch: dict[int, list[float]] = {}
@@ -175,9 +182,7 @@ def draw_epochs(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
             ax.plot(x, [mean(v) for v in values], label=subject["name"], **style)
             low, high = [min(v) for v in values], [max(v) for v in values]
             ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    if not any(row[key] is not None for row in numbers["rows"]):
-        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center")
-    elif key == "mean":
+    if key == "mean":
         ax.axhline(0, color=GRID, linewidth=0.8)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     elif any(row[key] for row in numbers["rows"]):
@@ -189,6 +194,8 @@ def draw_epochs(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
 
 def draw_layers(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
     """Draw a share by layer, early to late: the later, the darker."""
+    if absent(ax, numbers["phases"], key, label):
+        return
     subjects = numbers["subjects"]
     layers = list(dict.fromkeys(row["layer"] for row in numbers["phases"]))
     for subject, colour in zip(subjects, colours(subjects), strict=True):
@@ -211,6 +218,8 @@ def draw_layers(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
 
 def draw_masks(ax: Axes, numbers: Numbers) -> None:
     """Draw what the masks of epochs have in common, take, and leave alone for good."""
+    if absent(ax, numbers["masks"], "never_updated", "masks"):
+        return
     shown = {"overlap": "-", "energy": (0, (5, 1.5)), "never_updated": (0, (1.5, 1.5))}
     names = ("overlap with the epoch before", "gradient energy masked", "weights never updated")
     subjects = numbers["subjects"]
@@ -220,9 +229,8 @@ def draw_masks(ax: Axes, numbers: Numbers) -> None:
             points = [(r["epoch"], 100 * r[key]) for r in own if r[key] is not None]
             if points:
                 ax.plot(*zip(*points, strict=True), color=colour, linestyle=dashes)
-    if numbers["masks"]:
-        for name, dashes in zip(names, shown.values(), strict=True):
-            ax.plot([], [], color="#5b6570", linestyle=dashes, label=name)
+    for name, dashes in zip(names, shown.values(), strict=True):
+        ax.plot([], [], color="#5b6570", linestyle=dashes, label=name)
     ax.set_ylim(0, None)
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
