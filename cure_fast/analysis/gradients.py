@@ -19,6 +19,7 @@ from cure_fast.analysis.figures import (
     MARKERS,
     PAGE,
     colours,
+    epoch_axis,
     line_styles,
     new_figure,
     outside_legend,
@@ -178,8 +179,8 @@ def draw_epochs(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
                 by_epoch.setdefault(row["epoch"], []).append(row[key])
         if by_epoch:
             x, values = [*by_epoch], [*by_epoch.values()]
-            style = style | {"marker": "o" if len(x) < 12 else None}
-            ax.plot(x, [mean(v) for v in values], label=subject["name"], **style)
+            look: dict[str, Any] = {**style, "marker": "o" if len(x) < 12 else None}
+            ax.plot(x, [mean(v) for v in values], label=subject["name"], **look)
             low, high = [min(v) for v in values], [max(v) for v in values]
             ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if key == "mean":
@@ -187,8 +188,7 @@ def draw_epochs(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     elif any(row[key] for row in numbers["rows"]):
         ax.set_yscale("log")
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    epoch_axis(ax)
     ax.set_ylabel(label)
 
 
@@ -206,7 +206,11 @@ def draw_layers(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
                 if (row["model"], row["phase"]) == (subject["name"], phase) and row[key] is not None
             }
             if own:
-                look = {"color": colour, "alpha": (0.4, 0.7, 1.0)[number], "markersize": 3}
+                look: dict[str, Any] = {
+                    "color": colour,
+                    "alpha": (0.4, 0.7, 1.0)[number],
+                    "markersize": 3,
+                }
                 ax.plot([*own], [*own.values()], marker=MARKERS[number], linewidth=1, **look)
     for number, phase in enumerate(PHASES):
         ax.plot([], [], MARKERS[number], color="#5b6570", label=f"{phase} epochs")
@@ -232,8 +236,7 @@ def draw_masks(ax: Axes, numbers: Numbers) -> None:
     for name, dashes in zip(names, shown.values(), strict=True):
         ax.plot([], [], color="#5b6570", linestyle=dashes, label=name)
     ax.set_ylim(0, None)
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    epoch_axis(ax)
     ax.set_ylabel("share in %")
 
 

@@ -13,6 +13,7 @@ from cure_fast.analysis.figures import (
     MARKERS,
     PAGE,
     colours,
+    epoch_axis,
     new_figure,
     outside_legend,
     percent_axis,
@@ -124,7 +125,7 @@ def draw(numbers: Numbers) -> Figure:
         for ax, kind in zip(axes, KINDS, strict=True):
             points = [(e["epoch"], e[kind]) for e in own if e[kind] is not None]
             if points:
-                look = {"color": colour, "marker": marker, "label": row["model"]}
+                look: dict[str, Any] = {"color": colour, "marker": marker, "label": row["model"]}
                 # The marker is at the best epoch alone.
                 best = [k for k, (epoch, _) in enumerate(points) if epoch == row["best_epoch"]]
                 ax.plot(*zip(*points, strict=True), VALIDATION, markevery=best, **look)
@@ -137,8 +138,7 @@ def draw(numbers: Numbers) -> Figure:
     percent_axis(axes[0], "natural accuracy in %")
     percent_axis(axes[1], f"accuracy under {named} in %")
     for ax in axes:
-        ax.set_xlabel("epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        epoch_axis(ax)
     # What dashes and markers say, in no run's colour.
     axes[0].plot([], [], VALIDATION, color="#5b6570", label="validation (mark: best epoch)")
     if numbers["settings"]["training"]:
