@@ -9,7 +9,9 @@ from typing import Any
 
 from cure_fast.analysis.cka import CKA
 from cure_fast.analysis.eps_sweep import EPS_SWEEP
+from cure_fast.analysis.gradients import GRADIENTS
 from cure_fast.analysis.landscape import LANDSCAPE
+from cure_fast.analysis.overfitting import OVERFITTING
 from cure_fast.analysis.perturbation import PERTURBATION
 from cure_fast.analysis.shape import Analysis, Result, Settings
 
@@ -20,16 +22,28 @@ __all__ = [
     "Settings",
     "cka",
     "eps_sweep",
+    "gradients",
     "landscape",
+    "overfitting",
     "perturbation",
 ]
 
 ANALYSES: dict[str, Analysis[Any]] = {
-    each.name: each for each in (CKA, EPS_SWEEP, LANDSCAPE, PERTURBATION)
+    each.name: each
+    for each in (
+        CKA,
+        EPS_SWEEP,
+        GRADIENTS,
+        LANDSCAPE,
+        OVERFITTING,
+        PERTURBATION,
+    )
 }
 
 # By the names of their files, whose place as attributes of this package they take.
 cka = CKA
 eps_sweep = EPS_SWEEP
+gradients = GRADIENTS
 landscape = LANDSCAPE
+overfitting = OVERFITTING
 perturbation = PERTURBATION

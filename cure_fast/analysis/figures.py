@@ -143,6 +143,14 @@ def percent_axis(axes: Axes, label: str = "accuracy in %", *, across: bool = Fal
         axes.set_ylabel(label)
 
 
+def epoch_axis(axes: Axes) -> None:
+    """Let the horizontal axis count epochs, which are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+
+
 def outside_legend(figure: Figure, axes: Sequence[Axes], columns: int = 2) -> None:
     """Put one legend below all axes, of the names that any of them has, each once."""
     found: dict[str, Any] = {}

@@ -1,4 +1,7 @@
-"""The words of ``cure-fast compare``: entries, each a method with policies and flags of its own."""
+"""The words of ``cure-fast compare``: finished runs, or entries that are trained.
+
+An entry is a method with policies and flags of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
 from cure_fast.cli.configure import base_config, read_config
 from cure_fast.cli.flags import pointing_to, split_flags
 from cure_fast.config.checks import shown
+from cure_fast.console import say
 from cure_fast.errors import InputError
-from cure_fast.files import user_path
+from cure_fast.files import replacing, user_path
 from cure_fast.training.compare import Comparison, Entry
 
 # A stretch without commas, but for those in quotes.
@@ -82,3 +88,59 @@ def refuse(given: Mapping[str, Any]) -> None:
             f"--{name}: expected none, as each run has its own. Write methods and policies as "
             "--methods METHOD+POLICY,..., and the number of seeds as --seeds N."
         )
+
+
+def names_runs(words: Sequence[str]) -> bool:
+    """Return whether the words after ``compare`` name finished runs, and nothing to train.
+
+    They do without ``--methods``, if more than one word is before the flags, or the folder of a
+    run.
+    """
+    if any(word.partition("=")[0] == "--methods" for word in words):
+        return False
+    named = list(takewhile(lambda word: not word.startswith("-"), words))
+    return len(named) > 1 or (len(named) == 1 and (Path(named[0]) / "config.json").is_file())
+
+
+def compare_runs(*runs: str, out: str | None = None, reproducibility: str | None = None) -> None:
+    """Write tables of finished runs beside published results; runs of several seeds are one row.
+
+    Markdown, CSV and LaTeX, and natural against robust accuracy as a picture.
+
+    Args:
+        runs: Folders of finished runs, of the same data and evaluated alike.
+        out: Folder for the tables, whose former ones are replaced; without it a new one,
+            runs/compare-DATE.
+        reproducibility: File to write in place of the tables, such as REPRODUCIBILITY.md: which of
+            the papers' rows the runs reproduce; they may be of any data.
+    """
+    # Reading records takes what training does not.
+    from cure_fast.report.reproducibility import reproducibility as page_of
+    from cure_fast.report.run_tables import read_entrants, write_run_tables
+
+    flags = {"--out": out, "--reproducibility": reproducibility}
+    given = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    told = shlex.join(["cure-fast", "compare", *runs, *given])
+    if reproducibility is not None:
+        if out is not None:
+            raise InputError("--out: expected none with --reproducibility, got both. Leave it out.")
+        path = user_path(reproducibility, "--reproducibility")
+        if path.is_dir():
+            raise InputError(f"--reproducibility {path}: expected a file, got a folder.")
+        text = page_of(read_entrants([Path(run) for run in runs]), told)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        say(f"reproducibility: {path}")
+        return
+    entrants = read_entrants([Path(run) for run in runs])
+    folder = new_folder() if out is None else user_path(out, "--out")
+    for path in write_run_tables(folder, entrants, told):
+        say(f"comparison: {path}")
+
+
+def new_folder() -> Path:
+    """Return where tables go that nobody named a folder for: of the day, with a number."""
+    base = Path("runs") / f"compare-{date.today().isoformat()}"
+    names = (base.with_name(f"{base.name}-{number}") for number in count(2))
+    return next(path for path in chain([base], names) if not path.exists())

@@ -92,6 +92,7 @@ def compare(recipe: str, *, methods: str, seeds: int = 3) -> None:
     """Train methods under one recipe with several seeds, and write tables of what they reached.
 
     Takes the flags of train too, for all of them. Called again it goes on where it stopped.
+    `cure-fast compare RUN RUN ...` writes tables of runs that are finished, without --methods.
 
     Args:
         recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
@@ -278,6 +279,8 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
+    if words[0] == "compare" and (found := of_runs(words[1:])):
+        return found
     if words[0] in CONFIGURED:
         return prepare_configured(words[0], words[1:])
     if words[0] == "analyze":
@@ -344,6 +347,19 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
             raise InputError("--toml: expected it or --json, got both. Leave one out.")
         return partial(print_shown, config, base_config(recipe, rest, prog), recipe, rest, given)
     return Training(config, **given)
+
+
+def of_runs(words: Sequence[str]) -> Callable[[], object] | None:
+    """Return the comparison of the finished runs that are named; None where none are."""
+    from cure_fast.cli.compare import compare_runs, names_runs
+
+    if HELP & set(words) or not names_runs(words):
+        return None
+    prog = "cure-fast compare"
+    app = application(prog, compare_runs)
+    with pointing_to(prog, "it"), in_a_line():
+        run, bound, _ = app.parse_args(words)
+        return run(*bound.args, **bound.kwargs)
 
 
 def prepare_analysis(words: Sequence[str]) -> Callable[[], object] | None:

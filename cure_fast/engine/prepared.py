@@ -108,6 +108,7 @@ class Prepared:
             self.updating = True
             if optim.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(run.trained_parameters, optim.clip_grad)
+            run.last_gradients.keep(skip)
             self.update.apply(lr, momentum, skip)
         for policy in run.policies:
             policy.on_step(run, batch)

@@ -21,6 +21,8 @@ from cure_fast.config import MethodSettings
 from cure_fast.config.checks import Bounds, Share
 from cure_fast.errors import InputError
 from cure_fast.kernels import Selection, rgp_mask_
+from cure_fast.kernels.rgp import is_below, order_statistic
+from cure_fast.kernels.workspace import rank_of
 from cure_fast.step.policy import Policy, PolicyInfo, Wanted
 from cure_fast.step.run import Run, Terms
 
@@ -43,6 +45,12 @@ BY_LAYER = {
     "updated": (
         "Weights updated per layer",
         "Share of a layer's weights that the mask kept in the epoch's last step.",
+    ),
+    "prominent": (
+        "Weights above a common percentile per layer",
+        "Share of a layer's weights whose score reaches the percentile of the scores of all layers "
+        "together, in the epoch's last step. The mask by a percentile of each tensor keeps the "
+        "same share of all.",
     ),
 }
 
@@ -144,6 +152,7 @@ class Conserve(Policy):
         self.selection: Selection | None = None
         self.stored = False
         self.energies: Tensor | None = None
+        self.prominent: Tensor | None = None
         # Without selections: 1 for each weight that the last step kept.
         self.kept: list[Tensor] = []
         # The weights at the start of the epoch under way.
@@ -278,6 +287,14 @@ class Conserve(Policy):
             if (energies := self._energies()) is not None:
                 row["masked_energy"] = self._by_layer(energies[0] / energies[1])
                 whole["energy"] = float(energies[0].sum() / energies[1].sum())
+            if (prominent := self._prominent()) is not None:
+                sizes = torch.tensor(self.sizes, device=prominent.device)
+                row["prominent"] = self._by_layer(prominent / sizes)
+                flat = torch.tensor([p.ndim == 1 for p in self.parameters], device=sizes.device)
+                for name, chosen in (("prominent_weights", ~flat), ("prominent_vectors", flat)):
+                    if chosen.any():
+                        share = prominent[chosen].sum() / sizes[chosen].sum()
+                        whole[name] = float(share)
             if self.settings.mask_scope == "global":
                 shares = [1 - mask.float().mean() for mask in masks]
                 row["updated"] = self._by_layer(torch.stack(shares))
@@ -286,6 +303,11 @@ class Conserve(Policy):
             self.masked.copy_(now)
             self.epochs += 1
         return {**row, "mask": whole} if whole else row
+
+    def masks(self, run: Run) -> dict[int, Tensor]:
+        """Return the weights that the last step masked, by id of the parameter."""
+        masks = self._masks() if self.active(run) else []
+        return {id(p): mask for p, mask in zip(self.parameters, masks, strict=False)}
 
     def _masks(self) -> list[Tensor]:
         """Return the weights that the last mask holds, bool, shaped as they are; none before it."""
@@ -314,6 +336,21 @@ class Conserve(Policy):
         masked = torch.stack([(square * mask).sum() for square, mask in pairs])
         return torch.stack([masked, torch.stack([square.sum() for square in squares])])
 
+    def _prominent(self) -> Tensor | None:
+        """Return of how many weights of each tensor the score reaches a percentile, int64 [L].
+
+        It is that of the scores of all tensors together; None where they are gone, or all pass.
+        """
+        if self.stored or self.kept or self.selection is None:
+            return self.prominent
+        scores = [values for values in self.selection.scores if values is not None]
+        if len(scores) < len(self.parameters):
+            return None
+        together = torch.cat([values.flatten() for values in scores])
+        rank = math.ceil(rank_of(self.settings.percentile, len(together)))
+        limit = order_statistic(together, rank)
+        return torch.stack([(~is_below(values, limit)).sum() for values in scores])
+
     def _sums(self, flags: Tensor) -> Tensor:
         """Return how many flags, bool as :attr:`masked`, each tensor has, int64 [L]."""
         return torch.stack([part.sum() for part in flags.split(self.sizes)])
@@ -336,6 +373,7 @@ class Conserve(Policy):
             state["begun"] = self.begun
         if self.begun and (masks := self._masks()):
             state |= {"masks": [mask.cpu() for mask in masks], "energies": self._energies()}
+            state["prominent"] = self._prominent()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -344,6 +382,7 @@ class Conserve(Policy):
         super().load_state_dict({**self.state, **state})
         device = self.masked.device
         self.kept, self.energies = [], state.get("energies")
+        self.prominent = state.get("prominent")
         self.begun = [
             torch.empty_like(parameter).copy_(old)
             for parameter, old in zip(self.parameters, state.get("begun", []), strict=False)

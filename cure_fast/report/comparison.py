@@ -249,6 +249,11 @@ def table_csv(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
         line["paper_row"] = row.row if row else None
         line |= {f"paper_{name}": getattr(row, name, None) for name in PAPERS}
         lines.append(line)
+    return lines_of(lines)
+
+
+def lines_of(lines: Sequence[dict[str, object]]) -> str:
+    """Return rows with the same columns as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
     writer.writeheader()

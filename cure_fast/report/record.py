@@ -26,6 +26,7 @@ REQUIRED = (("data", "data"), ("model", "model"), ("attack", "eps"), ("optim", "
 COMMON = frozenset(
     {"event", "stage", "epoch", "step", "lr", "terms", "skipped", "micro_batch_size", "images"}
     | {"seconds", "images_per_s", "engine", "validation", "validation_seconds", "collapsed"}
+    | {"gradients"}
 )
 
 
@@ -46,6 +47,7 @@ class Epoch:
         fgsm: accuracy under one step, where the training attack has one.
         others: what networks beside the result reach, by name.
         collapsed: whether catastrophic overfitting was found in it.
+        gradients: of the last step by layer, as :mod:`cure_fast.step.gradients` has them.
         numbers: what policies recorded, by name.
         by_tensor: the same where it is one number per tensor of the network.
     """
@@ -66,6 +68,7 @@ class Epoch:
     fgsm: float | None = None
     others: dict[str, Reached] = field(default_factory=dict)
     collapsed: bool = False
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     by_tensor: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -278,6 +281,7 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
     others = beside(validation)
     for name in others:
         _take(others, name, dict, f"{where}, validation")
+    gradients = _maybe(row, "gradients", dict, where) or {}
     numbers, by_tensor = _recorded(row, where)
     return Epoch(
         stage=_take(row, "stage", str, where),
@@ -299,6 +303,7 @@ def _epoch(row: Mapping[str, Any], where: str) -> Epoch:
             for name, found in others.items()
         },
         collapsed=_maybe(row, "collapsed", bool, where) or False,
+        gradients={layer: _terms(gradients, layer, where) for layer in gradients},
         numbers=numbers,
         by_tensor=by_tensor,
     )

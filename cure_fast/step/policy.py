@@ -97,6 +97,13 @@ class Policy:
     def on_validation(self, run: Run, found: dict[str, Any]) -> None:
         """Act on what the trained network reached on the validation images, in percent."""
 
+    def masks(self, run: Run) -> dict[int, Tensor]:
+        """Return what it zeroed of gradients in the last step, bool, by id of the parameter.
+
+        The fast engine does that in its update, and leaves ``.grad`` as it is.
+        """
+        return {}
+
     def phase(self, run: Run) -> Hashable:
         """Return what the hooks branch on besides the settings; see :class:`Method`."""
         return None

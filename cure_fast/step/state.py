@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cure_fast.step.gradients import LastGradients
 from cure_fast.step.method import Method
 from cure_fast.step.policy import Policy
 from cure_fast.step.random_state import random_state, restore_random_state
@@ -86,6 +87,7 @@ class TrainState(Run):
         skipped: steps of the epoch under way that moved nothing, as something was not finite.
         skipped_in_row: how many of the last steps that holds for.
         micro_batch_size: images per pass; None for the whole batch.
+        last_gradients: of the last step, for the epoch's row.
         undo: what the passes of attack and loss move, kept; made at the first step.
         pending: row of an epoch that is trained but not yet validated.
         best: of each network that is validated, by the name of its file, the validation accuracy
@@ -95,6 +97,7 @@ class TrainState(Run):
     method: Method
     scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
     optimizer: torch.optim.Optimizer = field(init=False)
+    last_gradients: LastGradients = field(init=False)
     policies: tuple[Policy, ...] = ()
     result: str = "model"
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -149,6 +152,7 @@ class TrainState(Run):
             "micro_batch_size": self.micro_batch_size,
             "micro_batch_asked": self.config.optim.micro_batch_size,
             "random": random_state(),
+            "last_gradients": self.last_gradients.state_dict(self),
             # Its name alone, to say so where another one goes on.
             "engine": self.engine.name,
         }
@@ -173,6 +177,8 @@ class TrainState(Run):
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         for name in PLAIN:
             setattr(self, name, state[name])
+        # Earlier versions recorded none.
+        self.last_gradients.stored = state.get("last_gradients")
         if not isinstance(self.best, dict):
             # Earlier versions knew that of the result alone.
             self.best = {} if self.best is None else {"model": self.best}

@@ -62,6 +62,7 @@ def train_step(state: TrainState, batch: Batch) -> Terms | None:
     else:
         # Random sources go on.
         before_attack.statistics.restore()
+        state.last_gradients.leave_out()
         count_skipped(state, verdict.loss)
     state.optimizer.zero_grad(set_to_none=True)
     state.gradients.clear()
@@ -225,6 +226,7 @@ def update(state: TrainState) -> None:
             policy.on_grads(state)
         if state.config.optim.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(state.trained_parameters, state.config.optim.clip_grad)
+        state.last_gradients.keep()
         state.scaler.step(state.optimizer)
     except Exception as error:
         if is_out_of_memory(error):

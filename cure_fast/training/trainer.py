@@ -18,6 +18,7 @@ from cure_fast.methods import find_method, result_of
 from cure_fast.models import ImageClassifier, protect_pointwise
 from cure_fast.policies import find_policy
 from cure_fast.runs.log import RunLog
+from cure_fast.step.gradients import LastGradients
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
 from cure_fast.training.schedules import lr_at, momentum_at
@@ -60,6 +61,7 @@ def build_run(
     taking_gradients = (net.parameters() for net in run.all_networks.values())
     trained = [p for parameters in taking_gradients for p in parameters if p.requires_grad]
     run.optimizer = build_optimizer(config.optim, trained)
+    run.last_gradients = LastGradients(run)
     chosen = (find_policy(name).build(run, s) for name, s in config.policies.items())
     run.policies = (*run.method.policies(run), *chosen)
     for policy in run.policies:
@@ -155,6 +157,8 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
         "images_per_s": images / seconds,
         "engine": run.engine.description,
     }
+    if gradients := run.last_gradients.statistics(run):
+        row["gradients"] = gradients
     for policy in run.policies:
         row |= policy.epoch_metrics(run)
     run.epoch, run.batch = run.epoch + 1, 0

@@ -245,7 +245,9 @@ def counts(policy: Policy) -> dict[str, Tensor]:
     That is of the step tried last, and no epoch's row takes it where that step was left out.
     """
     kept = policy.state_dict()
-    return flat({k: v for k, v in kept.items() if k not in {"begun", "masks", "energies"}})
+    return flat(
+        {k: v for k, v in kept.items() if k not in {"begun", "masks", "energies", "prominent"}}
+    )
 
 
 def flat(value: Any, name: str = "") -> dict[str, Tensor]:
