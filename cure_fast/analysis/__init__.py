@@ -7,12 +7,39 @@ from __future__ import annotations
 
 from typing import Any
 
+from cure_fast.analysis.classes import CLASSES
+from cure_fast.analysis.confidence import CONFIDENCE
+from cure_fast.analysis.corruptions import CORRUPTIONS
 from cure_fast.analysis.eps_sweep import EPS_SWEEP
 from cure_fast.analysis.shape import Analysis, Result, Settings
+from cure_fast.analysis.transfer import TRANSFER
 
-__all__ = ["ANALYSES", "Analysis", "Result", "Settings", "eps_sweep"]
+__all__ = [
+    "ANALYSES",
+    "Analysis",
+    "Result",
+    "Settings",
+    "classes",
+    "confidence",
+    "corruptions",
+    "eps_sweep",
+    "transfer",
+]
 
-ANALYSES: dict[str, Analysis[Any]] = {each.name: each for each in (EPS_SWEEP,)}
+ANALYSES: dict[str, Analysis[Any]] = {
+    each.name: each
+    for each in (
+        CLASSES,
+        CONFIDENCE,
+        CORRUPTIONS,
+        EPS_SWEEP,
+        TRANSFER,
+    )
+}
 
 # By the names of their files, whose place as attributes of this package they take.
+classes = CLASSES
+confidence = CONFIDENCE
+corruptions = CORRUPTIONS
 eps_sweep = EPS_SWEEP
+transfer = TRANSFER

@@ -152,7 +152,8 @@ def networks(analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs) 
 
 def open_one(path: Path, args: AnalyzeArgs) -> Opened:
     """Return the network of a run, or in a file, with its images and attacks."""
-    return (opened_folder if path.is_dir() else opened_file)(path, args)
+    # Where an analysis writes says nothing of what it opens.
+    return (opened_folder if path.is_dir() else opened_file)(path, replace(args, out=None))
 
 
 def described(images: tuple[str, int, int]) -> str:
