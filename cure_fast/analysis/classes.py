@@ -122,7 +122,7 @@ def draw(numbers: Numbers) -> Figure:
         grouped_bars(bars, names, heights, styles, slanted=True)
         percent_axis(bars)
         worst = numbers["worst"][subject["name"]]["robust"]
-        bars.set_title(f"{subject['name']}: worst {worst}")
+        bars.set_title(f"{subject['name']} (least robust: {worst})")
         if not shown:
             bars.set_xticks([])
             bars.set_xlabel(f"{len(names)} classes")
@@ -131,7 +131,9 @@ def draw(numbers: Numbers) -> Figure:
             (attacked, "attacked_confusion", f"under {attack}, in %"),
         ):
             shares = [as_shares(row) for row in numbers[kind][subject["name"]]]
-            heat_map(panel, shares, shown, shown, digits=0 if shown else None, size=5)
+            image = heat_map(panel, shares, shown, shown, digits=0 if shown else None, size=5)
+            if not shown:
+                figure.colorbar(image, ax=panel)
             panel.set_title(title)
             panel.set_xlabel("answer")
             panel.set_ylabel("true class")

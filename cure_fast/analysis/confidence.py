@@ -128,16 +128,18 @@ def draw(numbers: Numbers) -> Figure:
         for subject, style in zip(subjects, line_styles(subjects), strict=True):
             name = subject["name"]
             own = [b for b in numbers["bins"] if (b["model"], b["on"]) == (name, kind)]
-            x = [each["confidence"] for each in own]
-            handles += above.plot(x, [each["accuracy"] for each in own], label=name, **style)
-            middles = [each["middle"] for each in own]
-            below.plot(middles, [each["share"] for each in own], **style)
+            sure, right, middles, shares = (
+                [each[key] for each in own] for key in ("confidence", "accuracy", "middle", "share")
+            )
+            # Whole markers where all or nothing is right.
+            handles += above.plot(sure, right, label=name, clip_on=False, **style)
+            below.plot(middles, shares, clip_on=False, **style)
         told = [f"ECE {errors[subject['name'], kind]:.1f}%" for subject in subjects]
         above.legend(handles, told, loc="upper left")
         above.set_title(titles[kind])
-        above.set_xlim(0, 100)
-        above.set_ylim(0, 100)
-        below.set_ylim(bottom=0)
+        for panel in (above, below):
+            panel.set_xlim(0, 100)
+            panel.set_ylim(0, 100)
         below.set_xlabel("confidence in %")
     axes[0].set_ylabel("accuracy in %")
     axes[2].set_ylabel("share of images in %")

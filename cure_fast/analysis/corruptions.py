@@ -230,8 +230,8 @@ def draw(numbers: Numbers) -> Figure:
         labels = [label_of(name) for name in bars]
         grouped_bars(panel, labels, heights, styles, slanted=panel is one_by_one)
         percent_axis(panel)
-    how = "regenerated" if numbers["regenerated"] else "as stored"
-    of_groups.set_title(f"means of groups, severity {shown}, {how}")
+    how = "regenerated without frost" if numbers["regenerated"] else "as stored"
+    of_groups.set_title(f"groups, severity {shown}, {how}")
     one_by_one.set_title(f"each corruption, severity {shown}, {how}")
     if several:
         over = figure.add_subplot(grid[0, 1])
@@ -241,7 +241,7 @@ def draw(numbers: Numbers) -> Figure:
             over.plot([0, *severities], [natural, *y], label=subject["name"], **style)
         over.set_xticks([0, *severities], ["natural", *map(str, severities)])
         over.set_xlabel("severity")
-        over.set_title("mean of all corruptions")
+        over.set_title(f"mean of all, {how}")
         percent_axis(over)
     outside_legend(figure, [of_groups], columns=4)
     return figure

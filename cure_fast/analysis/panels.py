@@ -9,6 +9,7 @@ from cure_fast.analysis.figures import PAPER, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 # Of bars, which are told apart without colours too.
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oooo")
@@ -54,8 +55,8 @@ def heat_map(
     digits: int | None = 1,
     size: float = 7,
     boxed: Sequence[tuple[int, int]] = (),
-) -> None:
-    """Draw percentages as a table of coloured cells, with the numbers to so many digits in them.
+) -> AxesImage:
+    """Draw and return percentages as a table of coloured cells, with the numbers in them.
 
     Args:
         axes: where.
@@ -69,7 +70,7 @@ def heat_map(
     from matplotlib.patches import Rectangle
 
     filled = [[float("nan") if v is None else v for v in row] for row in values]
-    axes.imshow(filled, vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(filled, vmin=0, vmax=100, aspect="auto")
     axes.grid(visible=False)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
@@ -86,3 +87,4 @@ def heat_map(
     for i, j in boxed:
         box: dict[str, Any] = {"fill": False, "edgecolor": "#d55e00", "linewidth": 1.5}
         axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, **box))
+    return image

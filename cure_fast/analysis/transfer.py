@@ -22,6 +22,7 @@ from cure_fast.evaluation.autoattack import autoattack_settings
 from cure_fast.evaluation.evaluate import measuring
 from cure_fast.evaluation.measurement import Measurement
 from cure_fast.evaluation.trust import Guard
+from cure_fast.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,6 +103,7 @@ def withstanding(task: Task, subject: Subject, queries: int, start: int) -> int:
         labels=task.labels[here],
         batch_size=len(task.images[here]),
         name=subject.name,
+        work=lambda _: Progress().work("square", f"Square on {subject.name}"),
         **ball,
     )
     with measuring(subject.network, task.device):
