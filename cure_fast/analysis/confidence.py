@@ -98,7 +98,7 @@ def calibration(logits: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:
         if count
     ]
     return {
-        "accuracy": 100 * float(right.mean()),
+        "accuracy": 100 * int(right.sum()) / len(labels),
         "confidence": 100 * float(sure.mean()),
         "ece": 100 * float(gaps) / len(labels),
         "confidence_right": mean_or_none(sure[right == 1]),

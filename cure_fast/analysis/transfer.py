@@ -55,7 +55,7 @@ def compute(task: Task, settings: TransferSettings) -> Numbers:
             attacked = task.attacked(source, settings.attack)
             after = [right_on(task, subject, attacked) for subject in task.subjects]
             right = [a & b for a, b in zip(right, after, strict=True)]
-        return [100 * float(flags.double().mean()) for flags in right]
+        return [100 * int(flags.sum()) / len(flags) for flags in right]
 
     parts = {f"images of {subject.name}": partial(accuracies, subject) for subject in task.subjects}
     matrix = task.each({NO_ATTACK: partial(accuracies, None), **parts}, "transfer")
