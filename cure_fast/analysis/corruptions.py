@@ -261,7 +261,7 @@ CORRUPTIONS = Analysis(
     about=(
         "Nothing is trained on such images. Where they are called regenerated they are made anew "
         "with the constants of CIFAR-10-C, without frost, which takes photographs: accuracies are "
-        "near those on CIFAR-10-C, and not the same."
+        "not those on CIFAR-10-C, but of images of the same kind."
     ),
     settings=CorruptionsSettings(),
     compute=compute,
