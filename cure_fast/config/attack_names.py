@@ -67,3 +67,14 @@ def parse_attack(text: str) -> AttackSpec:
         f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to 1000 (such as pgd20), "
         f"with commas between, got {shown(text)}.{nearest(text, examples)}"
     )
+
+
+def parse_single(text: str) -> AttackSpec:
+    """Return the attack that ``text`` names if it is one with one image as its result.
+
+    That is ``fgsm``, ``pgdK`` or ``cwK``; another raises ``InputError``.
+    """
+    spec = parse_attack(text)
+    if spec.family not in ("fgsm", "pgd", "cw"):
+        raise InputError(f"--attack: expected fgsm, pgdK or cwK, got {shown(text)}.")
+    return spec

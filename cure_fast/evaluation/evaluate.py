@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cure_fast.classifier import attack_mode
 from cure_fast.config import Norm
-from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack
+from cure_fast.config.attack_names import ATTACKS, AttackSpec, parse_attack, parse_single
 from cure_fast.config.steps import STEP_SHARE
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
@@ -204,9 +204,7 @@ def adversarial_images(
     They are those that :func:`evaluate` measures with the same arguments, which are as there, but
     for ``attack``: ``fgsm``, ``pgdK`` or ``cwK``, with one random start.
     """
-    spec = parse_attack(attack)
-    if spec.family in ("natural", "aa"):
-        raise InputError(f"attack: expected fgsm, pgdK or cwK, got {attack!r}.")
+    spec = parse_single(attack)
     check_data(images, labels)
     specs = {spec.name: spec}
     _check_settings(eps, norm, step_size, step_share, batch_size, seed, None, specs)
