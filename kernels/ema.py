@@ -17,6 +17,8 @@ from .checking import check_flag, check_lists, check_scalar, check_tensor
 from .in_place import check_in_place
 from .philox import COIN, check_key, philox_uniform
 
+# Elements of what a CPU averages at once, which stay in its cache from one pass to the next.
+PIECE = 2**15
 # What kernels move and copy.
 DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -182,11 +184,33 @@ def average_ref(
     averages: Sequence[Tensor], params: Sequence[Tensor], *, decay: float | Tensor, moved: Tensor
 ) -> None:
     """Move ``averages`` where the 0-d bool ``moved`` says so."""
-    if moved.device.type == "cpu" and not moved:
-        return  # On the CPU reading it is free, and most steps do not move.
+    if moved.device.type == "cpu":
+        if moved:  # On the CPU reading it is free, and most steps do not move.
+            _average_on_cpu(averages, params, 1 - float(decay))
+        return
     for average, param in zip(averages, params, strict=True):
         after = lerp(average, param, decay) if average.is_floating_point() else param
         average.copy_(torch.where(moved, after, average))
+
+
+def _average_on_cpu(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float) -> None:
+    """Move averages by ``weight``, rounded as :func:`lerp` does; torch's own rounds once less."""
+    for average, param in zip(averages, params, strict=True):
+        if not average.is_floating_point():
+            average.copy_(param)
+        elif average.dtype == param.dtype and average.dtype in (torch.float32, torch.float64):
+            pieces = [(average, param)]
+            if average.stride() == param.stride() and average.numel() > PIECE:
+                flat = (t.as_strided((t.numel(),), (1,)).split(PIECE) for t in (average, param))
+                pieces = zip(*flat, strict=True)
+            for piece, towards in pieces:
+                way = towards - piece
+                if weight < 0.5:
+                    piece.add_(way.mul_(weight))
+                else:
+                    torch.sub(towards, way.mul_(1 - weight), out=piece)
+        else:
+            average.copy_(lerp(average, param, 1 - weight))
 
 
 def lerp(average: Tensor, param: Tensor, decay: float | Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +84,12 @@ def rgp_score(nat_grad: Tensor, adv_grad: Tensor, *, alpha: float, score: Score 
     check_same("adv_grad", adv_grad, "nat_grad", nat_grad)
     alpha = check_number("alpha", alpha, 0, 1)
     check_choice("score", score, SCORES)
-    nat, adv = nat_grad.float(), adv_grad.float()
+    nat, adv = nat_grad.detach().float(), adv_grad.detach().float()
+    # In place where the memory is new: fresh memory costs a CPU more than the arithmetic.
     if score == "abs":
-        return alpha * nat.abs() + (1 - alpha) * adv.abs()
-    total = alpha * nat + (1 - alpha) * adv
-    return total if score == "signed" else total.abs()
+        return nat.abs().mul_(alpha).add_(adv.abs().mul_(1 - alpha))
+    total = (nat * alpha).add_(adv * (1 - alpha))
+    return total if score == "signed" else total.abs_()
 
 
 def rgp_select(
@@ -151,11 +153,11 @@ def rgp_select_ref(
             continue
         values = rgp_score(nat, adv, alpha=weight, score=score)
         threshold = order_statistic(values, math.ceil(rank_of(p, values.numel())))
-        masked = is_below(values, threshold).sum()
+        masked = torch.count_nonzero(is_below(values, threshold))
         scores.append(values)
         thresholds.append(threshold)
         kept.append(((values.numel() - masked).double() / values.numel()).float())
-        nonfinite.append((~values.isfinite()).sum(dtype=torch.int32))
+        nonfinite.append(count_nonfinite(values))
     if not scores:
         empty = torch.empty(0, dtype=torch.float32, device=device)
         return Selection((), empty, empty.clone(), empty.int())
@@ -274,12 +276,18 @@ def rgp_mask_ref(
     alpha: float | Sequence[float],
     score: Score = "abs",
 ) -> Tensor:
-    """Compute :func:`rgp_mask_` by the references of selection and mask."""
-    selection = rgp_select_ref(
-        nat_grads, adv_grads, percentile=percentile, alpha=alpha, score=score
-    )
-    mask_below_ref(grads, selection.scores, selection.thresholds)
-    return selection.kept
+    """Compute :func:`rgp_mask_` tensor by tensor."""
+    device, percentiles, alphas = _check(nat_grads, adv_grads, percentile, alpha, score)
+    kept = torch.ones(len(grads), dtype=torch.float64, device=device)
+    for i, (grad, nat, adv) in enumerate(zip(grads, nat_grads, adv_grads, strict=True)):
+        if percentiles[i] == 0:
+            continue
+        values = rgp_score(nat, adv, alpha=alphas[i], score=score)
+        rank = math.ceil(rank_of(percentiles[i], values.numel()))
+        below = is_below(values, order_statistic(values, rank))
+        zero_where_(grad, below)
+        kept[i] = (values.numel() - torch.count_nonzero(below)).double() / values.numel()
+    return kept.float()
 
 
 def mask_below_(
@@ -309,7 +317,7 @@ def mask_below_ref(
     """Compute :func:`mask_below_` tensor by tensor."""
     for tensor, values, threshold in zip(tensors, scores, thresholds, strict=False):
         if values is not None:
-            tensor.masked_fill_(is_below(values, threshold), 0)
+            zero_where_(tensor, is_below(values, threshold))
 
 
 def select_in(
@@ -347,12 +355,36 @@ def select_in_ref(
 def is_below(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return where a score is strictly below ``threshold`` (0-d), NaN counting as largest."""
     scores = scores.float()  # A 0-d tensor would be rounded to the dtype of the scores.
+    if threshold.device.type == "cpu" and not threshold.isnan():
+        return scores < threshold  # On the CPU reading it is free.
     return (scores < threshold) | (threshold.isnan() & ~scores.isnan())
 
 
+def zero_where_(tensor: Tensor, condition: Tensor) -> None:
+    """Set entries to 0 where a bool tensor of the same shape says so."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        # By bits, with vector instructions: a product would leave NaN as it is.
+        tensor.view(torch.int32).bitwise_and_(condition.to(torch.int32).sub_(1))
+    else:
+        tensor.masked_fill_(condition, 0)
+
+
 def order_statistic(scores: Tensor, rank: int) -> Tensor:
-    """Return the value at ``rank`` (from 0) of the sorted scores, without reading it back."""
-    return torch.kthvalue(scores.flatten(), rank + 1).values
+    """Return the value at ``rank`` (from 0) of the sorted scores, without reading it back.
+
+    NaN counts as largest. NumPy selects with vector instructions where torch has none, on a CPU.
+    """
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return torch.kthvalue(scores.flatten(), rank + 1).values
+    values = scores.detach().reshape(-1).numpy()
+    return torch.from_numpy(np.partition(values, rank)[rank : rank + 1].copy())[0]
+
+
+def count_nonfinite(scores: Tensor) -> Tensor:
+    """Return how many scores are NaN or infinite, 0-d int32."""
+    if scores.device.type == "cpu" and scores.sum().isfinite():
+        return torch.zeros((), dtype=torch.int32)  # One of them would be seen in the sum.
+    return (~scores.isfinite()).sum(dtype=torch.int32)
 
 
 def _percentile(scores: Tensor, percentile: float) -> Tensor:
