@@ -60,17 +60,21 @@ def diamonds(axes: Axes, places: Sequence[float], values: Sequence[float | None]
 def epoch_lines(
     axes: Axes, curves: Mapping[str, Mapping[str, Sequence[float]]], label: str, **more: Any
 ) -> None:
-    """Draw a line over epochs for each entry, told apart by colour, dashes and markers."""
+    """Draw a line over epochs for each entry, told apart by colour, dashes and markers.
+
+    The colours of natural and robust accuracy are left to bars.
+    """
     for place, (name, curve) in enumerate(curves.items()):
         axes.plot(
             curve["epochs"],
             curve["values"],
             label=name,
-            color=COLOURS[place % len(COLOURS)],
+            color=COLOURS[(place + 2) % len(COLOURS)],
             linestyle=DASHES[(place // len(COLOURS) + place) % len(DASHES)],
             marker=MARKERS[place % len(MARKERS)],
             markevery=max(1, len(curve["epochs"]) // 6),
             **more,
         )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

@@ -83,7 +83,7 @@ def draw(numbers: Numbers) -> Figure:
         curves = {
             n.removesuffix(ending): numbers["robust"][n] for n in own if n in numbers["robust"]
         }
-        epoch_lines(lines, curves, "robust validation accuracy in %", linewidth=1)
+        epoch_lines(lines, curves, "robust, validation, in %", linewidth=1)
         whole = numbers["robust"][WHOLE]
         lines.plot(whole["epochs"], whole["values"], color=INK, linewidth=1, label=WHOLE)
         lines.set_title(f"blocks {title}", loc="left")

@@ -54,8 +54,8 @@ def draw(numbers: Numbers) -> Figure:
     below = [short for _, short in ENTRIES.values()]
     paired_bars(panels[0], numbers["rows"], below, numbers["attack"], paper=False)
     panels[0].tick_params(axis="x", labelsize=6)
-    epoch_lines(panels[1], numbers["robust"], "robust validation accuracy in %")
-    epoch_lines(panels[2], numbers["masked_energy"], "gradient energy masked, share of all")
+    epoch_lines(panels[1], numbers["robust"], "robust, validation, in %")
+    epoch_lines(panels[2], numbers["masked_energy"], "masked share of energy")
     panels[2].set_ylim(0, 1)
     outside_legend(figure, panels, columns=3)
     return figure
