@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import COLOURS, DASHES, INK, MARKERS, NATURAL, ROBUST, percent_axis
+from cure_fast.analysis.figures import (
+    COLOURS,
+    DASHES,
+    INK,
+    MARKERS,
+    NATURAL,
+    PAPER,
+    ROBUST,
+    percent_axis,
+)
 from cure_fast.config.attack_names import attack_name
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ def like_the_paper(numbers: Mapping[str, Any]) -> bool:
 def paired_bars(axes: Axes, rows: Rows, names: Sequence[str], attack: str, *, paper: bool) -> None:
     """Draw natural and robust accuracy of each row, with deviations, and the paper's where asked.
 
-    Values above the bars are whole percents; ``names`` are below them.
+    Values are whole percents; ``names`` are below the bars.
     """
     for kind, colour, shift in (("natural", NATURAL, -WIDTH / 2), (attack, ROBUST, WIDTH / 2)):
         places = [place + shift for place in range(len(rows))]
@@ -40,13 +49,17 @@ def paired_bars(axes: Axes, rows: Rows, names: Sequence[str], attack: str, *, pa
 
 
 def bars(axes: Axes, places: Sequence[float], rows: Rows, kind: str, **looks: Any) -> None:
-    """Draw a bar for each row with its value above it, and its deviation where there is one."""
+    """Draw a bar for each row with its deviation where there is one, and its value at its foot.
+
+    There marks of the paper's values do not cover it; above a bar that is too low to hold it.
+    """
     values = [row[kind] for row in rows]
     spreads = [row[f"{kind}_std"] or 0 for row in rows]
     lines = {"yerr": spreads, "ecolor": INK, "capsize": 1.5} if any(spreads) else {}
     axes.bar(places, values, WIDTH, error_kw={"linewidth": 0.8}, **lines, **looks)
     for place, value, spread in zip(places, values, spreads, strict=True):
-        axes.text(place, value + spread + 1, f"{value:.0f}", ha="center", fontsize=6)
+        height, colour = (1.5, PAPER) if value > 8 else (value + spread + 1, INK)
+        axes.text(place, height, f"{value:.0f}", ha="center", fontsize=6, color=colour)
 
 
 def diamonds(axes: Axes, places: Sequence[float], values: Sequence[float | None]) -> None:
