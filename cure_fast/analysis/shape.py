@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -296,16 +296,30 @@ class Analysis(Generic[S]):
         return replace(subject_of(Path(source), model), **({"name": name} if name else {}))
 
 
+class Drawing(Protocol):
+    """What a result is of: an analysis, or a study."""
+
+    @property
+    def name(self) -> str:
+        """What its files are called after."""
+        ...
+
+    @property
+    def draw(self) -> Callable[[Numbers], Figure]:
+        """From its numbers to its figure."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
-    """What an analysis found.
+    """What an analysis found, or a study.
 
     Attributes:
         analysis: which one.
         numbers: all of it, JSON types; ``rows`` is the table.
     """
 
-    analysis: Analysis[Any]
+    analysis: Drawing
     numbers: Numbers
 
     def __repr__(self) -> str:

@@ -153,6 +153,23 @@ def audit(target: str, settings: AuditChecks, args: AnalyzeArgs) -> None:
     audit_target(Path(target), settings, args)
 
 
+def study(
+    name: str, recipe: str = "quickstart", *, seeds: int = 1, jobs: int | None = None
+) -> None:
+    """Train the runs of a study under one budget, and draw what they recorded.
+
+    Takes the flags of train too, for all runs. Called again it goes on where it stopped.
+
+    Args:
+        name: Name of a study.
+        recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
+        seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
+        jobs: Runs at once, 1 or more, each in a process of its own; None takes one per GPU where
+            there are several, else 1.
+    """
+    raise AssertionError("what study does depends on the study that is named")
+
+
 def report(run: str) -> None:
     """Write report.html of a run again.
 
@@ -247,6 +264,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "analyze": analyze,
     "audit": audit,
+    "study": study,
     "report": report,
     "export": export,
     "data write": data_write,
@@ -285,6 +303,8 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
         return prepare_configured(words[0], words[1:])
     if words[0] == "analyze":
         return prepare_analysis(words[1:])
+    if words[0] == "study":
+        return prepare_study(words[1:])
     known = next((n for n in COMMANDS if list(words[: len(n.split())]) == n.split()), "")
     prog, rest = f"cure-fast {known}".rstrip(), words[len(known.split()) :]
     with pointing_to(prog, "it" if known else "the commands"):
@@ -388,6 +408,51 @@ def prepare_analysis(words: Sequence[str]) -> Callable[[], object] | None:
         return None
     with pointing_to(prog, "it"), in_a_line():
         run, bound, _ = app.parse_args(words[1:])
+        return run(*bound.args, **bound.kwargs)
+
+
+def prepare_study(words: Sequence[str]) -> Callable[[], object] | None:
+    """Return the study that is named, with its runs; None where that was help, which is printed."""
+    from cure_fast.cli.configure import base_config
+    from cure_fast.cli.study import (
+        STUDIES,
+        alone_function,
+        of_runs,
+        read_study,
+        run_runs,
+        studies_listed,
+    )
+
+    helps, named = HELP & set(words), bool(words) and not words[0].startswith("-")
+    if helps and not named:
+        app = application("cure-fast study", study, about=studies_listed())
+        app.help_print([], console=console_for(words))
+        return None
+    with pointing_to("cure-fast study", "the studies"):
+        if not named:
+            came = f"got {shown(words[0])} first" if words else "got nothing"
+            raise InputError(f"study: expected the name of a study before all else, {came}.")
+        found = find("NAME", STUDIES, words[0])
+    prog, rest, recipe, config = f"cure-fast study {found.name}", [*words[1:]], "quickstart", None
+    if found.entries is None:
+        function = alone_function(found)
+    else:
+        function = of_runs
+        if rest and not rest[0].startswith("-"):
+            recipe = rest.pop(0)
+        own = [*rest, "--method", found.method]
+        config = base_config(recipe, own, prog) if helps else None
+    about = f"{found.title} ({found.source}). {found.about}"
+    titles = {"settings": f"Study {found.name}"}
+    if helps:
+        app = application(prog, function, config=config, about=about, titles=titles)
+        app.help_print([], console=console_for(words))
+        return None
+    if found.entries is not None:
+        comparison, base = read_study(found, recipe, rest, f"{prog} {recipe}")
+        return partial(run_runs, found, comparison, base)
+    with pointing_to(prog, "it"), in_a_line():
+        run, bound, _ = application(prog, function, titles=titles).parse_args(rest)
         return run(*bound.args, **bound.kwargs)
 
 

@@ -10,6 +10,7 @@ from cure_fast.config.checks import find_any
 from cure_fast.errors import InputError
 from cure_fast.policies.average import EMA
 from cure_fast.policies.awp import AWP
+from cure_fast.policies.blocks import BLOCKS
 from cure_fast.policies.conserve import RGP
 from cure_fast.policies.fawa import FAWA
 from cure_fast.policies.piat import PIAT
@@ -18,7 +19,7 @@ from cure_fast.policies.swa import SWA
 from cure_fast.step.policy import PolicyInfo
 
 POLICIES: dict[str, PolicyInfo] = {
-    info.name: info for info in (PIAT, AWP, EMA, SWA, FAWA, RGP, REVISION)
+    info.name: info for info in (PIAT, AWP, EMA, SWA, FAWA, RGP, REVISION, BLOCKS)
 }
 
 

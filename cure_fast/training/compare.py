@@ -24,6 +24,7 @@ from cure_fast.runs.folder import changes_to, held, is_free
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
 from cure_fast.training.job import check_network, train
+from cure_fast.training.side_by_side import train_side_by_side
 from cure_fast.training.teachers import sources
 
 # Fields that decide what is measured, in which all that is compared is equal.
@@ -49,12 +50,15 @@ class Comparison:
 
     Attributes:
         command: the command line, for the record.
+        jobs: how many runs are trained at once, each in a process of its own where that is more
+            than one.
     """
 
     entries: Sequence[Entry]
     seeds: int
     folder: Path
     command: str = ""
+    jobs: int = 1
 
     def run_folder(self, entry: Entry, seed: int) -> Path:
         """Return where an entry's run with the seed is."""
@@ -113,6 +117,7 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
 
     entrants = {entry.name: Entrant(entry.name, entry.config) for entry in comparison.entries}
     failures: dict[tuple[str, int], CureFastError] = {}
+    ended = train_unfinished(comparison, stop) if comparison.jobs > 1 else {}
     for number, (entry, seed) in enumerate(comparison.runs(), start=1):
         folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
         told = f"compare {number}/{len(comparison.runs())}: {entry.name}, seed {seed}"
@@ -121,6 +126,8 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
         try:
             if stop():
                 raise StoppedError("stopped by a signal")
+            if (error := ended.get(folder.name)) is not None:
+                raise error
             if not finished:
                 train(config, resume=not is_free(folder), stop=stop)
             entrants[entry.name].records[seed] = read_record(folder)
@@ -136,6 +143,20 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
             write_comparison(comparison.folder, [*entrants.values()], comparison.command)
     say(f"comparison: {comparison.folder / 'comparison.md'}")
     return failures
+
+
+def train_unfinished(comparison: Comparison, stop: StopSignals) -> dict[str, CureFastError]:
+    """Train and evaluate what is not finished, several runs at once.
+
+    Returns:
+        What ended a run without a result, by the name of its folder.
+    """
+    runs = {}
+    for entry, seed in comparison.runs():
+        folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
+        if not is_finished(folder, config):
+            runs[folder.name] = config
+    return train_side_by_side(runs, comparison.jobs, stop)
 
 
 def check_comparison(comparison: Comparison) -> None:

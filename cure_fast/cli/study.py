@@ -1,0 +1,126 @@
+"""``cure-fast study``: lists of runs under one budget, each with a figure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cure_fast.analysis.kept import Kept, identity_of
+from cure_fast.analysis.shape import Result, Settings
+from cure_fast.cli.configure import base_config, read_config
+from cure_fast.cli.flags import parameters, pointing_to, split_flags
+from cure_fast.config import Config
+from cure_fast.config.checks import check
+from cure_fast.console import say
+from cure_fast.errors import InputError
+from cure_fast.files import user_path
+from cure_fast.progress import Progress
+from cure_fast.training.compare import Comparison, Entry
+from cure_fast.training.side_by_side import several_gpus
+from cure_fast.training.studies import STUDIES, Study
+from cure_fast.training.studies.shape import run_alone, run_study
+
+# Flags that a study gives each of its runs.
+GIVEN = {"method": str, "policies": str, "seed": str}
+
+
+def of_runs(recipe: str = "quickstart", *, seeds: int = 1, jobs: int | None = None) -> None:
+    """Train the runs under one budget, and draw what they recorded.
+
+    Called again it goes on where it stopped.
+
+    Args:
+        recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
+        seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
+        jobs: Runs at once, 1 or more, each in a process of its own; None takes one per GPU where
+            there are several, else 1.
+    """
+
+
+def studies_listed() -> str:
+    """Return a line per study, with the figure that it is after."""
+    width = max(map(len, STUDIES))
+    lines = [f"{s.name:<{width}}  {s.title} ({s.source})" for s in STUDIES.values()]
+    return "\n\n".join(["Studies:", *lines])
+
+
+def alone_function(study: Study) -> Callable[..., None]:
+    """Return what a study without runs does with flags, as the command line takes it."""
+
+    def alone(
+        *, settings: Settings, seeds: int = study.seeds, out: str = f"runs/{study.name}"
+    ) -> None:
+        """Compute it, and write figure and numbers.
+
+        Args:
+            settings: Settings of the study.
+            seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
+            out: Folder for figure and numbers.
+        """
+        run_without_runs(study, settings, seeds, out)
+
+    # Its own settings are its own flags.
+    alone.__annotations__["settings"] = type(study.settings)
+    return alone
+
+
+def run_without_runs(study: Study, settings: Settings, seeds: int, out: str) -> None:
+    """Compute, draw and write a study without runs."""
+    check(0 < seeds <= 1000, "seeds", seeds, "a number from 1 to 1000")
+    folder = Path(user_path(out, "--out"))
+    identity = identity_of({"study": study.name, "settings": vars(settings)})
+    with Progress() as progress:
+        kept = Kept(folder / "parts" / f"{study.name}-{identity}.json", progress=progress)
+        result = run_alone(study, settings, seeds, kept)
+    tell(result, folder)
+
+
+def read_study(
+    study: Study, recipe: str, words: Sequence[str], prog: str
+) -> tuple[Comparison, Config]:
+    """Return the runs of a study, and the configuration that they share.
+
+    Flags after the recipe are for all runs; those of an entry count where both give one.
+    """
+    switches = {k: v for k, v in parameters(of_runs).items() if k != "recipe"}
+    name = base_config(recipe, [], prog).name
+    with pointing_to(f"cure-fast study {study.name}", "it"):
+        own, _ = split_flags(words, {**GIVEN, **switches, "name": str, "out": str})
+        for given in (given for given in GIVEN if given in own):
+            raise InputError(
+                f"--{given}: expected none, as each run of a study has its own, and --seeds N says "
+                "how many seeds. Leave it out."
+            )
+
+    def configured(*flags: str) -> Config:
+        config, _ = read_config(recipe, [*words, "--method", study.method, *flags], prog, switches)
+        # The folder is that of the study.
+        return replace(config, run=replace(config.run, out=None))
+
+    assert study.entries is not None
+    base, read = configured(), []
+    for entry, flags in study.entries(base).items():
+        try:
+            read.append(Entry(entry, configured(*shlex.split(flags))))
+        except InputError as error:
+            raise InputError(f"{study.name}, {entry}: {error}") from error
+    folder = user_path(own.get("out", f"runs/{study.name}-{own.get('name', name)}"), "--out")
+    command = shlex.join([*prog.split(), *words])
+    jobs = own.get("jobs")
+    check(jobs is None or 0 < jobs <= 64, "jobs", jobs, "a number from 1 to 64")
+    seeds = own.get("seeds", study.seeds)
+    return Comparison(read, seeds, Path(folder), command, jobs or 0), base
+
+
+def run_runs(study: Study, comparison: Comparison, base: Config) -> None:
+    """Train, draw and write a study of runs."""
+    jobs = comparison.jobs or max(1, len(several_gpus(base)))
+    tell(run_study(study, replace(comparison, jobs=jobs), base), comparison.folder)
+
+
+def tell(result: Result, folder: Path) -> None:
+    """Write figure and numbers, and say where they are."""
+    for path in result.save(folder):
+        say(f"{result.analysis.name}: {path}")
