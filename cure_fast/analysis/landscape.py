@@ -183,8 +183,9 @@ def draw(numbers: Numbers) -> Figure:
     # A loss may be 0 in float32, or the same everywhere.
     low, high = max(low, SMALLEST), max(high, low + SMALLEST, 2 * SMALLEST)
     far = high > WIDE * low
-    bounds = {"vmin": np.log10(low), "vmax": np.log10(high)} if far else {"vmin": low, "vmax": high}
-    levels = np.linspace(*bounds.values(), LEVELS)
+    least, most = map(float, np.log10([low, high]) if far else (low, high))
+    bounds: dict[str, Any] = {"vmin": least, "vmax": most}
+    levels = np.linspace(least, most, LEVELS)
     lines = {"colors": "white", "linewidths": 0.3, "linestyles": "solid"}
     attack = attack_name(numbers["settings"]["attack"])
     figure = Figure(figsize=(PAGE, 0.3 + 1.55 * len(subjects)), layout="constrained")
@@ -198,7 +199,7 @@ def draw(numbers: Numbers) -> Figure:
             values = np.log10(np.maximum(values, low)) if far else values
             surface: Any = figure.add_subplot(places[line, 2 * column], projection="3d")
             surface.plot_surface(*np.meshgrid(grid, grid), values, cmap="viridis", **bounds)
-            surface.set_zlim(*bounds.values())
+            surface.set_zlim(least, most)
             surface.set_box_aspect((1, 1, 0.8), zoom=1.15)
             surface.tick_params(pad=-4, labelsize=5)
             surfaces.append(surface)

@@ -77,6 +77,8 @@ def epoch_lines(
 
     The colours of natural and robust accuracy are left to bars.
     """
+    from matplotlib.ticker import MaxNLocator
+
     for place, (name, curve) in enumerate(curves.items()):
         axes.plot(
             curve["epochs"],
@@ -88,6 +90,6 @@ def epoch_lines(
             markevery=max(1, len(curve["epochs"]) // 6),
             **more,
         )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
