@@ -58,7 +58,7 @@ def moved(run, steps=2):
             {"bn1", "layer1", "layer2", "layer3"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_is_chosen_moves_and_nothing_else(settings, weights, statistics):
     assert moved(run_of(**settings)) == (weights, statistics)
