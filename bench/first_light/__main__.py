@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"call {options.call}: {sum(planned.values())} s planned at most, {total} s in both calls"
     )
+    # Else parts, which are sessions of their own, would outlive this process.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parts = [Planned(name, s, command(name, s, folder, options)) for name, s in planned.items()]
     before = former(folder, [part.name for part in parts])
     about = {"tiny": options.tiny, "command": f"python -m bench.first_light --call {options.call}"}

@@ -55,6 +55,8 @@ def write_page(folder: Path, ended: Sequence[Ended], about: Mapping[str, Any]) -
     lines += [REHEARSAL, ""] if tiny else []
     names = ("gpu", "driver", "cuda", "torch", "triton", "commit", "dirty", "date")
     lines += [f"- {name}: {first[name]}" for name in names if name in first]
+    if len({(r["about"].get("commit"), r["about"].get("sources")) for r in results.values()}) > 1:
+        lines += ["", "**The parts are not all of the same sources**: measure them anew."]
     lines += ["", "## Targets", "", *(f"- {line}" for line in told)]
     lines += ["", "## Parts", "", "| part | ended | seconds | at most | rows | failed |"]
     lines += ["|---|---|---|---|---|---|"]

@@ -68,6 +68,9 @@ def run_all(
             note = f"{max(0.0, left):.0f} s were left"
             ended.append(Ended(part.name, "not begun", 0.0, part.seconds, note))
         else:
+            # What an earlier try has found is not of this one.
+            for ending in ("json", "md"):
+                (folder / f"{part.name}.{ending}").unlink(missing_ok=True)
             ended.append(run_one(part, folder / f"{part.name}.log", min(part.seconds, left)))
         last = ended[-1]
         print(f"{last.name}: {last.how} after {last.seconds:.0f} s {last.note}", flush=True)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from cure_fast.analysis.figures import COLUMN, PAGE, new_figure
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.attack_names import attack_name, parse_attack
+from cure_fast.config.attack_names import attack_name, parse_single
 from cure_fast.config.checks import MOST, Bounds, check, nearest, shown
 from cure_fast.errors import InputError
 from cure_fast.evaluation.evaluate import measuring
@@ -225,8 +225,7 @@ def check_layers(patterns: Sequence[str], layers: dict[str, list[str]]) -> None:
 
 def compute(task: Task, settings: CkaSettings) -> Numbers:
     """Return the similarity of each two layers of each network."""
-    family = parse_attack(settings.attack).family
-    check(family in ("fgsm", "pgd", "cw"), "attack", settings.attack, "fgsm, pgdK or cwK")
+    parse_single(settings.attack)
     check(bool(settings.layers), "layers", "", "a name or pattern")
     count = len(task.images)
     groups = torch.arange(count).tensor_split(math.ceil(count / settings.batch))

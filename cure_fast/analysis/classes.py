@@ -71,7 +71,8 @@ def compute(task: Task, settings: ClassesSettings) -> Numbers:
         rows += own
         filled = [row for row in own if row["images"]]
         worst[name] = {
-            kind: min(filled, key=lambda row: row[kind])["class"] for kind in ("natural", "robust")
+            kind: [row["class"] for row in filled if row[kind] == min(r[kind] for r in filled)]
+            for kind in ("natural", "robust")
         }
     kinds = ("natural_confusion", "attacked_confusion")
     tables = {kind: {name: counts[kind] for name, counts in found.items()} for kind in kinds}
@@ -121,8 +122,9 @@ def draw(numbers: Numbers) -> Figure:
         }
         grouped_bars(bars, names, heights, styles, slanted=True)
         percent_axis(bars)
-        worst = numbers["worst"][subject["name"]]["robust"]
-        bars.set_title(f"{subject['name']} (least robust: {worst})")
+        first, *others = map(str, numbers["worst"][subject["name"]]["robust"])
+        told = f"{first} and {len(others)} more" if others else first
+        bars.set_title(f"{subject['name']} (least robust: {told})")
         if not shown:
             bars.set_xticks([])
             bars.set_xlabel(f"{len(names)} classes")

@@ -254,6 +254,14 @@ def label_of(name: str) -> str:
     return "JPEG" if words == "jpeg" else words
 
 
+def files_of(settings: CorruptionsSettings) -> list[tuple[str, int, int]]:
+    """Return what tells whether the arrays of ``--corrupted`` are the same: names, sizes, times."""
+    if settings.corrupted is None:
+        return []
+    found = sorted(user_path(settings.corrupted, "--corrupted").glob("*.npy"))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+
+
 CORRUPTIONS = Analysis(
     name="corruptions",
     title="Accuracy on corrupted images",
@@ -266,4 +274,5 @@ CORRUPTIONS = Analysis(
     settings=CorruptionsSettings(),
     compute=compute,
     draw=draw,
+    depends=files_of,
 )

@@ -26,17 +26,20 @@ RADII = (0.25, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 class EpsSweepSettings(Settings):
     """Settings of ``eps-sweep``."""
 
-    radii: tuple[float, ...] = tuple(k / 255 for k in RADII)
-    """Radii in pixel units, above 0, with commas between."""
+    radii: tuple[float, ...] | None = None
+    """Radii in pixel units, above 0, with commas between; None takes 0.25/255 to 64/255, and in L2
+    shares and multiples of --eps."""
     attack: str = "pgd20"
-    """What attacks: pgdK, cwK or fgsm, as for cure-fast eval."""
+    """What attacks: pgdK, cwK or fgsm, or aa (AutoAttack, for each radius anew)."""
 
 
 def compute(task: Task, settings: EpsSweepSettings) -> Numbers:
     """Return the accuracy of each network at each radius, up to the first where it is 0."""
     # Before anything is written.
     parse_attack(settings.attack)
-    for radius in settings.radii:
+    usual = [k / 255 if task.norm == "linf" else k / 8 * task.eps for k in RADII]
+    radii = usual if settings.radii is None else settings.radii
+    for radius in radii:
         inside = 0 < radius <= (1 if task.norm == "linf" else 1000)
         check(inside, "radii", radius, "radii above 0, in linf to 1")
     reached: dict[str, float] = {}
@@ -48,9 +51,9 @@ def compute(task: Task, settings: EpsSweepSettings) -> Numbers:
         return task.accuracies(subject, [attack], eps=eps)[attack].accuracy
 
     rows = []
-    for eps in (0.0, *sorted(set(settings.radii))):
+    for eps in (0.0, *sorted({*radii})):
         parts = {
-            f"{subject.name} at {255 * eps:g}/255": partial(accuracy, subject, eps)
+            f"{subject.name} at {told(task.norm, eps)}": partial(accuracy, subject, eps)
             for subject in task.subjects
         }
         found = task.each(parts, "eps-sweep")
@@ -61,20 +64,27 @@ def compute(task: Task, settings: EpsSweepSettings) -> Numbers:
     return {"rows": rows}
 
 
+def told(norm: str, eps: float) -> str:
+    """Return a radius in words."""
+    return f"{255 * eps:g}/255" if norm == "linf" else f"{eps:g}"
+
+
 def draw(numbers: Numbers) -> Figure:
     """Return a line per network."""
     figure, (axes,) = new_figure(width=COLUMN, height=2.6)
-    subjects = numbers["subjects"]
+    subjects, linf = numbers["subjects"], numbers["norm"] == "linf"
+    unit = 255 if linf else 1
     for subject, style in zip(subjects, line_styles(subjects), strict=True):
         own = [row for row in numbers["rows"] if row["model"] == subject["name"]]
-        x, y = [255 * row["eps"] for row in own], [row["accuracy"] for row in own]
+        x, y = [unit * row["eps"] for row in own], [row["accuracy"] for row in own]
         axes.plot(x, y, label=subject["name"], **style)
-    axes.axvline(255 * numbers["eps"], color="#9aa2ab", linewidth=0.8, linestyle=":")
-    axes.set_xscale("symlog", linthresh=1)
-    ticks = [0, 1, 2, 4, 8, 16, 32, 64, 128]
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.set_xlim(0, 1.1 * max(255 * row["eps"] for row in numbers["rows"]))
-    axes.set_xlabel("radius eps in 1/255")
+    axes.axvline(unit * numbers["eps"], color="#9aa2ab", linewidth=0.8, linestyle=":")
+    if linf:
+        axes.set_xscale("symlog", linthresh=1)
+        ticks = [0, 1, 2, 4, 8, 16, 32, 64, 128]
+        axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlim(0, 1.1 * unit * max(numbers["eps"], *(row["eps"] for row in numbers["rows"])))
+    axes.set_xlabel("radius eps in 1/255" if linf else "radius eps in L2")
     name = attack_name(numbers["settings"]["attack"])
     percent_axis(axes, f"accuracy under {name} in %")
     outside_legend(figure, [axes])
@@ -87,7 +97,8 @@ EPS_SWEEP = Analysis(
     source="CURE, Fig. 5b",
     about=(
         "Each radius is an attack of its own, whose step follows the radius; the dotted line is "
-        "the radius of training. A curve that does not come down to 0 speaks of masked gradients."
+        "the radius of the evaluation. A curve that stays above 0 where the ball holds all images, "
+        "at 128/255, speaks of masked gradients."
     ),
     settings=EpsSweepSettings(),
     compute=compute,

@@ -31,7 +31,17 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 # Methods have the same colour in all figures; others get one by their name.
-OF_METHODS = {"natural": 6, "pgd_at": 0, "trades": 2, "mart": 3, "cure": 1, "piat": 4, "nmse": 5}
+OF_METHODS = {
+    "natural": 6,
+    "pgd_at": 0,
+    "trades": 2,
+    "mart": 3,
+    "cure": 1,
+    "piat_nmse": 4,
+    "nmse": 5,
+}
+# Of the first run of a method, the second and so on; below 0 towards black.
+SHADES = (0.0, -0.4, 0.45, -0.65, 0.65)
 # Colours of two kinds of images.
 NATURAL, ROBUST = COLOURS[0], COLOURS[1]
 
@@ -99,15 +109,55 @@ def line_styles(subjects: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def colours(subjects: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the colour of each subject: its method's, and where none is known one that is free."""
-    own = [colour_of(subject["method"]) if subject["method"] else None for subject in subjects]
+    """Return a colour of its own for each subject: its method's, or a shade of it, or a free one.
+
+    The first of a method has the method's colour, which is the same in all figures; runs of one
+    method are shades of it. Where no method is known, or another one has its colour, one is taken
+    that nobody has.
+    """
+    own = [colour_of(subject["method"]) for subject in subjects]
     free = cycle([colour for colour in COLOURS if colour not in own] or COLOURS)
-    return [next(free) if colour is None else colour for colour in own]
+    owners: dict[str, tuple[str, int]] = {}
+    found = []
+    for subject, colour in zip(subjects, own, strict=True):
+        family = family_of(subject["method"])
+        owner, count = owners.get(colour or "", (family, 0))
+        if colour is None or owner != family:
+            found.append(next(free))
+            continue
+        owners[colour] = (family, count + 1)
+        found.append(shade(colour, SHADES[count % len(SHADES)]))
+    return found
 
 
-def colour_of(method: str) -> str:
-    """Return the colour of a method, the same in all figures."""
-    return COLOURS[OF_METHODS.get(method, crc32(method.encode()) % len(COLOURS))]
+def family_of(method: str) -> str:
+    """Return what variants of a method have in common in its name."""
+    return "cure" if method.startswith("cure") else method
+
+
+def colour_of(method: str) -> str | None:
+    """Return the colour of a method, the same in all figures; None where none is known."""
+    family = family_of(method)
+    if not family:
+        return None
+    return COLOURS[OF_METHODS.get(family, crc32(family.encode()) % len(COLOURS))]
+
+
+def shade(colour: str, share: float) -> str:
+    """Return a colour so far on the way to white, or where it is negative to black."""
+    parts = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    end = 255 if share > 0 else 0
+    mixed = (round(part + abs(share) * (end - part)) for part in parts)
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def plain(value: Any) -> Any:
+    """Return numbers with names as matplotlib shows them: no mathematics, none left out."""
+    if isinstance(value, str):
+        return (" " * value.startswith("_") + value).replace("$", r"\$")
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    return [*map(plain, value)] if isinstance(value, list) else value
 
 
 def drawn(draw: Callable[[], Figure]) -> Figure:

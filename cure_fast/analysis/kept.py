@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import cure_fast
+from cure_fast.config.values import digest
 from cure_fast.errors import StoppedError
 from cure_fast.evaluation.model_state import tensor_hash
 from cure_fast.files import write_json
@@ -26,12 +27,21 @@ def identity_of(own: Mapping[str, Any], *tensors: Tensor) -> str:
     """Return 16 hexadecimal digits of all that decides what an analysis finds."""
     told = {
         **own,
+        "sources": sources_hash(),
         "tensors": [tensor_hash(tensor) for tensor in tensors],
         "cure_fast": cure_fast.__version__,
         "torch": torch.__version__,
     }
     text = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sources_hash() -> str:
+    """Return a hash of this package's own files: what an analysis finds hangs on all of them."""
+    found = hashlib.sha256()
+    for path in sorted(Path(cure_fast.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 @dataclass
@@ -73,14 +83,15 @@ class Kept:
     def read(self) -> dict[str, Any]:
         """Return what the file holds; a damaged one counts as none, as it can be made again."""
         if self.path is not None:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, TypeError, KeyError):
                 found = json.loads(self.path.read_text(encoding="utf-8"))
-                if isinstance(found, dict):
-                    return found
+                parts, own = found["parts"], found["digest"]
+                if digest(parts) == own:
+                    return parts
         return {}
 
     def write(self, parts: Mapping[str, Any]) -> None:
         """Write all parts so far."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, parts)
+            write_json(self.path, {"digest": digest(parts), "parts": parts})

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cure_fast.analysis.figures import PAGE
+from cure_fast.analysis.figures import PAGE, PAPER
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.attack_names import attack_name, parse_attack
-from cure_fast.config.checks import POSITIVE, Bounds, check
+from cure_fast.config.attack_names import attack_name, parse_single
+from cure_fast.config.checks import POSITIVE, Bounds
 from cure_fast.evaluation.evaluate import measuring
 from cure_fast.losses import cross_entropy
 
@@ -121,8 +121,7 @@ def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float
 
 def compute(task: Task, settings: LandscapeSettings) -> Numbers:
     """Return the loss on natural and on adversarial images at each point of each network's grid."""
-    family = parse_attack(settings.attack).family
-    check(family in ("fgsm", "pgd", "cw"), "attack", settings.attack, "fgsm, pgdK or cwK")
+    parse_single(settings.attack)
     # The middle is exactly 0.
     last = settings.points - 1
     grid = [settings.span * (2 * k - last) / last for k in range(settings.points)]
@@ -200,6 +199,8 @@ def draw(numbers: Numbers) -> Figure:
             surface: Any = figure.add_subplot(places[line, 2 * column], projection="3d")
             surface.plot_surface(*np.meshgrid(grid, grid), values, cmap="viridis", **bounds)
             surface.set_zlim(least, most)
+            for side in (surface.xaxis, surface.yaxis, surface.zaxis):
+                side.pane.set_facecolor(PAPER)
             surface.set_box_aspect((1, 1, 0.8), zoom=1.15)
             surface.tick_params(pad=-4, labelsize=5)
             surfaces.append(surface)

@@ -126,9 +126,9 @@ def draw(numbers: Numbers) -> Figure:
             points = [(e["epoch"], e[kind]) for e in own if e[kind] is not None]
             if points:
                 look: dict[str, Any] = {"color": colour, "marker": marker, "label": row["model"]}
-                # The marker is at the best epoch alone.
-                best = [k for k, (epoch, _) in enumerate(points) if epoch == row["best_epoch"]]
-                ax.plot(*zip(*points, strict=True), VALIDATION, markevery=best, **look)
+                ax.plot(*zip(*points, strict=True), VALIDATION, markersize=2.5, **look)
+                best = [point for point in points if point[0] == row["best_epoch"]]
+                ax.plot(*zip(*best, strict=True), marker, color=colour, markersize=7)
             seen = [(e["epoch"], e[f"training_{kind}"]) for e in own]
             seen = [point for point in seen if point[1] is not None]
             if seen and numbers["settings"]["training"]:

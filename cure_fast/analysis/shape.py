@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cure_fast.analysis.figures import drawn, save_figure
+from cure_fast.analysis.figures import drawn, plain, save_figure
 from cure_fast.analysis.kept import Kept, identity_of
 from cure_fast.analysis.opening import opened
 from cure_fast.config import Norm
@@ -23,7 +23,7 @@ from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.evaluate import adversarial_images, evaluate, measuring
 from cure_fast.evaluation.given import as_images, as_labels, as_number, device_of
-from cure_fast.evaluation.model_state import state_hashes
+from cure_fast.evaluation.model_state import layers_hash, state_hashes
 from cure_fast.files import replacing, write_json
 from cure_fast.methods import labels
 from cure_fast.runs.folder import load_config
@@ -176,6 +176,7 @@ class Analysis(Generic[S]):
         settings: its settings at their defaults.
         compute: from (task, settings) to numbers, with ``rows`` among them.
         draw: from numbers to a figure of matplotlib; :mod:`.figures` has what figures share.
+        depends: from settings to what else decides what it finds, such as files that they name.
         of_runs: whether it reads the files of runs alone, and needs neither network nor images.
         most: subjects that it takes; None for any number.
         least: subjects that it needs.
@@ -189,6 +190,7 @@ class Analysis(Generic[S]):
     settings: S
     compute: Callable[[Task, S], Numbers]
     draw: Callable[[Numbers], Figure]
+    depends: Callable[[S], Any] = lambda settings: None
     of_runs: bool = False
     most: int | None = None
     least: int = 1
@@ -287,6 +289,7 @@ class Analysis(Generic[S]):
             device=device,
             seed=seed,
         )
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
         check(len(task.images) == len(task.labels), "labels", len(task.labels), "one per image")
         return self.run(task, own)
 
@@ -333,7 +336,7 @@ class Result:
 
     def figure(self) -> Figure:
         """Return the figure, matplotlib's."""
-        return drawn(partial(self.analysis.draw, self.numbers))
+        return drawn(partial(self.analysis.draw, plain(self.numbers)))
 
     def save(self, folder: Path | str) -> list[Path]:
         """Write the figure as SVG, PNG and PDF, and the numbers as JSON and CSV.
@@ -383,6 +386,8 @@ def kept_for(
     own = {
         "analysis": analysis.name,
         "settings": vars(settings),
+        "depends": analysis.depends(settings),
+        "layers": [layers_hash(s.model) if s.model else "" for s in task.subjects],
         "weights": [state_hashes(s.model) if s.model else s.origin for s in task.subjects],
         "names": [s.name for s in task.subjects],
         **{k: v for k, v in task.ball.items() if k != "device"},

@@ -142,7 +142,7 @@ def draw(numbers: Numbers) -> Figure:
     )
     axes.set_ylabel("adversarial images of")
     axes.set_xlabel("network that is attacked")
-    axes.set_title(f"accuracy under {attack_name(numbers['settings']['attack'])} in %")
+    axes.set_title(f"accuracy in %, images of {attack_name(numbers['settings']['attack'])}")
     return figure
 
 

@@ -128,6 +128,15 @@ def networks(analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs) 
                 f"{other.path}: expected a network of the same images as {first.path} "
                 f"({described(own)}), got one of {described(same)}. Leave one of them out."
             )
+    balls = [{k: main_settings(each.config)[k] for k in ("eps", "norm")} for each in opened]
+    if args.eps is None and any(ball != balls[0] for ball in balls):
+        told = ", ".join(
+            f"{each.path} {b['eps']:.4g} in {b['norm']}"
+            for each, b in zip(opened, balls, strict=True)
+        )
+        raise InputError(
+            f"--eps: expected it with runs that are evaluated within different balls, got {told}."
+        )
     count = len(first.test) if args.limit == "all" else args.limit or analysis.images
     test, device = (
         first.test.subset(np.arange(min(count, len(first.test)))),

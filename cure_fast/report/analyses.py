@@ -13,7 +13,8 @@ from cure_fast.report.text import number
 # Colours of analyses' figures for lines, letters and what lies behind, as analysis/figures.py
 # has them, and those of the page in the dark.
 INK, PAPER, GRID = "#1d232b", "#fefefe", "#d4d8dd"
-DARK_INK, DARK_GRID = "#e4e8ed", "#323b46"
+CARD = "#ffffff"
+DARK_INK, DARK_PAPER, DARK_GRID = "#e4e8ed", "#1a2027", "#323b46"
 # Rows of a table that a page shows; the file has all of them.
 MOST_ROWS = 60
 
@@ -57,12 +58,13 @@ def one(path: Path) -> dict[str, Any]:
 
 def as_image(drawing: str) -> str:
     """Return a figure as the address of an image that follows the page into the dark."""
-    style = (
-        f"<style>svg{{color:{INK};--grid:{GRID}}}"
-        f"@media (prefers-color-scheme:dark){{svg{{color:{DARK_INK};--grid:{DARK_GRID}}}}}</style>"
+    light, dark = (
+        f"svg{{color:{ink};--paper:{paper};--grid:{grid}}}"
+        for ink, paper, grid in ((INK, CARD, GRID), (DARK_INK, DARK_PAPER, DARK_GRID))
     )
+    style = f"<style>{light}@media (prefers-color-scheme:dark){{{dark}}}</style>"
     head, _, rest = drawing.partition("<defs>")
-    for own, shown in ((INK, "currentColor"), (PAPER, "none"), (GRID, "var(--grid)")):
+    for own, shown in ((INK, "currentColor"), (PAPER, "var(--paper)"), (GRID, "var(--grid)")):
         head, rest = head.replace(own, shown), rest.replace(own, shown)
     text = f"{head}{style}<defs>{rest}"
     return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"

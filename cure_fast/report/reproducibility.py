@@ -9,8 +9,7 @@ from typing import Any
 
 from cure_fast.config import Config
 from cure_fast.config.checks import format_radius
-from cure_fast.evaluation.record import main_settings
-from cure_fast.files import file_hash
+from cure_fast.evaluation.record import main_settings, stored_record
 from cure_fast.methods import METHODS, paper_row
 from cure_fast.recipes import published_recipe
 from cure_fast.report.comparison import PAPERS, SIGN, Entrant, deviation, pipes, scores, spread
@@ -34,7 +33,7 @@ of, if the mean over seeds lies within {WITHIN:.1f} points of each figure, or wi
 deviations over seeds where these are more. It is *not reproduced* if such runs lie farther away.
 It is *not run* if there are none; where a run of it is not such a run, the last column says why.
 PGD-20 and C&W are as this project runs them: papers do not say all of their settings. Weights are
-the first 12 digits of the SHA-256 of model.safetensors. Differences are measured - published, in
+the first 12 digits of the SHA-256 of its weights. Differences are measured - published, in
 points.
 """
 
@@ -155,7 +154,9 @@ def measured(verdict: Verdict) -> list[str]:
         points(mean(values[a]) - known[a], 2) if a in known and values[a] else "-" for a in PAPERS
     ]
     runs = [record for _, record in sorted(entrant.records.items())]
-    hashes = [file_hash(record.folder / "model.safetensors")[:12] for record in runs]
+    # Of the weights that were measured, which may be those of the last epoch.
+    stored = [stored_record(record.folder / "results.json") or {} for record in runs]
+    hashes = [each["models"]["trained"]["weights"][:12] for each in stored]
     seeds = ", ".join(map(str, sorted(entrant.records)))
     told = [" / ".join(spread(values[a], SIGN) for a in PAPERS), " / ".join(differences)]
     return [*told, seeds, ", ".join(hashes)]

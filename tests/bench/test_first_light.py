@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +19,7 @@ from bench.first_light.processes import GRACE, Planned, run_all
 from bench.first_light.training import cifar_words
 from bench.gpu.plan import Plan
 
+ROOT = Path(__file__).resolve().parents[2]
 FAULTS = {
     "raises": "raise SystemExit(3)",
     "hangs": "import time; time.sleep(600)",
@@ -35,6 +41,37 @@ def test_a_part_that_fails_hangs_or_crashes_costs_no_other_its_time(tmp_path, mo
     assert all(part.seconds < 4 for part in ended[:-1])
     assert ended[3].note == "SIGSEGV" and ended[0].note == "exit code 3"
     assert (tmp_path / "last.log").read_text() == "here\n"
+
+
+def test_a_part_that_is_killed_shows_nothing_of_an_earlier_try(tmp_path):
+    (tmp_path / "part.json").write_text("{}")
+    run_all([Planned("part", 20, ("false",))], tmp_path, 60, lambda so_far: None)
+    assert not (tmp_path / "part.json").exists()
+
+
+# A call whose parts only say which process they are.
+ENDLESS = """
+import sys
+from pathlib import Path
+from bench.first_light import __main__ as call
+
+code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+call.command = lambda *given: (sys.executable, "-c", code, sys.argv[1])
+call.main(["--tiny", "--device", "cpu", "--out", sys.argv[2]])
+"""
+
+
+def test_the_end_of_the_whole_is_the_end_of_its_part(tmp_path):
+    told = tmp_path / "pid"
+    words = [sys.executable, "-c", ENDLESS, str(told), str(tmp_path / "out")]
+    with subprocess.Popen(words, cwd=ROOT) as whole:
+        deadline = time.monotonic() + 60
+        while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        whole.terminate()
+        assert whole.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
 
 
 def test_a_part_without_time_left_is_not_begun(tmp_path):
