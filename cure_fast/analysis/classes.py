@@ -46,7 +46,7 @@ def compute(task: Task, settings: ClassesSettings) -> Numbers:
 
     ``natural_confusion`` and ``attacked_confusion`` have counts [K, K] by network, true classes in
     rows and answers in columns; of attacked images it is all, those that were wrong already too,
-    so that the diagonal may exceed the robust accuracy. ``worst`` has the class of the lowest
+    so that the diagonal may exceed the robust accuracy. ``worst`` has the classes of the lowest
     accuracy, natural and robust, by network.
     """
     parse_single(settings.attack)

@@ -146,7 +146,7 @@ def test_what_python_hands_over_is_checked(linear, images, labels):
         sweep(linear, images, labels[:-1])
     with pytest.raises(InputError, match="images: expected"):
         sweep(linear, None, labels)
-    with pytest.raises(InputError, match="batch.size"):
+    with pytest.raises(InputError, match="batch-size"):
         sweep(linear, images, labels, batch_size=0)
     with pytest.raises(InputError, match="radius"):
         sweep(linear, images, labels, radius=1)
