@@ -63,7 +63,7 @@ def test_accuracies_are_those_of_evaluate(linear, images, labels):
         for kind in ("natural", "robust"):
             least = min(row[kind] for row in rows if row[kind] is not None)
             worst = result.numbers["worst"][name][kind]
-            assert {row["class"]: row[kind] for row in rows}[worst] == least
+            assert worst == [row["class"] for row in rows if row[kind] == least]
     assert len(result.figure().axes) == 6
 
 
