@@ -31,7 +31,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 # Methods have the same colour in all figures; others get one by their name.
-OF_METHODS = {"natural": 6, "pgd_at": 0, "trades": 2, "mart": 3, "cure": 1, "piat": 4, "nmse": 5}
+OF_METHODS = {
+    **{"natural": 6, "pgd_at": 0, "trades": 2, "mart": 3, "cure": 1, "piat": 4, "nmse": 5},
+    "piat_nmse": 7,
+}
 # Colours of two kinds of images.
 NATURAL, ROBUST = COLOURS[0], COLOURS[1]
 
@@ -147,7 +150,8 @@ def epoch_axis(axes: Axes) -> None:
     """Let the horizontal axis count epochs, which are whole."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Where there is one epoch it would else put fractions around it.
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
 
 
