@@ -32,13 +32,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 # Methods have the same colour in all figures; others get one by their name.
 OF_METHODS = {
-    "natural": 6,
-    "pgd_at": 0,
-    "trades": 2,
-    "mart": 3,
-    "cure": 1,
-    "piat_nmse": 4,
-    "nmse": 5,
+    **{"natural": 6, "pgd_at": 0, "trades": 2, "mart": 3, "cure": 1, "piat": 4, "nmse": 5},
+    "piat_nmse": 7,
 }
 # Of the first run of a method, the second and so on; below 0 towards black.
 SHADES = (0.0, -0.4, 0.45, -0.65, 0.65)
@@ -197,7 +192,8 @@ def epoch_axis(axes: Axes) -> None:
     """Let the horizontal axis count epochs, which are whole."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Where there is one epoch it would else put fractions around it.
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
 
 

@@ -66,10 +66,21 @@ def alone_function(study: Study) -> Callable[..., None]:
     return alone
 
 
+def check_folder(study: Study, folder: Path) -> None:
+    """Raise ``InputError`` if the folder has the numbers of another study."""
+    for other in STUDIES:
+        if other != study.name and (folder / f"{other}.json").exists():
+            raise InputError(
+                f"--out {folder}: expected a folder for {study.name} alone, got one that holds "
+                f"{other}.json. Name another."
+            )
+
+
 def run_without_runs(study: Study, settings: Settings, seeds: int, out: str) -> None:
     """Compute, draw and write a study without runs."""
     check(0 < seeds <= 1000, "seeds", seeds, "a number from 1 to 1000")
     folder = Path(user_path(out, "--out"))
+    check_folder(study, folder)
     identity = identity_of({"study": study.name, "settings": vars(settings)})
     with Progress() as progress:
         kept = Kept(folder / "parts" / f"{study.name}-{identity}.json", progress=progress)
@@ -116,6 +127,7 @@ def read_study(
 
 def run_runs(study: Study, comparison: Comparison, base: Config) -> None:
     """Train, draw and write a study of runs."""
+    check_folder(study, comparison.folder)
     jobs = comparison.jobs or max(1, len(several_gpus(base)))
     tell(run_study(study, replace(comparison, jobs=jobs), base), comparison.folder)
 

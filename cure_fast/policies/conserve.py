@@ -316,7 +316,7 @@ class Conserve(Policy):
         if self.selection is None:
             return []
         return [
-            torch.zeros_like(p, dtype=torch.bool) if values is None else values < limit
+            torch.zeros_like(p, dtype=torch.bool) if values is None else is_below(values, limit)
             for p, values, limit in zip(
                 self.parameters, self.selection.scores, self.selection.thresholds, strict=True
             )

@@ -19,6 +19,8 @@ from cure_fast.errors import (
 )
 from cure_fast.evaluation.record import main_settings, same_settings, stored_record
 from cure_fast.files import file_hash
+from cure_fast.models.weights import WEIGHTS_FILE
+from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import changes_to, held, is_free
 from cure_fast.runs.log import read_rows
@@ -185,8 +187,23 @@ def check_comparison(comparison: Comparison) -> None:
             f"--out {folder}: expected a folder for the runs of a comparison, got "
             f"{'the folder of a run' if folder.is_dir() else 'a file'}. Name another."
         )
+    check_tables(folder, comparison.command)
     for entry, seed in comparison.runs():
         check_run(comparison.run_folder(entry, seed), comparison.config(entry, seed))
+
+
+def check_tables(folder: Path, command: str) -> None:
+    """Raise ``InputError`` if the folder has tables that are not of this study, or comparison."""
+    page = folder / "comparison.md"
+    if not page.exists():
+        return
+    kind = re.compile(r"^`?cure-fast (study \S+|compare)\b", re.MULTILINE)
+    own, found = kind.search(command), kind.search(page.read_text("utf-8", "replace"))
+    if own and found and own[1] != found[1]:
+        raise InputError(
+            f"--out {folder}: expected no tables but those of cure-fast {own[1]}, got those of "
+            f"cure-fast {found[1]}. Name another folder."
+        )
 
 
 def check_run(folder: Path, config: Config) -> None:
@@ -198,6 +215,16 @@ def check_run(folder: Path, config: Config) -> None:
             f"{folder}: expected a run of this configuration, got one with another: "
             f"{'; '.join(changes.values())}. Repeat the flags that it was made with, or name "
             "another folder with --out."
+        )
+    if (
+        is_trained(folder, config)
+        and has_checkpoints(folder / "checkpoints")
+        and not (folder / WEIGHTS_FILE).exists()
+    ):
+        # No later epoch would write them.
+        raise InputError(
+            f"{folder}: expected {WEIGHTS_FILE} of a run that is trained to its end, got none. "
+            "Delete the folder, and the same command trains it again."
         )
     record = stored_record(folder / "results.json") or {"models": {}, "test_images": 0}
     results = record["models"].get("trained", {"attacks": {}})["attacks"]
@@ -228,16 +255,21 @@ def counts_asked(config: Config, test_images: int) -> dict[str, int]:
     return counts
 
 
+def is_trained(folder: Path, config: Config) -> bool:
+    """Return whether a run has recorded its last epoch."""
+    rows = read_rows(folder / "metrics.jsonl")
+    epochs = [r["epoch"] for r in rows if (r["event"], r["stage"]) == ("epoch", "train")]
+    return max(epochs, default=0) >= config.optim.epochs
+
+
 def is_finished(folder: Path, config: Config) -> bool:
     """Return whether a run has trained its last epoch and has all results that are asked for."""
-    record, weights = stored_record(folder / "results.json"), folder / "model.safetensors"
+    record, weights = stored_record(folder / "results.json"), folder / WEIGHTS_FILE
     if record is None or not weights.exists():
         return False
     trained = record["models"].get("trained", {"attacks": {}})
-    rows = read_rows(folder / "metrics.jsonl")
-    epochs = [r["epoch"] for r in rows if (r["event"], r["stage"]) == ("epoch", "train")]
     return (
-        max(epochs, default=0) >= config.optim.epochs
+        is_trained(folder, config)
         and same_settings(record, main_settings(config))
         and trained.get("weights") == file_hash(weights)
         and set(config.eval.networks) <= record["models"].keys()

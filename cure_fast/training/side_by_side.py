@@ -36,6 +36,19 @@ LOOK_S, FORWARD_S = 0.1, 1.0
 # Ends of a process that are results of its own; after others no further one is started.
 OF_A_RUN = (DivergedError, MemoryExhaustedError)
 
+# ``python -m cure_fast`` in a process that saves its run and ends once its parent is gone, as by a
+# SIGKILL, which nothing else tells it of.
+WATCHING = """
+import os, signal, sys, threading, time
+from cure_fast.__main__ import main
+def watch():
+    while os.getppid() == {parent}:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(main())
+"""
+
 
 def several_gpus(config: Config) -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls the GPUs that runs may be spread over; else none."""
@@ -129,13 +142,13 @@ def launch(name: str, config: Config, place: Path, jobs: int, gpu: str | None) -
         folder,
         *(() if is_free(Path(folder)) else ("--resume",)),
     ]
-    cores = max(1, (os.cpu_count() or 1) // jobs)
+    cores = max(1, len(os.sched_getaffinity(0)) // jobs)
     own = {"OMP_NUM_THREADS": str(cores), **os.environ}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = gpu
     with printed.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cure_fast", *words],
+            [sys.executable, "-c", WATCHING.format(parent=os.getpid()), *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -68,6 +68,20 @@ def test_masks_of_scores_that_are_none_are_not_told():
     assert conserve.epoch_metrics(None) == {} and conserve.epochs == 1
 
 
+def test_where_the_threshold_is_nan_all_but_nan_is_masked():
+    conserve = policy()
+    scores = [torch.zeros_like(p) for p in conserve.parameters]
+    for values in scores:
+        values.view(-1)[0] = torch.nan
+    limits = torch.full((len(scores),), torch.nan)
+    counts = torch.ones(len(scores), dtype=torch.int32)
+    conserve.selection = Selection(scores, limits, limits, counts)
+    found = conserve.masks(None)
+    for parameter in conserve.parameters:
+        mask = found[id(parameter)].flatten()
+        assert not mask[0] and mask[1:].all()
+
+
 def test_movement_is_that_of_the_epoch(small_run):
     run = small_run("cure")
     conserve = run.policy(Conserve)

@@ -199,6 +199,21 @@ def test_a_folder_with_another_configuration_is_refused_before_anything_is_train
     assert not (folder / "compared" / "natural-s0").exists() and trained == []
 
 
+def test_a_finished_run_without_its_weights_is_refused(folder, trained, capsys):
+    (folder / "compared" / "trades-beta-5-s0" / "model.safetensors").unlink()
+    assert main(words(f"natural,{ENTRIES[0]}", 1)) == 2
+    told = "compared/trades-beta-5-s0: expected model.safetensors of a run that is trained to its"
+    assert told in capsys.readouterr().err and trained == []
+
+
+def test_a_study_in_the_folder_of_a_comparison_is_refused(folder, trained, capsys):
+    former = {name: (folder / "compared" / name).read_bytes() for name in TABLES}
+    assert main(["study", "ablation", "--out", "compared"]) == 2
+    told = "--out compared: expected no tables but those of cure-fast study ablation, got those of"
+    assert f"{told} cure-fast compare." in capsys.readouterr().err
+    assert former == {name: (folder / "compared" / name).read_bytes() for name in TABLES}
+
+
 def test_results_on_more_images_than_asked_for_are_refused(folder, trained, capsys):
     assert main(words(ENTRIES[0], 1, "--limit", "10")) == 2
     told = "expected natural on 10 test images as for all, got results on 20"

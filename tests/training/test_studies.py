@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
+from cure_fast.analysis.figures import NATURAL, ROBUST, colour_of, new_figure
 from cure_fast.cli.main import main
 from cure_fast.cli.study import read_study
 from cure_fast.errors import DivergedError, InputError, StoppedError
@@ -20,11 +25,13 @@ from cure_fast.training import side_by_side
 from cure_fast.training.choices import starting_point
 from cure_fast.training.compare import check_comparison
 from cure_fast.training.studies import STUDIES
+from cure_fast.training.studies.drawing import epoch_lines
 from cure_fast.training.studies.shape import Found, collected, shown_attack
 from cure_fast.training.studies.toy import (
     ToySettings,
     attacked,
     circles,
+    draw_plane,
     largest_drop,
     network,
     summary,
@@ -213,6 +220,36 @@ def test_a_signal_is_sent_on_and_ends_with_75(acting, tmp_path):
     assert error.value.code == 75
 
 
+@pytest.mark.parametrize(("parent", "code"), [(os.getpid(), 7), (0, -signal.SIGTERM)])
+def test_the_process_of_a_run_ends_by_a_signal_once_its_parent_is_gone(parent, code, tmp_path):
+    place = tmp_path / "cure_fast"
+    place.mkdir()
+    (place / "__init__.py").touch()
+    seconds = 0.2 if code == 7 else 30
+    (place / "__main__.py").write_text(
+        f"import time\ndef main():\n    time.sleep({seconds})\n    return 7\n"
+    )
+    words = [sys.executable, "-c", side_by_side.WATCHING.format(parent=parent)]
+    assert subprocess.run(words, cwd=tmp_path, timeout=50).returncode == code
+
+
+@pytest.mark.parametrize("name", ["ablation", "toy"])
+def test_a_folder_with_another_studys_numbers_is_refused(name, tmp_path, capsys):
+    (tmp_path / "sensitivity.json").touch()
+    assert main(["study", name, "--out", str(tmp_path)]) == 2
+    assert "got one that holds sensitivity.json. Name another." in capsys.readouterr().err
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_lines_over_one_epoch_have_a_whole_tick_and_no_colour_of_bars():
+    figure, (axes,) = new_figure()
+    epoch_lines(axes, {str(n): {"epochs": [1], "values": [n]} for n in range(9)}, "")
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+    assert not {line.get_color() for line in axes.lines} & {NATURAL, ROBUST}
+
+
 # The toy.
 
 SMALL = ToySettings(epochs=12, points=40)
@@ -251,6 +288,31 @@ def test_piat_oscillates_less_than_pgd_at():
         told[method] = mean(summary(r["robust"], r["clean"])["oscillation"] for r in runs)
     # Over 50 epochs and four seeds it is about a third.
     assert told["PIAT"] < 0.7 * told["PGD-AT"]
+
+
+def test_a_toy_that_diverges_is_an_error(tmp_path, capsys):
+    words = "study toy --epochs 12 --points 40 --seeds 1 --lr 1e30 --out".split()
+    assert main([*words, str(tmp_path / "toy")]) == 3
+    assert "toy, PGD-AT, seed 0, epoch 1: the l" in capsys.readouterr().err
+    assert not (tmp_path / "toy/toy.json").exists()
+
+
+def test_a_toy_panel_says_rise_where_nothing_fell_and_has_its_methods_colour():
+    plane = [[x - 30.0 for x in range(61)]] * 61
+    rising, falling = [0.1, 0.2], [0.2, 0.1]
+    numbers = {
+        "drop": {"PGD-AT": 1, "PIAT": 1},
+        "robust": {"PGD-AT": rising, "PIAT": falling},
+        "planes": {"PGD-AT": [plane, plane], "PIAT": [plane, plane]},
+    }
+    _, panels = new_figure(1, 2)
+    for axes, method, change in zip(
+        panels, ("PGD-AT", "PIAT"), ("smallest rise", "largest drop"), strict=True
+    ):
+        draw_plane(axes, numbers, method)
+        assert change in axes.get_title("left")
+        drawn = {to_hex(c.get_edgecolor()[0]) for c in axes.collections}
+        assert drawn == {colour_of("pgd_at" if method == "PGD-AT" else "piat")}
 
 
 def test_the_toy_is_kept_and_drawn(tmp_path, capsys):

@@ -13,6 +13,7 @@ from cure_fast.analysis.figures import (
     NATURAL,
     PAPER,
     ROBUST,
+    epoch_axis,
     percent_axis,
 )
 from cure_fast.config.attack_names import attack_name
@@ -77,19 +78,17 @@ def epoch_lines(
 
     The colours of natural and robust accuracy are left to bars.
     """
-    from matplotlib.ticker import MaxNLocator
-
+    left = COLOURS[2:]
     for place, (name, curve) in enumerate(curves.items()):
         axes.plot(
             curve["epochs"],
             curve["values"],
             label=name,
-            color=COLOURS[(place + 2) % len(COLOURS)],
-            linestyle=DASHES[(place // len(COLOURS) + place) % len(DASHES)],
+            color=left[place % len(left)],
+            linestyle=DASHES[(place // len(left) + place) % len(DASHES)],
             marker=MARKERS[place % len(MARKERS)],
             markevery=max(1, len(curve["epochs"]) // 6),
             **more,
         )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch")
+    epoch_axis(axes)
     axes.set_ylabel(label)

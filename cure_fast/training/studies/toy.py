@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cure_fast.analysis.figures import (
-    COLOURS,
+    INK,
     PAGE,
+    colour_of,
     line_styles,
     new_figure,
     outside_legend,
 )
 from cure_fast.analysis.shape import Numbers, Settings
 from cure_fast.config.checks import Bounds, Count, Weight
+from cure_fast.errors import DivergedError
 from cure_fast.losses import cross_entropy
 from cure_fast.policies.piat import PiatSettings
 from cure_fast.training.studies.shape import Found, Study
@@ -131,7 +133,11 @@ def loss_of(kind: str, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, s:
 
 
 def train(method: str, seed: int, settings: ToySettings) -> dict[str, Any]:
-    """Return accuracies by epoch as shares, and logits on the plane around the largest drop."""
+    """Return accuracies by epoch as shares, and logits on the plane around the largest drop.
+
+    Raises:
+        DivergedError: if a loss or a logit is not finite.
+    """
     kind, interpolated, _ = METHODS[method]
     # Data, first weights, batches and attacks of a seed are the same for all methods.
     data, drawn, test_noise = (torch.Generator().manual_seed(3 * seed + k) for k in range(3))
@@ -142,11 +148,13 @@ def train(method: str, seed: int, settings: ToySettings) -> dict[str, Any]:
     found: dict[str, Any] = {"clean": [], "robust": []}
     former, states = deepcopy(model.state_dict()), []
     for epoch in range(settings.epochs):
+        place = f"{method}, seed {seed}, epoch {epoch + 1}"
         for places in torch.randperm(len(y), generator=drawn).split(BATCH):
             own = x[places], y[places]
             x_adv = attacked(model, *own, eps=eps, step=eps / 3, steps=10, generator=drawn)
             optimizer.zero_grad()
-            loss_of(kind, model, own[0], x_adv, own[1], settings).backward()
+            loss = loss_of(kind, model, own[0], x_adv, own[1], settings)
+            finite(loss, "loss", place).backward()
             optimizer.step()
         if interpolated:
             with torch.no_grad():
@@ -157,8 +165,9 @@ def train(method: str, seed: int, settings: ToySettings) -> dict[str, Any]:
         x_adv = attacked(
             model, x_test, y_test, eps=eps, step=eps / 4, steps=20, generator=test_noise
         )
-        found["clean"].append(accuracy(model, x_test, y_test))
-        found["robust"].append(accuracy(model, x_adv, y_test))
+        for images, name in ((x_test, "clean"), (x_adv, "robust")):
+            logits = finite(model(images).detach(), "logits", place)
+            found[name].append(float((logits.argmax(1) == y_test).double().mean()))
     drop = largest_drop(found["robust"])
     if method in SHOWN:
         found["planes"] = []
@@ -178,10 +187,11 @@ def network(generator: torch.Generator) -> nn.Sequential:
     return model
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the share of points that are told right."""
-    return float((model(x).argmax(1) == y).double().mean())
+def finite(values: Tensor, what: str, place: str) -> Tensor:
+    """Return the values; raise ``DivergedError`` unless all of them are finite."""
+    if not values.isfinite().all():
+        raise DivergedError(f"toy, {place}: the {what} is not finite. Take a lower --lr.")
+    return values
 
 
 @torch.no_grad()
@@ -260,18 +270,19 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def draw_plane(axes: Axes, numbers: Numbers, method: str) -> None:
-    """Draw the circles, and the two boundaries."""
+    """Draw the circles, and the boundaries before and after the largest drop, or smallest rise."""
     from matplotlib.patches import Circle
 
     line = [-HALF + 2 * HALF * place / (SIDE - 1) for place in range(SIDE)]
     for radius in RADII:
         axes.add_patch(Circle((0, 0), radius, fill=False, color="#9aa2ab", linewidth=1))
-    drop = numbers["drop"][method]
-    looks = (("before", COLOURS[0], "-"), ("after", COLOURS[1], "--"))
-    for plane, (when, colour, dashes) in zip(numbers["planes"][method], looks, strict=True):
+    colour, looks = colour_of(METHODS[method][2]), (("before", "-"), ("after", "--"))
+    for plane, (when, dashes) in zip(numbers["planes"][method], looks, strict=True):
         axes.contour(line, line, plane, [0.0], colors=[colour], linestyles=[dashes], linewidths=1.2)
-        axes.plot([], [], color=colour, linestyle=dashes, label=f"boundary {when} the largest drop")
-    axes.set_title(f"{method}: epochs {drop} and {drop + 1}", loc="left")
+        axes.plot([], [], color=INK, linestyle=dashes, label=f"boundary {when}")
+    drop, robust = numbers["drop"][method], numbers["robust"][method]
+    change = "largest drop" if robust[drop] < robust[drop - 1] else "smallest rise"
+    axes.set_title(f"{method}: {change},\nepochs {drop} and {drop + 1}", loc="left")
     axes.set_aspect("equal")
     axes.set_xlabel("x1, where x3 = 0")
     axes.set_ylabel("x2")
