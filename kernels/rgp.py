@@ -24,9 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -372,18 +371,31 @@ def zero_where_(tensor: Tensor, condition: Tensor) -> None:
 def order_statistic(scores: Tensor, rank: int) -> Tensor:
     """Return the value at ``rank`` (from 0) of the sorted scores, without reading it back.
 
-    NaN counts as largest. NumPy selects with vector instructions where torch has none, on a CPU.
+    NaN counts as largest. NumPy, which torch goes without, selects with vector instructions on a
+    CPU.
     """
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+    numpy = _numpy() if scores.device.type == "cpu" and scores.dtype == torch.float32 else None
+    if numpy is None:
         return torch.kthvalue(scores.flatten(), rank + 1).values
     values = scores.detach().reshape(-1).numpy()
-    return torch.from_numpy(np.partition(values, rank)[rank : rank + 1].copy())[0]
+    return torch.from_numpy(numpy.partition(values, rank)[rank : rank + 1].copy())[0]
+
+
+def _numpy() -> Any:
+    """Return NumPy, which torch goes without; None where it is not installed."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
 
 
 def count_nonfinite(scores: Tensor) -> Tensor:
     """Return how many scores are NaN or infinite, 0-d int32."""
     if scores.device.type == "cpu" and scores.sum().isfinite():
-        return torch.zeros((), dtype=torch.int32)  # One of them would be seen in the sum.
+        return torch.zeros(
+            (), dtype=torch.int32, device=scores.device
+        )  # One of them would be seen in the sum.
     return (~scores.isfinite()).sum(dtype=torch.int32)
 
 

@@ -27,7 +27,7 @@ from cure_fast.analysis.figures import (
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Task
 from cure_fast.config.checks import Bounds
 from cure_fast.errors import InputError
-from cure_fast.report.record import Epoch, Record, read_record
+from cure_fast.runs.epochs import Curves, Epoch, read_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ class GradientsSettings(Settings):
 
 def compute(task: Task, settings: GradientsSettings) -> Numbers:
     """Return a row per run, epoch and layer; under ``phases`` means, and under ``masks`` wholes."""
-    records = {s.name: read_record(s.folder) for s in task.subjects if s.folder is not None}
+    records = {s.name: read_curves(s.folder) for s in task.subjects if s.folder is not None}
     for record in records.values():
         if not any(row.gradients or row.by_tensor for row in record.stage("train")):
             raise InputError(
@@ -90,7 +90,7 @@ def compute(task: Task, settings: GradientsSettings) -> Numbers:
     return {"rows": rows, "phases": phases, "masks": masks}
 
 
-def layers_of(record: Record, patterns: Sequence[str]) -> list[str]:
+def layers_of(record: Curves, patterns: Sequence[str]) -> list[str]:
     """Return the layers to show, in the order of the network.
 
     Raises:
@@ -124,7 +124,7 @@ def row_of(name: str, epoch: Epoch, layer: str) -> dict[str, Any]:
     return {"model": name, "epoch": epoch.epoch, "layer": layer, **found}
 
 
-def windows(record: Record, share: float) -> dict[str, list[int]]:
+def windows(record: Curves, share: float) -> dict[str, list[int]]:
     """Return the epochs at the beginning, in the middle and at the end, 1-based."""
     epochs = [row.epoch for row in record.stage("train")]
     width = max(1, math.floor(share * len(epochs)))

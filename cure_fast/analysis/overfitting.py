@@ -21,7 +21,8 @@ from cure_fast.analysis.figures import (
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name
 from cure_fast.errors import InputError
-from cure_fast.report.record import Epoch, Record, read_record
+from cure_fast.evaluation.record import stored_record
+from cure_fast.runs.epochs import Curves, Epoch, read_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def compute(task: Task, settings: OverfittingSettings) -> Numbers:
     }
 
 
-def measured(subject: Subject) -> Record:
+def measured(subject: Subject) -> Curves:
     """Return the record of a run.
 
     Raises:
@@ -58,7 +59,7 @@ def measured(subject: Subject) -> Record:
     """
     if subject.folder is None:
         raise InputError(f"{subject.name}: expected the folder of a run, got another network.")
-    record = read_record(subject.folder)
+    record = read_curves(subject.folder)
     if record.best is None:
         raise InputError(
             f"{subject.folder}: expected epochs with a validation in metrics.jsonl, got none. Name "
@@ -79,7 +80,7 @@ def epoch_of(name: str, row: Epoch) -> dict[str, Any]:
     }
 
 
-def summary(name: str, record: Record) -> dict[str, Any]:
+def summary(name: str, record: Curves) -> dict[str, Any]:
     """Return best and last of a run on validation images, and on test images where both are there.
 
     ``*_delta`` is last - best, in points: negative where the end is worse.
@@ -98,13 +99,12 @@ def summary(name: str, record: Record) -> dict[str, Any]:
         pair = getattr(best, kind), getattr(last, kind)
         if None not in pair:
             found |= differing(kind, *pair)
-    results = record.results
-    models = results.models if results else {}
+    models = (stored_record(record.folder / "results.json") or {"models": {}})["models"]
     if {"trained", "last"} <= models.keys():
-        at_best, at_last = (models[key].attacks for key in ("trained", "last"))
+        at_best, at_last = (models[key]["attacks"] for key in ("trained", "last"))
         for attack in (a for a in at_best if a in at_last):
-            if at_best[attack].count == at_last[attack].count:
-                own = at_best[attack].accuracy, at_last[attack].accuracy
+            if at_best[attack]["count"] == at_last[attack]["count"]:
+                own = at_best[attack]["accuracy"], at_last[attack]["accuracy"]
                 found |= differing(f"test_{attack}", *own)
     return found
 

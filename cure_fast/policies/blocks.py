@@ -41,6 +41,11 @@ class BlocksSettings(MethodSettings):
     """BatchNorm of what is frozen: as in evaluation, with statistics that stay; or as in training,
     by the batch, with statistics that follow (code)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = self.blocks_train
+        check(all(stage >= 1 for stage in stages), "blocks_train", stages, "stages from 1")
+
 
 def stages_of(model: ImageClassifier) -> list[str]:
     """Return the names of a ResNet's stages, ``layer1`` and so on, in order; of others none."""

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cure_fast.policies.conserve import BY_LAYER
-from cure_fast.report.record import Epoch, Reached, Record, Step
+from cure_fast.report.record import Record
 from cure_fast.report.svg import (
     Axis,
     Band,
@@ -26,6 +26,7 @@ from cure_fast.report.svg import (
     picture,
 )
 from cure_fast.report.text import attack_name, number
+from cure_fast.runs.epochs import Epoch, Reached, Step
 
 STAGES = ("pretrain", "train")
 TERMS = {

@@ -86,7 +86,6 @@ def run_job(
     progress, device = Progress(), choose_device(config.run.device)
     set_determinism(config.run.deterministic)
     check_config(config)
-    warn_of_emulation(config.run.amp, device)
     check_network(config)
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
@@ -116,6 +115,7 @@ def run_job(
         def record() -> None:
             start_record(folder, config, loader.reason, **kept)
             printed.write_to(folder / "console.log")
+            warn_of_emulation(config.run.amp, device)
             if alarm := step_alarm(config):
                 warn(alarm)
 

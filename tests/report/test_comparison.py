@@ -15,7 +15,8 @@ from cure_fast.cli.configure import read_config
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.report.comparison import Entrant, write_comparison
-from cure_fast.report.record import Epoch, ModelScores, Record, Results
+from cure_fast.report.record import ModelScores, Record, Results
+from cure_fast.runs.epochs import Epoch
 
 ATTACKS = ("natural", "pgd20", "cw20", "aa")
 

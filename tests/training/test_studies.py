@@ -220,12 +220,13 @@ def test_a_signal_is_sent_on_and_ends_with_75(acting, tmp_path):
     assert error.value.code == 75
 
 
-@pytest.mark.parametrize(("parent", "code"), [(os.getpid(), 7), (0, -signal.SIGTERM)])
-def test_the_process_of_a_run_ends_by_a_signal_once_its_parent_is_gone(parent, code, tmp_path):
+@pytest.mark.parametrize("there", [True, False])
+def test_the_process_of_a_run_ends_by_a_signal_once_its_parent_is_gone(there, tmp_path):
+    parent, code = (os.getpid(), 7) if there else (0, -signal.SIGTERM)
     place = tmp_path / "cure_fast"
     place.mkdir()
     (place / "__init__.py").touch()
-    seconds = 0.2 if code == 7 else 30
+    seconds = 0.2 if there else 30
     (place / "__main__.py").write_text(
         f"import time\ndef main():\n    time.sleep({seconds})\n    return 7\n"
     )

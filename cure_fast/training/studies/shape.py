@@ -21,7 +21,8 @@ from cure_fast.training.compare import Comparison, compare, is_finished
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from cure_fast.report.record import Epoch, Record
+    from cure_fast.report.record import Record
+    from cure_fast.runs.epochs import Epoch
 
 FORMAT = 1
 # What papers print of a network, in the order in which studies quote them.
