@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cure_fast.analysis.audit import AuditSettings, audit_of, known_of
+from cure_fast.analysis.audit import AuditSettings, audit_of, checks_of, known_of
 from cure_fast.analysis.shape import Result
 from cure_fast.cli.analyze import open_one, run_analysis
 from cure_fast.config.arguments import AnalyzeArgs, AuditChecks
@@ -16,6 +16,8 @@ from cure_fast.models.weights import resized_to
 
 def audit_target(path: Path, settings: AuditChecks, args: AnalyzeArgs) -> None:
     """Audit the network of a run or file; write its figure and numbers, and print its verdicts."""
+    # Before images are read.
+    checks_of(settings)
     opened = open_one(path, args)
     data, size = opened.config.data, args.image_size
     if not path.is_dir():

@@ -44,7 +44,8 @@ class BlocksSettings(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         stages = self.blocks_train
-        check(all(stage >= 1 for stage in stages), "blocks_train", stages, "stages from 1")
+        right = all(stage >= 1 for stage in stages) and len({*stages}) == len(stages)
+        check(right, "blocks_train", stages, "stages from 1, each once")
 
 
 def stages_of(model: ImageClassifier) -> list[str]:

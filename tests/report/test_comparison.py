@@ -39,7 +39,7 @@ def record(natural, robust, *, count=1000, step=0.003, reliable=True):
     results = Results(["a", "b"], 10000, 8 / 255, None, {"trained": scores}, [])
     epochs = [Epoch("train", n, 0.1, {}, seconds=30.0, engine="eager") for n in (1, 2)]
     machine = {"device": "cuda", "cpu": "Xeon", "gpu": "H100"}
-    return Record(Path(), {}, machine, epochs, [], False, results, None)
+    return Record(Path(), epochs, {}, machine, [], False, results, None)
 
 
 def entrant(name, records, **failures):

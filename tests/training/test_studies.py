@@ -17,6 +17,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from cure_fast.analysis.figures import NATURAL, ROBUST, colour_of, new_figure
+from cure_fast.analysis.kept import Kept
 from cure_fast.cli.main import main
 from cure_fast.cli.study import read_study
 from cure_fast.errors import DivergedError, InputError, StoppedError
@@ -323,9 +324,9 @@ def test_the_toy_is_kept_and_drawn(tmp_path, capsys):
     numbers = json.loads((tmp_path / "toy/toy.json").read_text())
     assert len(numbers["robust"]["PIAT"]) == 12 and len(numbers["planes"]["PGD-AT"]) == 2
     (parts,) = (tmp_path / "toy/parts").iterdir()
-    stored = json.loads(parts.read_text())
+    stored = Kept(parts).read()
     stored["ALP, seed 0"]["robust"] = [0.25] * 12
-    parts.write_text(json.dumps(stored))
+    Kept(parts).write(stored)
     assert main(words) == 0
     numbers = json.loads(Path(tmp_path / "toy/toy.json").read_text())
     assert numbers["rows"][1] | {"clean": 0} == {

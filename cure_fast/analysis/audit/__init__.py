@@ -35,6 +35,7 @@ from cure_fast.analysis.audit.drawing import draw
 from cure_fast.analysis.audit.planted import planted
 from cure_fast.analysis.shape import Analysis, Numbers, Result, Task
 from cure_fast.config import DataConfig, Norm
+from cure_fast.config.arguments import AuditChecks
 from cure_fast.config.checks import check, find
 from cure_fast.evaluation.evaluate import check_data
 from cure_fast.evaluation.given import as_images
@@ -55,12 +56,18 @@ MADE: dict[str, Callable[[Case], Finding]] = {
 WITHOUT_ANSWERS = ("selection", "overlap")
 
 
-def compute(task: Task, settings: AuditSettings, known: Known | None = None) -> Numbers:
-    """Return the verdict, the checks with theirs as ``rows``, the curve, and the attacks."""
+def checks_of(settings: AuditChecks) -> tuple[str, ...]:
+    """Return the names of the checks that are asked for; raise ``InputError`` for other names."""
     asked = tuple(CHECKS) if settings.checks is None else settings.checks
     for name in asked:
         find("--checks", CHECKS, name)
     check(bool(asked), "checks", "", "at least one check")
+    return asked
+
+
+def compute(task: Task, settings: AuditSettings, known: Known | None = None) -> Numbers:
+    """Return the verdict, the checks with theirs as ``rows``, the curve, and the attacks."""
+    asked = checks_of(settings)
     check_data(task.images, task.labels)
     case = Case(task, settings, known or Known())
     findings: dict[str, Finding] = {}
