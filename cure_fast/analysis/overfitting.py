@@ -140,7 +140,7 @@ def draw(numbers: Numbers) -> Figure:
     for ax in axes:
         epoch_axis(ax)
     # What dashes and markers say, in no run's colour.
-    axes[0].plot([], [], VALIDATION, color="#5b6570", label="validation (mark: best epoch)")
+    axes[0].plot([], [], VALIDATION, color="#5b6570", label="validation (large mark: best epoch)")
     if numbers["settings"]["training"]:
         axes[0].plot([], [], linestyle=TRAINING, color="#5b6570", label="training batches")
     outside_legend(figure, axes, columns=4)
