@@ -35,7 +35,7 @@ from bench.gpu_results import (
     without_folders,
     write_results,
 )
-from bench.kernel_cases import Case
+from bench.kernel_cases import Case, differing
 from bench.kernel_operations import all_cases
 from bench.kernel_providers import Step
 from cure_fast.kernels.dispatch import VARIABLE
@@ -138,10 +138,7 @@ def difference(
     total = 0
     for i, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
         assert found.shape == wanted.shape and found.dtype == wanted.dtype
-        found, wanted = found.double(), wanted.double()
-        bound = tolerance * (wanted.abs() + wanted.abs().max())
-        # Not "larger than": a NaN differs.
-        wrong = int((~((found - wanted).abs() <= bound)).sum())
+        wrong = int(differing(found, wanted, tolerance).sum())
         allowed = max(1, int(stray * found.numel())) if stray else 0
         assert wrong <= allowed, f"result {i}: {wrong} of {found.numel()} elements are wrong"
         total += wrong

@@ -59,6 +59,14 @@ class Case:
     tolerance: float
 
 
+def differing(found: Tensor, wanted: Tensor, tolerance: float) -> Tensor:
+    """Return which elements differ by more than a case's tolerance."""
+    found, wanted = found.double(), wanted.double()
+    bound = tolerance * (wanted.abs() + wanted.abs().max())
+    # Not "larger than": a NaN differs.
+    return ~((found - wanted).abs() <= bound)
+
+
 THRESHOLDS = {
     "numpy": numpy_threshold,
     "torch-quantile": quantile_threshold,

@@ -150,8 +150,7 @@ def rgp_select_ref(
             kept.append(torch.ones((), dtype=torch.float32, device=device))
             nonfinite.append(torch.zeros((), dtype=torch.int32, device=device))
             continue
-        values = rgp_score(nat, adv, alpha=weight, score=score)
-        threshold = order_statistic(values, math.ceil(rank_of(p, values.numel())))
+        values, threshold = _scored(nat, adv, p, weight, score)
         masked = torch.count_nonzero(is_below(values, threshold))
         scores.append(values)
         thresholds.append(threshold)
@@ -281,9 +280,8 @@ def rgp_mask_ref(
     for i, (grad, nat, adv) in enumerate(zip(grads, nat_grads, adv_grads, strict=True)):
         if percentiles[i] == 0:
             continue
-        values = rgp_score(nat, adv, alpha=alphas[i], score=score)
-        rank = math.ceil(rank_of(percentiles[i], values.numel()))
-        below = is_below(values, order_statistic(values, rank))
+        values, threshold = _scored(nat, adv, percentiles[i], alphas[i], score)
+        below = is_below(values, threshold)
         zero_where_(grad, below)
         kept[i] = (values.numel() - torch.count_nonzero(below)).double() / values.numel()
     return kept.float()
@@ -349,6 +347,14 @@ def select_in_ref(
         if values is not None:
             kept.copy_(values)
     return Selection(workspace.scores, *workspace.results)
+
+
+def _scored(
+    nat: Tensor, adv: Tensor, percentile: float, alpha: float, score: Score
+) -> tuple[Tensor, Tensor]:
+    """Return a tensor's scores, and the order statistic that the masked ones are below, 0-d."""
+    values = rgp_score(nat, adv, alpha=alpha, score=score)
+    return values, order_statistic(values, math.ceil(rank_of(percentile, values.numel())))
 
 
 def is_below(scores: Tensor, threshold: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from bench.gpu.robin import Contender, RoundRobin, is_kernel
 from bench.gpu.sources import ROOT
 from bench.gpu.steps import COLUMNS, TEXT, start, step_figures
 from bench.kernel_cases import Case as KernelCase
+from bench.kernel_cases import differing
 from bench.kernel_operations import all_cases
 from cure_fast.config import EngineFeature
 from cure_fast.kernels.dispatch import VARIABLE
@@ -113,10 +114,7 @@ def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance:
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             told.append(f"result {place} is {found.dtype} {tuple(found.shape)}")
             continue
-        found, wanted = found.double(), wanted.double()
-        bound = tolerance * (wanted.abs() + wanted.abs().max())
-        # Not "larger than": a NaN differs.
-        wrong = ~((found - wanted).abs() <= bound)
+        wrong = differing(found, wanted, tolerance)
         if count := int(wrong.sum()):
             first = int(wrong.flatten().nonzero()[0])
             told.append(f"result {place}: {count} of {found.numel()} elements, first {first}")

@@ -52,9 +52,9 @@ def compute(task: Task, settings: ClassesSettings) -> Numbers:
     parse_single(settings.attack)
 
     def counted(subject: Subject) -> dict[str, Any]:
-        logits = task.logits(subject, task.pixels)
+        logits = task.logits(subject.network, task.pixels)
         natural, classes = logits.argmax(1), logits.shape[1]
-        attacked = task.logits(subject, task.attacked(subject, settings.attack)).argmax(1)
+        attacked = task.logits(subject.network, task.attacked(subject, settings.attack)).argmax(1)
         return {
             "natural_confusion": confusion(task.labels, natural, classes),
             "attacked_confusion": confusion(task.labels, attacked, classes),

@@ -41,7 +41,7 @@ def compute(task: Task, settings: ConfidenceSettings) -> Numbers:
     def measured(subject: Subject, kind: str) -> dict[str, Any]:
         natural = kind == "natural"
         images = task.pixels if natural else task.attacked(subject, settings.attack)
-        return calibration(task.logits(subject, images), task.labels, settings.bins)
+        return calibration(task.logits(subject.network, images), task.labels, settings.bins)
 
     found = task.each(
         {

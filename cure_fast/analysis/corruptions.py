@@ -75,7 +75,7 @@ def compute(task: Task, settings: CorruptionsSettings) -> Numbers:
     def accuracy(subject: Subject, name: str, severity: int) -> float:
         images = natural_bytes(task) if severity == 0 else source(name, severity)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        right = task.logits(subject, pixels).argmax(1) == task.labels
+        right = task.logits(subject.network, pixels).argmax(1) == task.labels
         return 100 * int(right.sum()) / len(right)
 
     severities = sorted({*settings.severities})

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cure_fast.analysis.figures import COLUMN, line_styles, new_figure, outside_legend, percent_axis
+from cure_fast.analysis.figures import (
+    COLUMN,
+    MARK,
+    line_styles,
+    new_figure,
+    outside_legend,
+    percent_axis,
+)
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name, parse_attack
 from cure_fast.config.checks import check
@@ -78,7 +85,7 @@ def draw(numbers: Numbers) -> Figure:
         own = [row for row in numbers["rows"] if row["model"] == subject["name"]]
         x, y = [unit * row["eps"] for row in own], [row["accuracy"] for row in own]
         axes.plot(x, y, label=subject["name"], **style)
-    axes.axvline(unit * numbers["eps"], color="#9aa2ab", linewidth=0.8, linestyle=":")
+    axes.axvline(unit * numbers["eps"], color=MARK, linewidth=0.8, linestyle=":")
     if linf:
         axes.set_xscale("symlog", linthresh=1)
         ticks = [0, 1, 2, 4, 8, 16, 32, 64, 128]

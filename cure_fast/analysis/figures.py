@@ -26,6 +26,8 @@ COLUMN, PAGE = 3.4, 7.0
 # these values, and puts its own in their place.
 INK, PAPER = "#1d232b", "#fefefe"
 GRID = "#d4d8dd"
+# Of what is in no network's colour: words of legends, and marks beside curves.
+FAINT, MARK = "#5b6570", "#9aa2ab"
 # Okabe and Ito, Color Universal Design, 2008; the yellow is too light for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777", "#8c510a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cure_fast.analysis.figures import (
+    FAINT,
     GRID,
     MARKERS,
     PAGE,
@@ -213,7 +214,7 @@ def draw_layers(ax: Axes, numbers: Numbers, key: str, label: str) -> None:
                 }
                 ax.plot([*own], [*own.values()], marker=MARKERS[number], linewidth=1, **look)
     for number, phase in enumerate(PHASES):
-        ax.plot([], [], MARKERS[number], color="#5b6570", label=f"{phase} epochs")
+        ax.plot([], [], MARKERS[number], color=FAINT, label=f"{phase} epochs")
     short = [name.removesuffix(".weight") for name in layers]
     ax.set_xticks(range(len(layers)), short, rotation=60, ha="right", fontsize=5.5)
     ax.set_ylim(0, 104)
@@ -234,7 +235,7 @@ def draw_masks(ax: Axes, numbers: Numbers) -> None:
             if points:
                 ax.plot(*zip(*points, strict=True), color=colour, linestyle=dashes)
     for name, dashes in zip(names, shown.values(), strict=True):
-        ax.plot([], [], color="#5b6570", linestyle=dashes, label=name)
+        ax.plot([], [], color=FAINT, linestyle=dashes, label=name)
     ax.set_ylim(0, None)
     epoch_axis(ax)
     ax.set_ylabel("share in %")

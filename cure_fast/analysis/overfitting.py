@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cure_fast.analysis.figures import (
+    FAINT,
     MARKERS,
     PAGE,
     colours,
@@ -140,9 +141,9 @@ def draw(numbers: Numbers) -> Figure:
     for ax in axes:
         epoch_axis(ax)
     # What dashes and markers say, in no run's colour.
-    axes[0].plot([], [], VALIDATION, color="#5b6570", label="validation (large mark: best epoch)")
+    axes[0].plot([], [], VALIDATION, color=FAINT, label="validation (large mark: best epoch)")
     if numbers["settings"]["training"]:
-        axes[0].plot([], [], linestyle=TRAINING, color="#5b6570", label="training batches")
+        axes[0].plot([], [], linestyle=TRAINING, color=FAINT, label="training batches")
     outside_legend(figure, axes, columns=4)
     return figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import PAPER, colours
+from cure_fast.analysis.figures import PAPER, ROBUST, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +85,6 @@ def heat_map(
                     j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, size=size
                 )
     for i, j in boxed:
-        box: dict[str, Any] = {"fill": False, "edgecolor": "#d55e00", "linewidth": 1.5}
+        box: dict[str, Any] = {"fill": False, "edgecolor": ROBUST, "linewidth": 1.5}
         axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, **box))
     return image

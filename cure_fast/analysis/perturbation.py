@@ -199,7 +199,7 @@ def right_by_all(task: Task) -> Tensor:
     """Return the indices of the images that all networks classify rightly."""
     right = torch.ones(len(task.images), dtype=torch.bool)
     for subject in task.subjects:
-        right &= task.logits(subject, task.pixels).argmax(1) == task.labels
+        right &= task.logits(subject.network, task.pixels).argmax(1) == task.labels
     return right.nonzero().flatten()
 
 

@@ -24,7 +24,8 @@ from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.evaluate import adversarial_images, evaluate, measuring
 from cure_fast.evaluation.given import as_images, as_labels, as_number, device_of
 from cure_fast.evaluation.model_state import layers_hash, state_hashes
-from cure_fast.files import replacing, write_json
+from cure_fast.evaluation.trust import Guard
+from cure_fast.files import csv_text, replacing, write_json
 from cure_fast.methods import labels
 from cure_fast.runs.folder import load_config
 
@@ -157,11 +158,15 @@ class Task:
         pairs = zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
         return [(x.to(self.device), y.to(self.device)) for x, y in pairs]
 
-    def logits(self, subject: Subject, images: Tensor) -> Tensor:
-        """Return the logits [N, K] of images [N, C, H, W], on the CPU; the model is left as is."""
-        with measuring(subject.network, self.device):
-            found = [subject.network(x).float().cpu() for x, _ in self.batches(images)]
-        return torch.cat(found)
+    def logits(self, model: nn.Module, images: Tensor, *, size: int | None = None) -> Tensor:
+        """Return finite logits [N, K] of images [N, C, H, W], on the CPU; as attacks see them.
+
+        The model is left as it is; ``size`` are images per batch, where not the task's.
+        """
+        guard = Guard(model, stop=self.kept.stop)
+        with measuring(model, self.device):
+            parts = images.split(size or self.batch_size)
+            return torch.cat([guard(x.to(self.device)).float().cpu() for x in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +355,7 @@ class Result:
         write_json(place / f"{self.analysis.name}.json", self.numbers)
         path = place / f"{self.analysis.name}.csv"
         with replacing(path) as temporary:
-            temporary.write_text(as_csv(self.rows), encoding="utf-8")
+            temporary.write_text(csv_text(self.rows), encoding="utf-8")
         return [*written, place / f"{self.analysis.name}.json", path]
 
 
@@ -394,16 +399,3 @@ def kept_for(
     }
     path = folder / "parts" / f"{analysis.name}-{identity_of(own, task.images, task.labels)}.json"
     return Kept(path, **more)
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV, with a column for each name that a row has."""
-    import csv
-    import io
-
-    text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -86,7 +86,7 @@ def compute(task: Task, settings: TransferSettings) -> Numbers:
 
 def right_on(task: Task, subject: Subject, images: Tensor) -> Tensor:
     """Return which of the images [N, C, H, W] a network classifies right, bool [N]."""
-    return task.logits(subject, images).argmax(1) == task.labels
+    return task.logits(subject.network, images).argmax(1) == task.labels
 
 
 def withstanding(task: Task, subject: Subject, queries: int, start: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cure_fast.analysis import ANALYSES, Analysis, Settings
+from cure_fast.analysis import Analysis, Settings
 from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of
 from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, threads_asked
 from cure_fast.config.arguments import AnalyzeArgs
@@ -28,13 +28,6 @@ from cure_fast.signals import StopSignals
 
 BUSY = "Wait for its end, or name another folder with --out."
 DENIED = "Change that, or name another folder with --out."
-
-
-def analyses_listed() -> str:
-    """Return a line per analysis, with the figure that it is after."""
-    width = max(map(len, ANALYSES))
-    lines = [f"{a.name:<{width}}  {a.title} ({a.source})" for a in ANALYSES.values()]
-    return "\n\n".join(["Analyses:", *lines])
 
 
 def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
@@ -56,16 +49,26 @@ def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
 
 
 def run_analysis(
-    analysis: Analysis[Any], paths: Sequence[Path], settings: Settings, args: AnalyzeArgs
+    analysis: Analysis[Any],
+    paths: Sequence[Path],
+    settings: Settings,
+    args: AnalyzeArgs,
+    opened: Sequence[Opened] = (),
 ) -> Result:
     """Compute, draw, write and return an analysis; the first run's report shows it from then on.
+
+    ``opened`` is what the paths were opened as, where that has been done.
 
     Raises:
         InputError: for runs, files or settings that do not fit, before anything is written.
         StoppedError: after a signal; the same command goes on from there.
     """
     analysis.check_count(len(paths))
-    task, threads_wanted = (runs_alone if analysis.of_runs else networks)(analysis, paths, args)
+    if analysis.of_runs:
+        task, threads_wanted = runs_alone(analysis, paths, args)
+    else:
+        found = opened or [open_one(path, args) for path in paths]
+        task, threads_wanted = networks(analysis, found, args)
     out, first = folder_for(paths[0], args), task.subjects[0].folder
     # A run's own folder is written to by one process at a time.
     own = first is not None and out.resolve().is_relative_to(first.resolve())
@@ -116,9 +119,10 @@ def runs_alone(
     return Task(subjects=distinct([subject_of(path, None) for path in paths])), 1
 
 
-def networks(analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs) -> tuple[Task, int]:
+def networks(
+    analysis: Analysis[Any], opened: Sequence[Opened], args: AnalyzeArgs
+) -> tuple[Task, int]:
     """Return the task of an analysis of networks, and how many threads to compute with."""
-    opened = [open_one(path, args) for path in paths]
     first = opened[0]
     for other in opened[1:]:
         same = (other.config.data.data, other.test.image_size, len(other.test.classes))

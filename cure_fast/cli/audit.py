@@ -18,7 +18,7 @@ def audit_target(path: Path, settings: AuditChecks, args: AnalyzeArgs) -> None:
     """Audit the network of a run or file; write its figure and numbers, and print its verdicts."""
     # Before images are read.
     checks_of(settings)
-    opened = open_one(path, args)
+    opened, own = open_one(path, args), AuditSettings(**vars(settings))
     data, size = opened.config.data, args.image_size
     if not path.is_dir():
         data = replace(data, image_size=size or resized_to(path, opened.metadata))
@@ -28,7 +28,7 @@ def audit_target(path: Path, settings: AuditChecks, args: AnalyzeArgs) -> None:
         test=opened.test,
         split=path.is_dir(),
     )
-    print_verdicts(run_analysis(audit_of(known), [path], AuditSettings(**vars(settings)), args))
+    print_verdicts(run_analysis(audit_of(known), [path], own, args, [opened]))
 
 
 def print_verdicts(result: Result) -> None:

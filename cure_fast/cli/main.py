@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
@@ -382,78 +382,83 @@ def of_runs(words: Sequence[str]) -> Callable[[], object] | None:
         return run(*bound.args, **bound.kwargs)
 
 
+def named_first(
+    command: str, one: str, many: str, known: Mapping[str, Any], words: Sequence[str]
+) -> Any:
+    """Return what the first word names; None where that was help on all of them, which is printed.
+
+    Args:
+        command: such as ``analyze``.
+        one: what its first word names, such as ``an analysis``.
+        many: several of these.
+        known: by name, each with a title and a source.
+        words: what follows the command.
+
+    Raises:
+        InputError: for another word, or none.
+    """
+    named = bool(words) and not words[0].startswith("-")
+    if HELP & set(words) and not named:
+        width = max(map(len, known))
+        lines = [f"{name:<{width}}  {it.title} ({it.source})" for name, it in known.items()]
+        about = "\n\n".join([f"{many.capitalize()}:", *lines])
+        app = application(f"cure-fast {command}", COMMANDS[command], about=about)
+        app.help_print([], console=console_for(words))
+        return None
+    with pointing_to(f"cure-fast {command}", f"the {many}"):
+        if not named:
+            came = f"got {shown(words[0])} first" if words else "got nothing"
+            raise InputError(f"{command}: expected the name of {one} before all else, {came}.")
+        return find("NAME", known, words[0])
+
+
 def prepare_analysis(words: Sequence[str]) -> Callable[[], object] | None:
     """Return the analysis that is named, to be run with what follows; None where that was help."""
     from cure_fast.analysis import ANALYSES
-    from cure_fast.cli.analyze import analyses_listed, analyze_function
+    from cure_fast.cli.analyze import analyze_function
 
-    name, helps = next((w for w in words if not w.startswith("-")), ""), HELP & set(words)
-    if helps and not name:
-        told = analyses_listed()
-        application("cure-fast analyze", analyze, about=told).help_print(
-            [], console=console_for(words)
-        )
+    analysis = named_first("analyze", "an analysis", "analyses", ANALYSES, words)
+    if analysis is None:
         return None
-    with pointing_to("cure-fast analyze", "the analyses"):
-        if not words or words[0].startswith("-"):
-            came = f"got {shown(words[0])} first" if words else "got nothing"
-            raise InputError(f"analyze: expected the name of an analysis before all else, {came}.")
-        analysis = find("NAME", ANALYSES, name)
-    prog = f"cure-fast analyze {name}"
-    titles = {"settings": f"Analysis {name}", "args": "What is looked at, and how"}
+    titles = {"settings": f"Analysis {analysis.name}", "args": "What is looked at, and how"}
     about = f"{analysis.title} ({analysis.source}). {analysis.about}"
+    prog = f"cure-fast analyze {analysis.name}"
     app = application(prog, analyze_function(analysis), about=about, titles=titles)
-    if helps:
+    return read_or_help(app, prog, words[1:])
+
+
+def read_or_help(app: App, prog: str, words: Sequence[str]) -> Callable[[], object] | None:
+    """Return what an application makes of words; None where that was help, which is printed."""
+    if HELP & set(words):
         app.help_print([], console=console_for(words))
         return None
     with pointing_to(prog, "it"), in_a_line():
-        run, bound, _ = app.parse_args(words[1:])
+        run, bound, _ = app.parse_args(words)
         return run(*bound.args, **bound.kwargs)
 
 
 def prepare_study(words: Sequence[str]) -> Callable[[], object] | None:
     """Return the study that is named, with its runs; None where that was help, which is printed."""
     from cure_fast.cli.configure import base_config
-    from cure_fast.cli.study import (
-        STUDIES,
-        alone_function,
-        of_runs,
-        read_study,
-        run_runs,
-        studies_listed,
-    )
+    from cure_fast.cli.study import STUDIES, alone_function, of_runs, read_study, run_runs
 
-    helps, named = HELP & set(words), bool(words) and not words[0].startswith("-")
-    if helps and not named:
-        app = application("cure-fast study", study, about=studies_listed())
-        app.help_print([], console=console_for(words))
+    found = named_first("study", "a study", "studies", STUDIES, words)
+    if found is None:
         return None
-    with pointing_to("cure-fast study", "the studies"):
-        if not named:
-            came = f"got {shown(words[0])} first" if words else "got nothing"
-            raise InputError(f"study: expected the name of a study before all else, {came}.")
-        found = find("NAME", STUDIES, words[0])
-    prog, rest, recipe, config = f"cure-fast study {found.name}", [*words[1:]], "quickstart", None
-    if found.entries is None:
-        function = alone_function(found)
-    else:
-        function = of_runs
-        if rest and not rest[0].startswith("-"):
-            recipe = rest.pop(0)
-        own = [*rest, "--method", found.method]
-        config = base_config(recipe, own, prog) if helps else None
+    prog, rest, recipe = f"cure-fast study {found.name}", [*words[1:]], "quickstart"
     about = f"{found.title} ({found.source}). {found.about}"
-    titles = {"settings": f"Study {found.name}"}
-    if helps:
-        app = application(prog, function, config=config, about=about, titles=titles)
-        app.help_print([], console=console_for(words))
-        return None
-    if found.entries is not None:
-        comparison, base = read_study(found, recipe, rest, f"{prog} {recipe}")
-        return partial(run_runs, found, comparison, base)
-    with pointing_to(prog, "it"), in_a_line():
-        run, bound, _ = application(prog, function, titles=titles).parse_args(rest)
-        return run(*bound.args, **bound.kwargs)
+    if found.entries is None:
+        titles = {"settings": f"Study {found.name}"}
+        app = application(prog, alone_function(found), about=about, titles=titles)
+        return read_or_help(app, prog, rest)
+    if rest and not rest[0].startswith("-"):
+        recipe = rest.pop(0)
+    if HELP & set(rest):
+        config = base_config(recipe, [*rest, "--method", found.method], prog)
+        app = application(prog, of_runs, config=config, about=about)
+        return read_or_help(app, prog, rest)
+    comparison, base = read_study(found, recipe, rest, f"{prog} {recipe}")
+    return partial(run_runs, found, comparison, base)
 
 
 def run_comparison(comparison: Comparison) -> None:

@@ -39,13 +39,6 @@ def of_runs(recipe: str = "quickstart", *, seeds: int = 1, jobs: int | None = No
     """
 
 
-def studies_listed() -> str:
-    """Return a line per study, with the figure that it is after."""
-    width = max(map(len, STUDIES))
-    lines = [f"{s.name:<{width}}  {s.title} ({s.source})" for s in STUDIES.values()]
-    return "\n\n".join(["Studies:", *lines])
-
-
 def alone_function(study: Study) -> Callable[..., None]:
     """Return what a study without runs does with flags, as the command line takes it."""
 

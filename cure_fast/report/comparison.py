@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.record import main_settings
-from cure_fast.files import replacing
+from cure_fast.files import csv_text, replacing
 from cure_fast.methods import paper_row
 from cure_fast.report.record import Record
 from cure_fast.report.svg import Point, linear_axis, scatter
@@ -249,16 +247,7 @@ def table_csv(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
         line["paper_row"] = row.row if row else None
         line |= {f"paper_{name}": getattr(row, name, None) for name in PAPERS}
         lines.append(line)
-    return lines_of(lines)
-
-
-def lines_of(lines: Sequence[dict[str, object]]) -> str:
-    """Return rows with the same columns as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text(lines)
 
 
 def table_tex(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:

@@ -18,7 +18,7 @@ from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult, nrr
 from cure_fast.evaluation.record import main_settings, stored_record
-from cure_fast.files import file_hash, replacing
+from cure_fast.files import csv_text, file_hash, replacing
 from cure_fast.methods import labels, paper_row
 from cure_fast.report.comparison import (
     PAPERS,
@@ -28,7 +28,6 @@ from cure_fast.report.comparison import (
     deviation,
     escaped,
     images,
-    lines_of,
     notes,
     of_seeds,
     picture,
@@ -288,7 +287,7 @@ def as_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
             values = row.deltas.get(name, [])
             line[f"{name}_last_minus_best"] = mean(values) if values else None
         lines.append(line)
-    return lines_of(lines)
+    return csv_text(lines)
 
 
 def tex(rows: Sequence[Row], names: Sequence[str]) -> str:

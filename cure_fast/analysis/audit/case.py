@@ -15,8 +15,6 @@ from cure_fast.config.arguments import AuditChecks
 from cure_fast.errors import CureFastError, MemoryExhaustedError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.autoattack import flags_to_text, text_to_flags
-from cure_fast.evaluation.evaluate import measuring
-from cure_fast.evaluation.trust import Guard
 from cure_fast.loaders import ImageSet
 
 T = TypeVar("T")
@@ -152,11 +150,7 @@ class Case:
 
         They are of another ``model`` where one is given, in batches of another ``size``.
         """
-        network = self.subject.network if model is None else model
-        guard = Guard(network, stop=self.task.kept.stop)
-        with measuring(network, self.task.device):
-            parts = images.split(size or self.task.batch_size)
-            return torch.cat([guard(x.to(self.task.device)).float().cpu() for x in parts])
+        return self.task.logits(model or self.subject.network, images, size=size)
 
     def _attack(self, attack: str, eps: float) -> dict[str, Any]:
         images, found = self.task.pixels, []

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from cure_fast.analysis.audit.case import ABSENT, DOUBTFUL, FAILED, PASSED
-from cure_fast.analysis.figures import COLOURS, GRID, INK, PAGE, PAPER, percent_axis
+from cure_fast.analysis.figures import COLOURS, GRID, INK, MARK, PAGE, PAPER, percent_axis
 from cure_fast.config.attack_names import attack_name
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def draw_curve(axes: Axes, numbers: dict[str, Any]) -> None:
     scale = 255 if linf else 1
     x, y = zip(*numbers["curve"], strict=True)
     axes.plot([scale * r for r in x], y, color=COLOURS[0], marker="o")
-    axes.axvline(scale * numbers["eps"], color="#9aa2ab", linewidth=0.8, linestyle=":")
+    axes.axvline(scale * numbers["eps"], color=MARK, linewidth=0.8, linestyle=":")
     axes.set_xscale("symlog", linthresh=max(scale * numbers["eps"] / 2, 1e-3))
     own = scale * numbers["eps"]
     far = [t for t in ((16, 64, 255) if linf else (1, 4, 16)) if t >= 1.5 * own]

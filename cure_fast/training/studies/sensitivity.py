@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cure_fast.analysis.figures import (
+    MARK,
     NATURAL,
     PAGE,
     ROBUST,
@@ -89,7 +90,7 @@ def draw(numbers: Numbers) -> Figure:
             axes.errorbar(x, y, spread, label=label, color=colour, marker=marker, capsize=1.5)
             if paper and kind in ("natural", "pgd20"):
                 diamonds(axes, x, [row[f"paper_{kind}"] for row in rows])
-        axes.axvline(numbers["base"][setting], color="#9aa2ab", linewidth=0.8, linestyle=":")
+        axes.axvline(numbers["base"][setting], color=MARK, linewidth=0.8, linestyle=":")
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.set_xlabel(f"{setting} in %" if setting == "percentile" else setting)
     percent_axis(panels[0])

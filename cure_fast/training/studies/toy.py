@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cure_fast.analysis.figures import (
     INK,
+    MARK,
     PAGE,
     colour_of,
     line_styles,
@@ -275,7 +276,7 @@ def draw_plane(axes: Axes, numbers: Numbers, method: str) -> None:
 
     line = [-HALF + 2 * HALF * place / (SIDE - 1) for place in range(SIDE)]
     for radius in RADII:
-        axes.add_patch(Circle((0, 0), radius, fill=False, color="#9aa2ab", linewidth=1))
+        axes.add_patch(Circle((0, 0), radius, fill=False, color=MARK, linewidth=1))
     colour, looks = colour_of(METHODS[method][2]), (("before", "-"), ("after", "--"))
     for plane, (when, dashes) in zip(numbers["planes"][method], looks, strict=True):
         axes.contour(line, line, plane, [0.0], colors=[colour], linestyles=[dashes], linewidths=1.2)
