@@ -270,6 +270,17 @@ def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     }
 
 
+def used(config: Config) -> dict[str, Any]:
+    """Return what None and ``auto`` come to, by field."""
+    resolved = {**attacks_used(config), **machine_used(config)}
+    return {
+        name: resolved[name][0]
+        for part in sections(config).values()
+        for name, value in vars(part).items()
+        if value in (None, "auto") and name in resolved
+    }
+
+
 def print_config(config: Config, base: Config, published: bool) -> None:
     """Print every field's flag, its value, where that is from if not the default, and choices.
 

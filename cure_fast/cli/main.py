@@ -487,10 +487,10 @@ def print_shown(
     config: Config, base: Config, recipe: str, words: Sequence[str], given: Mapping[str, bool]
 ) -> None:
     """Print a configuration as it was asked for."""
-    from cure_fast.cli.listing import print_config
+    from cure_fast.cli.listing import print_config, used
     from cure_fast.recipes import published_recipe, recipe_called
     from cure_fast.training.choices import starting_point
-    from cure_fast.training.config_file import as_toml
+    from cure_fast.training.config_file import USED, as_toml
 
     if given.get("toml"):
         # A run's folder is its own, and a file stands by itself.
@@ -499,7 +499,7 @@ def print_shown(
             config = replace(config, run=replace(config.run, out=None))
         print(as_toml(config, starting_point(own), own))
     elif given.get("json"):
-        print(json.dumps(to_dict(config), indent=2))
+        print(json.dumps({**to_dict(config), USED: used(config)}, indent=2))
     else:
         regime, _ = split_flags(words, {"regime": str})
         official = "published" in regime.values() or published_recipe(recipe) is not None
@@ -508,8 +508,7 @@ def print_shown(
 
 def is_light(words: Sequence[str]) -> bool:
     """Return whether a command needs no torch."""
-    written = words[0] == "show" and not {"--toml", "--json"}.isdisjoint(words)
-    return written or words[0] in ("list", "completion")
+    return words[0] in ("list", "completion") or (words[0] == "show" and "--toml" in words)
 
 
 def main(

@@ -109,15 +109,18 @@ def check_takes(model: ImageClassifier, image_size: int, source: str) -> None:
 
 
 def check_logits(model: ImageClassifier, images: ImageSet, source: str) -> None:
-    """Raise ``InputError`` unless a pass of two images gives a logit for each of the classes.
+    """Raise ``InputError`` unless two images give a logit for each class, and these a gradient.
 
     The network, which ``source`` calls, is on the CPU and left as it was.
     """
     pixels = torch.from_numpy(images.images[:2]).permute(0, 3, 1, 2) / 255
     expected = [len(pixels), len(images.classes)]
     try:
-        with attack_mode(model, "eval"), torch.no_grad():
-            logits = model(pixels)
+        with attack_mode(model, "eval"):
+            logits = model(pixels.requires_grad_())
+            # Parameters take none in this mode, so that it comes from the images if at all.
+            if reached := logits.requires_grad:
+                torch.autograd.grad(logits.sum(), pixels)
     except Exception as error:  # code of the user's own: whatever it throws is told in one line
         raise InputError(
             f"--model {source}: a pass of images {list(pixels.shape)} failed ({first_line(error)})."
@@ -127,6 +130,11 @@ def check_logits(model: ImageClassifier, images: ImageSet, source: str) -> None:
         raise InputError(
             f"--model {source}: expected logits {expected} of images {list(pixels.shape)}, one for "
             f"each class of the data, got {came}. Mend the network's last layer."
+        )
+    if not reached:
+        raise InputError(
+            f"--model {source}: expected logits that a gradient reaches the images through, got "
+            "some cut off from them (detach, no_grad, argmax). Attacks and training need it."
         )
 
 

@@ -15,6 +15,8 @@ from cure_fast.config.values import sections
 from cure_fast.errors import InputError
 
 ENDINGS = (".toml", ".json")
+# A table of what None and auto come to on the machine that wrote it; of no effect when read.
+USED = "used"
 SECTIONS = ("settings", "data", "model", "pretrain", "attack", "optim", "eval", "run")
 
 
@@ -72,6 +74,8 @@ def read_file(path: str) -> tuple[str, dict[str, Any], dict[str, str]]:
     known = (*SECTIONS, *(listed if isinstance(listed, list) else ()))
     for name, value in found.items():
         if isinstance(value, Mapping):
+            if name == USED:
+                continue
             if name not in known:
                 some = ", ".join(map(str, known))
                 raise InputError(f"{path}: [{name}]: expected one of the tables {some}.")

@@ -83,6 +83,17 @@ def test_the_configuration_of_a_run_is_such_a_file(here):
     assert read("config.json") == config
 
 
+def test_as_json_it_is_one_too_and_says_what_is_used(here, capsys):
+    assert main(["show", "quickstart", "--eps", "8/255", "--device", "cpu", "--json"]) == 0
+    text = capsys.readouterr().out
+    (here / "my.json").write_text(text)
+    assert read("my.json") == read("quickstart", "--eps", "8/255", "--device", "cpu")
+    used = json.loads(text)["used"]
+    assert used["engine"] == "eager" and "device" not in used
+    assert (used["eval_eps"], used["step_size"]) == (8 / 255, 2 / 255)
+    assert used["loader"] in ("ffcv", "resident")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

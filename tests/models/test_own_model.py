@@ -56,6 +56,21 @@ def two_answers(num_classes):
             return super().forward(x), x
     return nn.Sequential(nn.Flatten(), Two(192, num_classes))
 
+def cut_off(num_classes):
+    class Cut(nn.Flatten):
+        def forward(self, x):
+            return super().forward(x.round().detach())
+    return nn.Sequential(Cut(), nn.Linear(192, num_classes))
+
+def one_way(num_classes):
+    class Backward(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x + 0)
+        backward = staticmethod(lambda ctx, g: g.no_such_thing)
+    class OneWay(nn.Flatten):
+        def forward(self, x):
+            return Backward.apply(super().forward(x))
+    return nn.Sequential(OneWay(), nn.Linear(192, num_classes))
+
 def text(num_classes):
     return "no network"
 
@@ -142,6 +157,8 @@ def test_no_file_decides_which_code_is_run(module, capsys, tmp_path):
         ("{module}:number", "failed (TypeError"),
         ("{module}:failing", "failed (RuntimeError: out of)"),
         ("{module}:seven", "expected logits [2, 10] of images [2, 3, 8, 8]"),
+        ("{module}:cut_off", "a gradient reaches the images through"),
+        ("{module}:one_way", "failed (AttributeError"),
         ("{module}:two_answers", "failed (AttributeError"),
         ("{module}:single", "only layer is its classifier; use --mask-layers all"),
         ("{module}:other_size", "a pass of images [2, 3, 8, 8] failed (RuntimeError"),
