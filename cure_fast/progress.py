@@ -2,8 +2,10 @@
 
 Work is counted in passes: a forward pass of one image is 1, a backward pass to the image 1, one to
 the weights too 2. Seconds per pass are measured as the job runs, and what comes between two rounds
-of a part, such as saving, by the round. What has not begun yet is taken to cost what the last part
-of its kind did, else what training does per pass.
+of a part, such as saving, by the round. What has not begun yet is taken to cost per pass what the
+last part of its kind did, and AutoAttack what other attacks do. Training of few passes per image,
+such as natural training, is no measure of training of many: what an image takes beside its passes
+(loading, update) is told apart by a trial of passes alone, see :attr:`Progress.pace`.
 """
 
 from __future__ import annotations
@@ -67,11 +69,26 @@ class Part:
         """Measured seconds before a round, 0 where none was measured."""
         return self.idle / self.gaps if self.gaps else 0.0
 
-    def seconds_left(self, like: Part) -> float:
-        """Return the seconds it still takes, by another part's measures where it has none."""
+    @property
+    def per_image(self) -> float:
+        """Passes of an image in a round, the mean of those that there are."""
+        some = [cost for cost in self.costs if cost]
+        return sum(some) / len(some) if some else 1.0
+
+    def seconds_left(self, like: Part, pace: float | None = None) -> float:
+        """Return the seconds it still takes, by another part's measures where it has none.
+
+        ``pace`` is the seconds of a pass alone, where a trial found them.
+        """
         rounds = sum(cost > 0 for cost in self.costs[self.round + 1 :]) if self.left else 0
         gap = self.gap or (like.gap if like.kind == self.kind else 0.0)
-        rate = self.seconds / self.passes if self.load else like.seconds / like.load
+        if self.load:
+            rate = self.seconds / self.passes
+        else:
+            rate = like.seconds / like.load
+            if pace is not None and like.kind == "train":
+                beside = max(0.0, rate - pace) * like.per_image
+                rate = pace + beside / self.per_image if self.kind == "train" else pace
         return self.left * rate + rounds * gap
 
 
@@ -111,6 +128,8 @@ class Progress:
         self.estimated = False
         # The last part of each kind that was measured.
         self.measured: dict[str, Part] = {}
+        # Seconds of a pass of one image in attacks, where a trial found them.
+        self.pace: float | None = None
         self.bar: Any = None
         self.task: Any = None
 
@@ -203,7 +222,8 @@ class Progress:
         left = [0.0, 0.0]
         # The bar's thread asks too, while parts are added.
         for part in list(self.parts.values()):
-            left[part.bound] += part.seconds_left(self.measured.get(part.kind, any_part))
+            kind = "attack" if part.bound and part.kind not in self.measured else part.kind
+            left[part.bound] += part.seconds_left(self.measured.get(kind, any_part), self.pace)
         return left[0], left[1]
 
     def left(self) -> str:

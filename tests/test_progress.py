@@ -119,6 +119,23 @@ def test_stages_that_are_over_leave_nothing(clock, capsys):
     assert sure == pytest.approx(200 * TEST * TRAIN_S)
 
 
+@pytest.mark.parametrize(("beside", "expected"), [(4.0, 20 + 4), (-0.5, 20)])
+def test_what_natural_training_takes_beside_its_passes_is_no_measure_of_attacks(
+    clock, beside, expected
+):
+    progress = Progress()
+    progress.pace = 1.0
+    progress.plan("pretrain", Part("train", [3.0], 30))
+    progress.plan("train", Part("train", [0.0, 20.0], 10))
+    progress.plan("aa", Part("autoattack", (1.0,), 50, bound=True))
+    with progress.work("pretrain", "pretrain") as work:
+        for _ in range(3):
+            clock[0] += 10 * (3.0 + beside)
+            work.advance(10)
+    # An image of the adversarial epoch: twenty passes, and what comes beside them once.
+    assert progress.seconds_left() == (pytest.approx(10 * expected), pytest.approx(50 * 1.0))
+
+
 def test_what_is_not_known_is_said_to_be_a_bound(clock):
     progress = Progress()
     progress.plan("train", Part("train", [1.0], 100))

@@ -105,6 +105,18 @@ def timed(
     return {number: statistics.median(each) for number, each in taken.items()}
 
 
+def pace(model: ImageClassifier, number: int, *, image_size: int, batch_size: int) -> float:
+    """Return the seconds of a pass of one image in attacks, on the CPU with so many threads.
+
+    Passes are counted as in :mod:`cure_fast.progress`: back to the images is a second one.
+    """
+    with attack_mode(model, "eval"), threads(number):
+        images = fitting(model, image_size=image_size, batch_size=batch_size)
+        before = time.perf_counter()
+        there_and_back(model, images)
+        return (time.perf_counter() - before) / (2 * len(images))
+
+
 def fitting(model: ImageClassifier, *, image_size: int, batch_size: int) -> Tensor:
     """Return grey images [n, 3, H, W]: a batch of them, or as many as keep the trial short."""
     count = 1

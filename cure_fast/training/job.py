@@ -36,7 +36,7 @@ from cure_fast.runs.folder import (
     start_record,
 )
 from cure_fast.runs.sinks import final_results
-from cure_fast.runs.threads import choose_threads, threads
+from cure_fast.runs.threads import choose_threads, pace, threads
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
@@ -93,15 +93,17 @@ def run_job(
     try:
         with stop.at_once():
             data, loader, model, teachers = prepare(config, device, named)
+            sizes = {"image_size": data.train.image_size, "batch_size": config.optim.batch_size}
             number = choose_threads(
                 config.run.threads,
                 model,
                 device,
-                image_size=data.train.image_size,
-                batch_size=config.optim.batch_size,
+                **sizes,
                 recorded=recorded_threads(named) if resume else None,
             )
             plan_job(progress, config, data)
+            if device.type == "cpu":
+                progress.pace = pace(model, number, **sizes)
     except Interrupted as error:
         again = (
             f"continue with: {command('train', named, '--resume')}" if resume else "start it again"
