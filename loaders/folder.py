@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cure_fast.errors import InputError
 
@@ -38,20 +40,27 @@ def read_folder(name: str, split: str, *, image_size: int | None = None) -> Imag
     classes = _classes(path / "train")
     if split != "train":
         _check_same_classes(path, classes, _classes(path / split))
-    files = [(file, label) for label, c in enumerate(classes) for file in _files(path / split / c)]
-    images = stack_images(
-        ((str(file), _read_image(file)) for file, _ in files),
-        count=len(files),
-        image_size=image_size,
-        title=f"reading {path / split}",
-    )
-    return ImageSet(
-        name=name,
-        images=images,
-        labels=np.array([label for _, label in files], np.int64),
-        classes=classes,
-        source=f"image folder {path / split}",
-    )
+    _, files, labels = list_images(path / split)
+    title, images = f"reading {path / split}", opened(files)
+    stacked = stack_images(images, count=len(files), image_size=image_size, title=title)
+    source = f"image folder {path / split}"
+    return ImageSet(name=name, images=stacked, labels=labels, classes=classes, source=source)
+
+
+def list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], NDArray[np.int64]]:
+    """Return classes, files and labels of ``folder/<class>/<image>``, in the order of their names.
+
+    Raises:
+        InputError: if there is no such folder, or a class is empty.
+    """
+    classes = _classes(folder)
+    found = [(file, label) for label, c in enumerate(classes) for file in _files(folder / c)]
+    return classes, [file for file, _ in found], np.array([label for _, label in found], np.int64)
+
+
+def opened(files: Iterable[Path]) -> Iterator[tuple[str, Image]]:
+    """Yield images as RGB, one at a time, each with its name; a damaged one is refused."""
+    return ((str(file), _read_image(file)) for file in files)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -62,8 +71,8 @@ def _classes(folder: Path) -> tuple[str, ...]:
     """Return the names of the class folders in ``folder``."""
     if not folder.is_dir():
         raise InputError(
-            f"--data: expected the folder {folder} with one folder of images per class; "
-            f"there is none."
+            f"{folder}: expected a folder with one folder of images per class; there is none. "
+            "Name another."
         )
     classes = tuple(p.name for p in _visible(folder) if p.is_dir())
     if len(classes) < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,20 @@ REMEDY = "or give --image-size N, which resizes and centre-crops all to NxN"
 def stack_images(
     images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
 ) -> NDArray[np.uint8]:
-    """Return images as uint8 [N, S, S, 3]; those of other modes become RGB, alpha is dropped.
+    """Return images as uint8 [N, S, S, 3] in memory; see :func:`uniform`."""
+    stacked = np.empty((count, 0, 0, 3), np.uint8)
+    each = uniform(images, count=count, image_size=image_size, title=title)
+    for place, pixels in enumerate(each):
+        if place == 0:
+            stacked = np.empty((count, *pixels.shape), np.uint8)
+        stacked[place] = pixels
+    return stacked
+
+
+def uniform(
+    images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield images as uint8 [S, S, 3]; those of other modes become RGB, alpha is dropped.
 
     Args:
         images: each with what messages call it.
@@ -38,26 +51,24 @@ def stack_images(
     Raises:
         InputError: naming the image that is not square, or not of the first one's size.
     """
-    stacked, first = np.empty((count, 0, 0, 3), np.uint8), ""
+    shape, first = None, ""
     with track(title, count) as advance:
-        for place, (name, image) in enumerate(images):
+        for name, image in images:
             pixels = _pixels(name, image, image_size)
-            if place == 0:
-                first = name
-                if pixels.shape[0] != pixels.shape[1]:
+            if shape is None:
+                shape, first = pixels.shape, name
+                if shape[0] != shape[1]:
                     raise InputError(
-                        f"{name}: expected a square image, got {_size(pixels)} pixels; bring all "
+                        f"{name}: expected a square image, got {_size(shape)} pixels; bring all "
                         f"images to one square size, {REMEDY}."
                     )
-                stacked = np.empty((count, *pixels.shape), np.uint8)
-            if pixels.shape != stacked.shape[1:]:
+            if pixels.shape != shape:
                 raise InputError(
-                    f"{name}: expected {_size(stacked[0])} pixels like {first}, got "
-                    f"{_size(pixels)}; bring all images to one size, {REMEDY}."
+                    f"{name}: expected {_size(shape)} pixels like {first}, got "
+                    f"{_size(pixels.shape)}; bring all images to one size, {REMEDY}."
                 )
-            stacked[place] = pixels
+            yield pixels
             advance(1)
-    return stacked
 
 
 def resized(image_set: ImageSet, image_size: int) -> ImageSet:
@@ -127,6 +138,6 @@ def _pixels(name: str, image: Image, image_size: int | None) -> NDArray[np.uint8
     return np.asarray(image)
 
 
-def _size(pixels: NDArray[np.uint8]) -> str:
+def _size(shape: tuple[int, ...]) -> str:
     """Return width x height as text."""
-    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+    return f"{shape[1]}x{shape[0]}"

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from cyclopts import App
 
 import cure_fast
+from cure_fast.cli.data import data_pack, data_write
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import (
     AnalyzeArgs,
     AuditChecks,
-    DataWriteArgs,
     EvalArgs,
     ExportArgs,
 )
@@ -193,31 +192,6 @@ def export(target: str, args: ExportArgs) -> None:
     export_model(Path(target), args)
 
 
-def data_write(data: str, args: DataWriteArgs) -> None:
-    """Write the training images of a data set as a checked FFCV file, ahead of training.
-
-    Training reads the file of its own training split: with the same flags as here it finds this
-    one, and with others it writes its own on first use.
-
-    Args:
-        data: Data set: cifar10, cifar100, svhn, digits or folder:PATH.
-        args: Which images, and where to.
-    """
-    from cure_fast.files import user_path
-    from cure_fast.loaders import read_dataset, split_train
-    from cure_fast.loaders.beton import ensure_beton
-
-    started = time.monotonic()
-    root = user_path(args.data_root, "--data-root")
-    whole = read_dataset(data, root, "train", image_size=args.image_size)
-    images, _ = split_train(
-        whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
-    )
-    path = ensure_beton(images, user_path(args.cache, "--cache"))
-    seconds = time.monotonic() - started
-    say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
-
-
 def list_all(topic: str = "", *, json: bool = False) -> None:
     """List recipes, methods, policies, models, data sets and attacks.
 
@@ -268,6 +242,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "data write": data_write,
+    "data pack": data_pack,
     "list": list_all,
     "show": show,
     "doctor": doctor,

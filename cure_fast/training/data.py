@@ -9,16 +9,28 @@ import torch
 
 from cure_fast.config import Config
 from cure_fast.files import user_path
-from cure_fast.loaders import ImageSet, Loader, make_loader, read_dataset, split_train
+from cure_fast.loaders import (
+    ImageSet,
+    Loader,
+    Mix,
+    make_loader,
+    read_dataset,
+    read_generated,
+    split_train,
+)
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run: training, the validation split held out of it, and test."""
+    """The images of a run: training, the validation split held out of it, and test.
+
+    Generated images, if any, are for training alone.
+    """
 
     train: ImageSet
     val: ImageSet
     test: ImageSet
+    generated: ImageSet | None = None
 
 
 def read_data(config: Config) -> Data:
@@ -35,11 +47,17 @@ def read_data(config: Config) -> Data:
         val_images=config.data.val_images,
         seed=config.data.split_seed,
     )
-    return Data(train=train, val=val, test=read_dataset(name, root, "test", **options))
+    test, aux = read_dataset(name, root, "test", **options), config.data.aux
+    if aux is None:
+        return Data(train=train, val=val, test=test)
+    cache = user_path(config.run.cache, "--cache")
+    generated = read_generated(aux, train, checksum=config.data.aux_hash, cache=cache)
+    return Data(train=train, val=val, test=test, generated=generated)
 
 
 def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
-    """Return the loader of the training images."""
+    """Return the loader of the training images, with generated ones where those are asked for."""
+    mixed = data.generated is not None and config.data.aux is not None
     return make_loader(
         config.data.loader,
         data.train,
@@ -50,6 +68,7 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         flip=config.data.flip,
         reflect=config.data.crop_mode == "reflect",
         augment=config.data.augment,
+        mix=Mix(data.generated, config.data.aux_share) if mixed else None,
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
     )
