@@ -6,7 +6,7 @@ from .augment import crop_flip, to_float
 from .base import Loader
 from .beton import check_beton, ensure_beton, write_beton
 from .choose import make_loader
-from .datasets import DATASETS, DatasetInfo, names_code, read_dataset
+from .datasets import DATASETS, DatasetInfo, names_code, read_dataset, read_training
 from .generated import generated_hash, read_generated
 from .image_set import ImageSet, check_images
 from .mixing import Mix
@@ -27,6 +27,7 @@ __all__ = [
     "names_code",
     "read_dataset",
     "read_generated",
+    "read_training",
     "split_train",
     "to_float",
     "write_beton",

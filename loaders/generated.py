@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from cure_fast.console import say
 from cure_fast.errors import InputError
 
+from .cached import written_once
 from .image_set import ImageSet, check_images
 
 GENERATED_PREFIX = "npz:"
@@ -130,7 +132,7 @@ def read_entry(path: Path, archive: zipfile.ZipFile, array: str) -> NDArray[Any]
     with archive.open(entry(path, archive, array)) as file:
         try:
             return np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise refusal(path, error) from error
 
 
@@ -167,24 +169,19 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 def unpacked(archive: zipfile.ZipFile, packed: zipfile.ZipInfo, path: Path) -> NDArray[Any]:
     """Return an array of a compressed file, mapped where it has been unpacked, once."""
-    if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    source = Path(str(archive.filename))
+
+    def write(target: BinaryIO) -> None:
+        gigabytes = packed.file_size / 1e9
+        say(f"--aux: the images are compressed: unpacking {gigabytes:.1f} GB, once, to {path}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            gigabytes = packed.file_size / 1e9
-            say(f"--aux: the images are compressed: unpacking {gigabytes:.1f} GB, once, to {path}")
-            with archive.open(packed) as source, temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-                os.fsync(target.fileno())
-            temporary.replace(path)
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"--aux: {archive.filename} cannot be unpacked to {path} ({error}); make room, "
-                "name another folder with --cache, or copy the file again."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            with archive.open(packed) as file:
+                shutil.copyfileobj(file, target, 1 << 20)
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise refusal(source, error) from error
+
+    written_once(path, write)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise refusal(Path(str(archive.filename)), error) from error
+        raise refusal(source, error) from error

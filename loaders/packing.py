@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from cure_fast.errors import InputError
 
 from .folder import list_images, opened
 from .generated import CLASSES, IMAGES, LABELS
-from .stacking import uniform
+from .stacking import uniform, write_images
 
 
 def pack_folder(folder: Path, path: Path, *, image_size: int | None = None) -> int:
@@ -40,13 +41,9 @@ def pack_folder(folder: Path, path: Path, *, image_size: int | None = None) -> i
         with zipfile.ZipFile(temporary, "w") as archive:
             each, title = opened(files), f"packing {folder}"
             images = uniform(each, count=len(files), image_size=image_size, title=title)
+            first = next(images)
             with archive.open(IMAGES, "w", force_zip64=True) as target:
-                for place, pixels in enumerate(images):
-                    if place == 0:
-                        shape = (len(files), *pixels.shape)
-                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_1_0(target, header)
-                    target.write(pixels.tobytes())
+                write_images(target, chain([first], images), (len(files), *first.shape))
             for name, array in ((LABELS, labels), (CLASSES, np.array(classes))):
                 with archive.open(name, "w") as target:
                     np.lib.format.write_array(target, array, allow_pickle=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from cure_fast.console import track
 from cure_fast.errors import InputError
 
+from .cached import written_once
 from .image_set import ImageSet
 
 if TYPE_CHECKING:
@@ -20,20 +23,55 @@ if TYPE_CHECKING:
 
 # Pillow's modes of at most 8 bits per channel.
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")
+# Images that take more are mapped where that can be.
+IN_MEMORY_BYTES = 1 << 30
 REMEDY = "or give --image-size N, which resizes and centre-crops all to NxN"
 
 
 def stack_images(
-    images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
+    images: Iterable[tuple[str, Image]],
+    *,
+    count: int,
+    image_size: int | None,
+    title: str,
+    file: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """Return images as uint8 [N, S, S, 3] in memory; see :func:`uniform`."""
-    stacked = np.empty((count, 0, 0, 3), np.uint8)
+    """Return images as uint8 [N, S, S, 3]: in memory, or mapped where they are a lot.
+
+    Args:
+        images: see :func:`uniform`, like the next three.
+        count: how many there are.
+        image_size: see there.
+        title: see there.
+        file: where more than ``IN_MEMORY_BYTES`` of them are kept, one after the other, from then
+            on; None keeps all in memory. A file that is there has to be of these images.
+
+    Raises:
+        InputError: as :func:`uniform`, or if the file cannot be written.
+    """
     each = uniform(images, count=count, image_size=image_size, title=title)
-    for place, pixels in enumerate(each):
-        if place == 0:
-            stacked = np.empty((count, *pixels.shape), np.uint8)
-        stacked[place] = pixels
-    return stacked
+    first = next(each, None)
+    if first is None:
+        return np.empty((count, 0, 0, 3), np.uint8)
+    each, shape = chain([first], each), (count, *first.shape)
+    if file is None or count * first.nbytes <= IN_MEMORY_BYTES:
+        stacked = np.empty(shape, np.uint8)
+        for place, pixels in enumerate(each):
+            stacked[place] = pixels
+        return stacked
+    written_once(file, lambda target: write_images(target, each, shape))
+    # Copies on write: nothing writes, and torch shares the memory of arrays that might be written.
+    return np.load(file, mmap_mode="c")
+
+
+def write_images(
+    target: IO[bytes], images: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]
+) -> None:
+    """Write images as an array of NumPy's format, one at a time."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(target, header)  # pyright: ignore[reportArgumentType]
+    for pixels in images:
+        target.write(pixels.tobytes())
 
 
 def uniform(

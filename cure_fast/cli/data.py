@@ -20,16 +20,22 @@ def data_write(data: str, args: DataWriteArgs) -> None:
         args: Which images, and where to.
     """
     # These need torch, and help does not.
-    from cure_fast.loaders import read_dataset, split_train
+    from cure_fast.loaders import read_training
     from cure_fast.loaders.beton import ensure_beton
 
     started = time.monotonic()
     root = user_path(args.data_root, "--data-root")
-    whole = read_dataset(data, root, "train", image_size=args.image_size)
-    images, _ = split_train(
-        whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
+    cache = user_path(args.cache, "--cache")
+    images, _ = read_training(
+        data,
+        root,
+        train_images=args.train_images,
+        val_images=args.val_images,
+        seed=args.split_seed,
+        image_size=args.image_size,
+        cache=cache,
     )
-    path = ensure_beton(images, user_path(args.cache, "--cache"))
+    path = ensure_beton(images, cache)
     seconds = time.monotonic() - started
     say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
 

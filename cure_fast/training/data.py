@@ -16,7 +16,7 @@ from cure_fast.loaders import (
     make_loader,
     read_dataset,
     read_generated,
-    split_train,
+    read_training,
 )
 
 
@@ -35,22 +35,24 @@ class Data:
 
 def read_data(config: Config) -> Data:
     """Read the data set and hold out the validation split."""
+    cache = user_path(config.run.cache, "--cache")
     options: dict[str, Any] = {
         "download": config.data.download,
         "image_size": config.data.image_size,
+        "cache": cache,
     }
     name, root = config.data.data, user_path(config.data.data_root, "--data-root")
-    whole = read_dataset(name, root, "train", **options)
-    train, val = split_train(
-        whole,
+    train, val = read_training(
+        name,
+        root,
         train_images=config.data.train_images,
         val_images=config.data.val_images,
         seed=config.data.split_seed,
+        **options,
     )
     test, aux = read_dataset(name, root, "test", **options), config.data.aux
     if aux is None:
         return Data(train=train, val=val, test=test)
-    cache = user_path(config.run.cache, "--cache")
     generated = read_generated(aux, train, checksum=config.data.aux_hash, cache=cache)
     return Data(train=train, val=val, test=test, generated=generated)
 
