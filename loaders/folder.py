@@ -118,7 +118,7 @@ def list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], NDArray[np.i
     Raises:
         InputError: if there is no such folder, or a class is empty.
     """
-    if (folder / ANNOTATIONS).exists():
+    if folder.is_dir() and (folder / ANNOTATIONS).exists():
         return _annotated(folder)
     classes = _classes(folder)
     found = [(file, label) for label, c in enumerate(classes) for file in _files(folder / c)]

@@ -131,6 +131,17 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("compare quickstart --methods cure --out run", "got the folder of a run"),
         ("compare quickstart --methods cure --out notes.txt", "got a file"),
     ],
+    "Sweeps": [
+        ("sweep quickstart", "--grid: expected flags and values"),
+        ("sweep quickstart --grid lr=0.1,", "quotes in pairs"),
+        ("sweep quickstart --grid 'lr=0.1;lr=0.2'", "each flag once"),
+        ("sweep quickstart --grid learning-rate=0.1", "unknown flag '--learning-rate"),
+        ("sweep quickstart --grid lr=0.1,fast", "--grid, 'lr=fast': --lr"),
+        ("sweep quickstart --grid lr=0.1,0.10", "expected entries that differ"),
+        ("sweep quickstart --grid eps=0.1,0.2", "outside of --grid"),
+        ("sweep quickstart --grid seed=0,1 --seeds 2", "--seed: expected seeds in one place"),
+        ("sweep quickstart --grid lr=0.1 --jobs 0", "from 1 to 64"),
+    ],
     "Flags of training": [
         ("train quickstart --epsilon 8/255", "Perhaps you meant --eps"),
         ("train quickstart --epochs", "expected a whole number, got nothing"),
