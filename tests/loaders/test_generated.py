@@ -206,3 +206,15 @@ def test_memory_is_that_of_a_batch(tmp_path, make_images, request) -> None:
     feed = loader("resident", request, training, read(f"npz:{path}", training, tmp_path))
     assert len(batches_of(feed, 0)) == 4
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ffcv", "resident", "torch"])
+def test_gpu_batches_are_those_of_the_cpu(request, make_images, generated, kind) -> None:
+    sets, options = (make_images(OWN), generated), {"crop_padding": 2, "flip": True}
+    plain = batches_of(loader("torch", request, *sets, **options), 1)
+    on_gpu = batches_of(loader(kind, request, *sets, **options, device=torch.device("cuda")), 1)
+    for one, other in zip(on_gpu, plain, strict=True):
+        assert one.x.device.type == one.y.device.type == one.index.device.type == "cuda"
+        assert torch.equal(one.x.cpu(), other.x) and torch.equal(one.y.cpu(), other.y)
+        assert torch.equal(one.index.cpu(), other.index)

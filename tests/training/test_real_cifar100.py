@@ -35,13 +35,13 @@ def photos(cifar100_root, tmp_path):
     return f"folder:{tmp_path / 'photos'}"
 
 
-def test_a_run_on_it_is_the_same_from_every_loader(photos, tmp_path, capsys):
-    kinds = ["resident", "torch"] if ffcv_problem() else ["resident", "torch", "ffcv"]
+def test_a_run_on_it_is_the_same_from_two_loaders(photos, tmp_path, capsys):
+    kinds = ["torch", "resident" if ffcv_problem() else "ffcv"]
     options = ["--data", photos, "--cache", str(tmp_path / "cache"), "--workers", "1"]
     for kind in kinds:
         words = ["train", "quickstart", *WORDS, *options, "--loader", kind]
         assert main([*words, "--out", str(tmp_path / kind)]) == 0
-        assert same_weights(tmp_path / "resident", tmp_path / kind)
+        assert same_weights(tmp_path / "torch", tmp_path / kind)
     assert (
         "500 training, 100 validation and 200 test images, 100 classes" in capsys.readouterr().out
     )
