@@ -59,7 +59,8 @@ def read_data(config: Config) -> Data:
 
 def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
     """Return the loader of the training images, with generated ones where those are asked for."""
-    mixed = data.generated is not None and config.data.aux is not None
+    # A stage that names none, as the natural start, has none of those that were read.
+    generated = data.generated if config.data.aux is not None else None
     return make_loader(
         config.data.loader,
         data.train,
@@ -70,7 +71,7 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         flip=config.data.flip,
         reflect=config.data.crop_mode == "reflect",
         augment=config.data.augment,
-        mix=Mix(data.generated, config.data.aux_share) if mixed else None,
+        mix=None if generated is None else Mix(generated, config.data.aux_share),
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
     )
