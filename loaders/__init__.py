@@ -6,8 +6,10 @@ from .augment import crop_flip, to_float
 from .base import Loader
 from .beton import check_beton, ensure_beton, write_beton
 from .choose import make_loader
-from .datasets import DATASETS, DatasetInfo, names_code, read_dataset
+from .datasets import DATASETS, DatasetInfo, names_code, read_dataset, read_training
+from .generated import generated_hash, read_generated
 from .image_set import ImageSet, check_images
+from .mixing import Mix
 from .split import split_train
 
 __all__ = [
@@ -15,13 +17,17 @@ __all__ = [
     "DatasetInfo",
     "ImageSet",
     "Loader",
+    "Mix",
     "check_beton",
     "check_images",
     "crop_flip",
     "ensure_beton",
+    "generated_hash",
     "make_loader",
     "names_code",
     "read_dataset",
+    "read_generated",
+    "read_training",
     "split_train",
     "to_float",
     "write_beton",

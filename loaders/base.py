@@ -18,11 +18,10 @@ from cure_fast.errors import InputError
 from .augment import crop_flip
 from .idbh import VARIANTS, idbh
 from .image_set import ImageSet, check_images
+from .mixing import Mix, Pixels
 from .seeds import epoch_order
 
 AUGMENTATIONS = ("crop-flip", *VARIANTS)
-# Images, labels, and which of the images, where they are not those of one batch.
-Pixels = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,7 @@ class BatchSettings:
         flip: mirror each image left to right with probability 1/2.
         reflect: whether the padding mirrors the image; else it is zero.
         augment: one of ``AUGMENTATIONS``; all but ``crop-flip`` have a crop of their own.
+        mix: generated images to mix into the batches; None for none.
     """
 
     batch_size: int
@@ -46,6 +46,12 @@ class BatchSettings:
     flip: bool
     reflect: bool = False
     augment: str = "crop-flip"
+    mix: Mix | None = None
+
+    @property
+    def read_size(self) -> int:
+        """Images of a whole batch that are of the training set."""
+        return self.batch_size - (self.mix.of_batch(self.batch_size) if self.mix else 0)
 
 
 class Loader(ABC):
@@ -60,7 +66,7 @@ class Loader(ABC):
         kind: ``ffcv``, ``resident`` or ``torch``.
         reason: one line that says which loader this is and why it was chosen.
         batch_size: images per batch.
-        set_size: images of the set, each with its place below that.
+        set_size: images of the set and generated ones, each with its place below that.
         num_classes: classes of the set, each with its label below that.
         image_shape: channels, height and width of an image.
         num_images: images delivered in an epoch, which can be one less.
@@ -101,6 +107,14 @@ class Loader(ABC):
                 f"in each epoch, as BatchNorm cannot train on it"
             )
         self.set_size, self.num_classes = count, len(image_set.classes)
+        self._own = count
+        if mix := settings.mix:
+            mix.check(batch_size)
+            self.set_size += len(mix.images)
+            self.reason += (
+                f"; {mix.of_batch(batch_size)} of the {batch_size} images of a batch are of "
+                f"{len(mix.images):,} generated ones"
+            )
         height, width, channels = image_set.images.shape[1:]
         self.image_shape = (channels, height, width)
 
@@ -110,7 +124,8 @@ class Loader(ABC):
 
         Yields:
             an iterator of batches on the device: their images are augmented, their ``index`` is the
-            images' place in the set. All of it is the caller's to keep and to change.
+            images' place in the set, behind which generated images have theirs. All of it is the
+            caller's to keep and to change.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -124,7 +139,10 @@ class Loader(ABC):
                 f"start_batch: expected 0 to {self.batches_per_epoch}, got {start_batch}: "
                 f"the data or the batch size has changed since the checkpoint."
             )
-        order = epoch_order(self.set_size, seed=self.settings.seed, epoch=epoch)[: self.num_images]
+        seed, mix = self.settings.seed, self.settings.mix
+        order = epoch_order(self._own, seed=seed, epoch=epoch)[: self.num_images]
+        if mix:
+            order = mix.order(order, self.batch_size, set_size=self._own, seed=seed, epoch=epoch)
         # Moved once per epoch: a copy from memory that is not pinned waits for the GPU.
         batches, places = (
             indices.split(self.batch_size)[start_batch:]
@@ -133,7 +151,10 @@ class Loader(ABC):
         if not batches:
             yield iter(())
             return
-        with self._read(batches) as pixels:
+        own = [places[places < self._own] for places in batches] if mix else batches
+        with self._read(own) as pixels:
+            if mix:
+                pixels = mix.added(pixels, batches, set_size=self._own)
             augmented = self._augment(pixels, places, epoch, start_batch)
             try:
                 yield augmented

@@ -25,6 +25,7 @@ import numpy as np
 from cure_fast.console import track
 from cure_fast.errors import InputError
 
+from .cached import writing
 from .ffcv_reader import ffcv_problem, ffcv_version
 from .image_set import ImageSet, check_images
 
@@ -46,7 +47,7 @@ def ensure_beton(image_set: ImageSet, cache: Path) -> Path:
     checksum = image_set.checksum()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", image_set.name).strip("-")[-40:]
     path = cache.expanduser() / "ffcv" / f"{slug}-{checksum[:16]}.beton"
-    with _writing(path):
+    with writing(path):
         if path.exists():
             _check(path, image_set, checksum)
         else:
@@ -69,7 +70,7 @@ def write_beton(image_set: ImageSet, path: Path, *, timeout_s: float | None = No
     Raises:
         InputError: where FFCV is absent, the child failed or took too long, or the disk did.
     """
-    with _writing(path):
+    with writing(path):
         _write(image_set, path, image_set.checksum(), timeout_s=timeout_s)
 
 
@@ -246,24 +247,6 @@ def _child(command: list[str], stdin: BinaryIO) -> Iterator[subprocess.Popen[str
             if pipe is not None:
                 pipe.close()
         child.wait()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Hold the lock of a .beton file; the system drops it when its holder dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"{path.parent}: cannot be written ({error}); give another folder with --cache, or "
-            f"--loader resident."
-        ) from error
-    import fcntl  # POSIX only, as FFCV is; the other loaders need neither
-
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _file_sha256(path: Path) -> str:

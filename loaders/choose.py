@@ -12,6 +12,7 @@ from .base import AUGMENTATIONS, BatchSettings, Loader
 from .ffcv_loader import FfcvLoader
 from .ffcv_reader import ffcv_problem
 from .image_set import ImageSet
+from .mixing import Mix
 from .resident import ResidentLoader, fits_device
 from .torch_loader import TorchLoader
 
@@ -29,6 +30,7 @@ def make_loader(
     flip: bool,
     reflect: bool = False,
     augment: str = "crop-flip",
+    mix: Mix | None = None,
     workers: int | None,
     cache: Path,
 ) -> Loader:
@@ -45,12 +47,13 @@ def make_loader(
         flip: mirror each image left to right with probability 1/2.
         reflect: whether the padding mirrors the image; else it is zero.
         augment: ``crop-flip``, or a variant of IDBH, to which padding and ``reflect`` mean nothing.
+        mix: generated images to mix into the batches, and their share; None for none.
         workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
         cache: folder below which FFCV's file is kept.
 
     Raises:
         InputError: for an unknown kind or augmentation, FFCV asked for and not usable, its file
-            refused or not writable, or images that do not pass.
+            refused or not writable, images that do not pass, or too few generated ones.
     """
     if kind not in KINDS:
         raise InputError(f"--loader: expected one of {', '.join(KINDS)}, got {kind!r}.")
@@ -64,6 +67,7 @@ def make_loader(
         flip=flip,
         reflect=reflect,
         augment=augment,
+        mix=mix,
     )
     why = "asked for"
     if kind in ("auto", "ffcv"):

@@ -16,9 +16,10 @@ import numpy as np
 from cure_fast.errors import InputError
 from cure_fast.plugins.lookup import installed, is_outside, is_reference
 
-from .folder import FOLDER_PREFIX, read_folder
+from .folder import FOLDER_PREFIX, list_folder
 from .image_set import ImageSet, check_images
 from .own import TORCHVISION_PREFIX, read_own, read_torchvision
+from .split import split_train
 from .stacking import resized
 
 Split = Literal["train", "test"]
@@ -62,6 +63,7 @@ def read_dataset(
     *,
     download: bool = True,
     image_size: int | None = None,
+    cache: Path | None = None,
 ) -> ImageSet:
     """Return all images of one split of a data set, checked.
 
@@ -73,6 +75,7 @@ def read_dataset(
         download: fetch a set of torchvision when it is not below ``root``.
         image_size: pixels that images are resized and centre-cropped to; None takes them as they
             are.
+        cache: as for :meth:`.Listing.read`, of a folder of images.
 
     Raises:
         InputError: for an unknown name, absent data, a failed download, a damaged file or images
@@ -81,7 +84,7 @@ def read_dataset(
     if split not in ("train", "test"):
         raise InputError(f"split: expected train or test, got {split!r}.")
     if name.startswith(FOLDER_PREFIX):
-        image_set = read_folder(name, split, image_size=image_size)
+        image_set = list_folder(name, split).read(image_size=image_size, cache=cache)
     elif name.startswith(TORCHVISION_PREFIX):
         root, options = Path(root), {"download": download, "image_size": image_size}
         image_set = read_torchvision(name, root, split, **options)
@@ -98,6 +101,40 @@ def read_dataset(
         raise InputError(_unknown(name))
     check_images(image_set, training=split == "train")
     return image_set
+
+
+def read_training(
+    name: str,
+    root: Path,
+    *,
+    train_images: int | None,
+    val_images: int,
+    seed: int,
+    download: bool = True,
+    image_size: int | None = None,
+    cache: Path | None = None,
+) -> tuple[ImageSet, ImageSet]:
+    """Return (training, validation) images; of a folder no more than these are read.
+
+    Args:
+        name: see :func:`read_dataset`, as for ``root``, ``download``, ``image_size`` and ``cache``.
+        root: see there.
+        train_images: see :func:`split_train`, as for ``val_images`` and ``seed``.
+        val_images: see there.
+        seed: see there.
+        download: see above.
+        image_size: see above.
+        cache: see above.
+
+    Raises:
+        InputError: as these two.
+    """
+    split = {"train_images": train_images, "val_images": val_images, "seed": seed}
+    if name.startswith(FOLDER_PREFIX):
+        train, val = split_train(list_folder(name, "train"), **split)
+        return tuple(part.read(image_size=image_size, cache=cache) for part in (train, val))
+    whole = read_dataset(name, root, "train", download=download, image_size=image_size)
+    return split_train(whole, **split)
 
 
 def names_code(name: str) -> bool:

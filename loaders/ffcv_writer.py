@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -94,12 +95,34 @@ def _page_bytes(image_bytes: int) -> int:
     return max(MIN_PAGE_BYTES, 1 << (image_bytes * IMAGES_PER_PAGE - 1).bit_length())
 
 
-def read_samples(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return all images (uint8 [N, H, W, 3]) and labels (int64 [N]) that FFCV reads, in order."""
+def read_samples(path: Path) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Yield images (uint8 [n, H, W, 3]) and labels (int64 [n]) that FFCV reads, in order.
+
+    Both are written over when the next are asked for.
+    """
     reader = open_reader(path, batch_size=READ_BATCH, threads=1)
     with open_epoch(reader, np.arange(reader.reader.num_samples, dtype=np.int64)) as batches:
-        parts = [(images.copy(), labels.copy()) for images, labels in batches]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        yield from batches
+
+
+def compared(
+    path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images that FFCV reads; end the process at one that is not as it was given."""
+    start = 0
+    for read_images, read_labels in read_samples(path):
+        place = slice(start, start + len(read_images))
+        shape = images[place].shape
+        if read_images.shape != shape:
+            sys.exit(f"wrote images {list(shape)}, read {list(read_images.shape)} back")
+        same = (read_images == images[place]).all(axis=(1, 2, 3)) & (read_labels == labels[place])
+        if not same.all():
+            wrong = start + np.flatnonzero(~same)[0]
+            sys.exit(f"sample {wrong} was read back with other pixels or label")
+        yield read_images
+        start = place.stop
+    if start != len(images):
+        sys.exit(f"wrote {len(images)} images, read {start} back")
 
 
 def main(arguments: list[str]) -> None:
@@ -107,13 +130,7 @@ def main(arguments: list[str]) -> None:
     images_file, labels_file, out = arguments
     images, labels = np.load(images_file, mmap_mode="r"), np.load(labels_file)
     write_samples(Samples(images, labels), Path(out))
-    read_images, read_labels = read_samples(Path(out))
-    if read_images.shape != images.shape:
-        sys.exit(f"wrote images {list(images.shape)}, read {list(read_images.shape)} back")
-    same = (read_images == images).all(axis=(1, 2, 3)) & (read_labels == labels)
-    if not same.all():
-        sys.exit(f"sample {np.flatnonzero(~same)[0]} was read back with other pixels or label")
-    print(content_checksum(read_images, read_labels))
+    print(content_checksum(images.shape, compared(Path(out), images, labels), labels))
 
 
 def end_with_the_parent() -> None:

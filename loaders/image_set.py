@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,13 +44,22 @@ class ImageSet:
 
     def checksum(self) -> str:
         """Return :func:`content_checksum` of the images and labels."""
-        return content_checksum(self.images, self.labels)
+        return content_checksum(self.images.shape, [self.images], self.labels)
 
 
-def content_checksum(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
-    """Return the SHA-256 of shape, pixels and labels (little-endian int64) as 64 hex digits."""
-    digest = hashlib.sha256(f"{tuple(map(int, images.shape))}".encode())
-    digest.update(np.ascontiguousarray(images).data)
+def content_checksum(
+    shape: tuple[int, ...], images: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64]
+) -> str:
+    """Return the SHA-256 of shape, pixels and labels (little-endian int64) as 64 hex digits.
+
+    Args:
+        shape: of all images, [N, H, W, 3].
+        images: uint8, in one array or in several that follow one another.
+        labels: int64 [N].
+    """
+    digest = hashlib.sha256(f"{tuple(map(int, shape))}".encode())
+    for part in images:
+        digest.update(np.ascontiguousarray(part).data)
     digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 ORDER: Final = 1
 AUGMENTATION: Final = 2
+GENERATED: Final = 3
 
 _MASK = (1 << 64) - 1
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from cure_fast.errors import InputError
 
+from .folder import Listing
 from .image_set import ImageSet, check_images
+
+T = TypeVar("T", ImageSet, Listing)
 
 
 def split_train(
-    image_set: ImageSet, *, train_images: int | None, val_images: int, seed: int
-) -> tuple[ImageSet, ImageSet]:
+    image_set: T, *, train_images: int | None, val_images: int, seed: int
+) -> tuple[T, T]:
     """Return (training, validation) sets that share no image, in the order of ``image_set``.
 
     Classes get the same number of validation images, one more or less where the number does not
@@ -21,7 +26,7 @@ def split_train(
     ``val_images`` and ``seed`` alone, so runs with fewer training images are comparable.
 
     Args:
-        image_set: the whole training set, at least two images per class.
+        image_set: the whole training set, or its files, at least two images per class.
         train_images: training images to draw, at least one per class; None takes all the rest.
         val_images: images to hold out, at least one per class.
         seed: seed of the draw, 0 or more.
@@ -30,7 +35,8 @@ def split_train(
         InputError: for numbers that the set cannot give, naming ``--train-images`` or
             ``--val-images``, or a class with one image only.
     """
-    check_images(image_set, training=True)
+    if isinstance(image_set, ImageSet):
+        check_images(image_set, training=True)
     labels, classes = image_set.labels, len(image_set.classes)
     sizes = np.bincount(labels, minlength=classes)
     _check_counts(image_set, sizes, train_images, val_images)
@@ -61,7 +67,10 @@ def _share(total: int, available: NDArray[np.int64], rng: np.random.Generator) -
 
 
 def _check_counts(
-    image_set: ImageSet, sizes: NDArray[np.int64], train_images: int | None, val_images: int
+    image_set: ImageSet | Listing,
+    sizes: NDArray[np.int64],
+    train_images: int | None,
+    val_images: int,
 ) -> None:
     """Raise for numbers of images that ``split_train`` cannot give."""
     name, total, classes = image_set.name, len(image_set), len(sizes)

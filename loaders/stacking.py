@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from cure_fast.console import track
 from cure_fast.errors import InputError
 
+from .cached import written_once
 from .image_set import ImageSet
 
 if TYPE_CHECKING:
@@ -20,13 +23,61 @@ if TYPE_CHECKING:
 
 # Pillow's modes of at most 8 bits per channel.
 MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")
+# Images that take more are mapped where that can be.
+IN_MEMORY_BYTES = 1 << 30
 REMEDY = "or give --image-size N, which resizes and centre-crops all to NxN"
 
 
 def stack_images(
-    images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
+    images: Iterable[tuple[str, Image]],
+    *,
+    count: int,
+    image_size: int | None,
+    title: str,
+    file: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """Return images as uint8 [N, S, S, 3]; those of other modes become RGB, alpha is dropped.
+    """Return images as uint8 [N, S, S, 3]: in memory, or mapped where they are a lot.
+
+    Args:
+        images: see :func:`uniform`, like the next three.
+        count: how many there are.
+        image_size: see there.
+        title: see there.
+        file: where more than ``IN_MEMORY_BYTES`` of them are kept, one after the other, from then
+            on; None keeps all in memory. A file that is there has to be of these images.
+
+    Raises:
+        InputError: as :func:`uniform`, or if the file cannot be written.
+    """
+    each = uniform(images, count=count, image_size=image_size, title=title)
+    first = next(each, None)
+    if first is None:
+        return np.empty((count, 0, 0, 3), np.uint8)
+    each, shape = chain([first], each), (count, *first.shape)
+    if file is None or count * first.nbytes <= IN_MEMORY_BYTES:
+        stacked = np.empty(shape, np.uint8)
+        for place, pixels in enumerate(each):
+            stacked[place] = pixels
+        return stacked
+    written_once(file, lambda target: write_images(target, each, shape))
+    # Copies on write: nothing writes, and torch shares the memory of arrays that might be written.
+    return np.load(file, mmap_mode="c")
+
+
+def write_images(
+    target: IO[bytes], images: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]
+) -> None:
+    """Write images as an array of NumPy's format, one at a time."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(target, header)  # pyright: ignore[reportArgumentType]
+    for pixels in images:
+        target.write(pixels.tobytes())
+
+
+def uniform(
+    images: Iterable[tuple[str, Image]], *, count: int, image_size: int | None, title: str
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield images as uint8 [S, S, 3]; those of other modes become RGB, alpha is dropped.
 
     Args:
         images: each with what messages call it.
@@ -38,26 +89,24 @@ def stack_images(
     Raises:
         InputError: naming the image that is not square, or not of the first one's size.
     """
-    stacked, first = np.empty((count, 0, 0, 3), np.uint8), ""
+    shape, first = None, ""
     with track(title, count) as advance:
-        for place, (name, image) in enumerate(images):
+        for name, image in images:
             pixels = _pixels(name, image, image_size)
-            if place == 0:
-                first = name
-                if pixels.shape[0] != pixels.shape[1]:
+            if shape is None:
+                shape, first = pixels.shape, name
+                if shape[0] != shape[1]:
                     raise InputError(
-                        f"{name}: expected a square image, got {_size(pixels)} pixels; bring all "
+                        f"{name}: expected a square image, got {_size(shape)} pixels; bring all "
                         f"images to one square size, {REMEDY}."
                     )
-                stacked = np.empty((count, *pixels.shape), np.uint8)
-            if pixels.shape != stacked.shape[1:]:
+            if pixels.shape != shape:
                 raise InputError(
-                    f"{name}: expected {_size(stacked[0])} pixels like {first}, got "
-                    f"{_size(pixels)}; bring all images to one size, {REMEDY}."
+                    f"{name}: expected {_size(shape)} pixels like {first}, got "
+                    f"{_size(pixels.shape)}; bring all images to one size, {REMEDY}."
                 )
-            stacked[place] = pixels
+            yield pixels
             advance(1)
-    return stacked
 
 
 def resized(image_set: ImageSet, image_size: int) -> ImageSet:
@@ -127,6 +176,6 @@ def _pixels(name: str, image: Image, image_size: int | None) -> NDArray[np.uint8
     return np.asarray(image)
 
 
-def _size(pixels: NDArray[np.uint8]) -> str:
+def _size(shape: tuple[int, ...]) -> str:
     """Return width x height as text."""
-    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+    return f"{shape[1]}x{shape[0]}"

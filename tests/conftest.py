@@ -1,4 +1,4 @@
-"""Shared by all tests: fixed seeds, the markers' reasons to skip, and the real CIFAR-10."""
+"""Shared by all tests: fixed seeds, the markers' reasons to skip, and the real images."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def real_data(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("real_data"):
-        request.getfixturevalue("cifar10_root")
+    if marker := request.node.get_closest_marker("real_data"):
+        request.getfixturevalue(f"{marker.kwargs.get('data', 'cifar10')}_root")
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +97,19 @@ def cifar10_root(pytestconfig: pytest.Config) -> Path:
     if not UNPACK.is_file():
         pytest.skip("the real CIFAR-10 is absent: set CURE_FAST_TEST_DATA, or put it into data/")
     return unpacked_cifar10(pytestconfig.rootpath / ".pytest_cache" / "cifar10")
+
+
+@pytest.fixture(scope="session")
+def cifar100_root() -> Path:
+    """Folder with the real CIFAR-100 as a tree of images, train/<class>/ and test/<class>/.
+
+    It is cifar-100-folder below the folder named by CURE_FAST_TEST_DATA, or data/ of the checkout.
+    It takes minutes to write 60,000 files, so that is not done here.
+    """
+    root = Path(os.environ.get("CURE_FAST_TEST_DATA", ROOT / "data")) / "cifar-100-folder"
+    if not root.is_dir():
+        pytest.skip(f"the real CIFAR-100 is absent: there is no {root} (shared/data/unpack.py)")
+    return root
 
 
 def holds_cifar10(root: Path) -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from itertools import chain, count, takewhile
@@ -16,7 +17,7 @@ from typing import Any
 
 from cure_fast.cli.configure import base_config, read_config
 from cure_fast.cli.flags import pointing_to, split_flags
-from cure_fast.config.checks import shown
+from cure_fast.config.checks import check, shown
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.files import replacing, user_path
@@ -28,33 +29,84 @@ ENTRY = re.compile(r"""(?:[^,"']|"[^"]*"|'[^']*')+""")
 GIVEN = {"method": str, "policies": str, "seed": str}
 
 
-def read_comparison(
-    recipe: str, words: Sequence[str], prog: str, switches: Mapping[str, Any]
-) -> Comparison:
+def read_comparison(recipe: str, words: Sequence[str], switches: Mapping[str, Any]) -> Comparison:
     """Return what a recipe or run folder and the flags after it compare.
 
     ``--methods`` has entries with commas between, each METHOD[+POLICY...] and then flags of its
     own, as train takes them; in an entry a value that holds commas is in quotes. Other flags are
-    for all entries, and an entry's own count where both give one. ``prog`` and ``switches`` are
-    those of :func:`.read_config`.
+    for all entries, and an entry's own count where both give one. ``switches`` are the command's
+    own flags, as for :func:`.read_config`.
     """
-    name = base_config(recipe, [], prog).name
+    own = given_to_all("cure-fast compare", words, switches)
     with pointing_to("cure-fast compare", "it"):
-        own, _ = split_flags(words, {**GIVEN, **switches, "name": str, "out": str})
         refuse(own)
-        entries = split_entries(own.get("methods", ""))
-    read = []
-    for entry in entries:
-        written = " ".join(entry)
-        try:
-            config, _ = read_config(recipe, [*words, *entry_words(entry)], prog, switches)
-        except InputError as error:
-            raise InputError(f"--methods, {shown(written)}: {error}") from error
-        # The folder is that of the comparison.
+        split = split_entries(own.get("methods", ""))
+    entries = []
+    for entry in split:
+        with naming("--methods", written := " ".join(entry)):
+            entries.append((written, entry_words(entry)))
+    return comparison_of(entries, "cure-fast compare", recipe, words, switches, seeds_of(own, 3))
+
+
+def given_to_all(command: str, words: Sequence[str], switches: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is given of the command's own flags, and of those that it gives each run."""
+    with pointing_to(command, "it"):
+        return split_flags(words, {**GIVEN, **switches, "name": str, "out": str})[0]
+
+
+@contextmanager
+def naming(flag: str, entry: str) -> Iterator[None]:
+    """Add the entry to an ``InputError`` of the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}, {shown(entry)}: {error}") from error
+
+
+def seeds_of(own: Mapping[str, Any], usual: int) -> range:
+    """Return the seeds that ``--seeds`` asks for."""
+    count = own.get("seeds", usual)
+    check(0 < count <= 1000, "seeds", count, "a number from 1 to 1000")
+    return range(count)
+
+
+def comparison_of(
+    entries: Sequence[tuple[str, Sequence[str]]],
+    command: str,
+    recipe: str,
+    words: Sequence[str],
+    switches: Mapping[str, Any],
+    seeds: Sequence[int],
+    flag: str = "--methods",
+) -> Comparison:
+    """Return the runs of entries, each a name and the words that come behind those for all.
+
+    Args:
+        entries: what is compared.
+        command: such as ``cure-fast compare``.
+        recipe: recipe or run folder.
+        words: flags for all entries, and the command's own.
+        switches: the command's own flags, as for :func:`.read_config`.
+        seeds: of each entry.
+        flag: what names the entries, for messages.
+
+    Raises:
+        InputError: for wrong words, with the entry.
+    """
+    prog = f"{command} {recipe}"
+    own = given_to_all(command, words, switches)
+    jobs = own.get("jobs")
+    check(jobs is None or 0 < jobs <= 64, "jobs", jobs, "a number from 1 to 64")
+    name, read = base_config(recipe, [], prog).name, []
+    for written, more in entries:
+        with naming(flag, written):
+            config, _ = read_config(recipe, [*words, *more], prog, switches)
+        # The folder is that of all runs.
         read.append(Entry(written, replace(config, run=replace(config.run, out=None))))
-    folder = user_path(own.get("out", f"runs/compare-{own.get('name', name)}"), "--out")
-    command = shlex.join([*prog.split(), *words])
-    return Comparison(read, own.get("seeds", 3), Path(folder), command)
+    usual = f"runs/{command.split()[-1]}-{own.get('name', name)}"
+    folder = user_path(own.get("out", usual), "--out")
+    written = shlex.join([*command.split(), recipe, *words])
+    return Comparison(read, seeds, Path(folder), written, jobs, flag)
 
 
 def split_entries(text: str) -> list[list[str]]:

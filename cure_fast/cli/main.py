@@ -1,8 +1,8 @@
 """The command line: ``cure-fast train | compare | eval | report | export | data | list | ...``.
 
 cyclopts reads the words, writes help, and says what is wrong with them. Which flags ``train``,
-``compare`` and ``show`` have depends on the recipe, the method and the policies that are named.
-Heavy imports wait inside the commands, so that help is quick.
+``compare``, ``sweep`` and ``show`` have depends on the recipe, the method and the policies that are
+named. Heavy imports wait inside the commands, so that help is quick.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from cyclopts import App
 
 import cure_fast
+from cure_fast.cli.data import data_pack, data_write
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import (
     AnalyzeArgs,
     AuditChecks,
-    DataWriteArgs,
     EvalArgs,
     ExportArgs,
 )
@@ -88,7 +87,7 @@ def train(recipe: str, *, resume: bool = False, override: bool = False) -> None:
     """
 
 
-def compare(recipe: str, *, methods: str, seeds: int = 3) -> None:
+def compare(recipe: str, *, methods: str, seeds: int = 3, jobs: int | None = None) -> None:
     """Train methods under one recipe with several seeds, and write tables of what they reached.
 
     Takes the flags of train too, for all of them. Called again it goes on where it stopped.
@@ -99,6 +98,27 @@ def compare(recipe: str, *, methods: str, seeds: int = 3) -> None:
         methods: Entries with commas between: METHOD[+POLICY...] and flags of its own, such as
             "cure,trades+piat,trades --beta 5"; a value that holds commas is in quotes.
         seeds: Number of seeds, 1 or more: 0, 1, 2 and so on.
+        jobs: Runs at once, 1 or more, each in a process of its own; None takes one per GPU where
+            there are several, else 1.
+    """
+
+
+def sweep(
+    recipe: str, *, grid: str, seeds: int = 1, jobs: int | None = None, list: bool = False
+) -> None:
+    """Train one recipe with each combination of some flags' values, and write a table of all.
+
+    Takes the flags of train too, for all runs. Called again it goes on where it stopped.
+
+    Args:
+        recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.
+        grid: Flags and their values, such as "lr=0.05,0.1;method=cure,trades;seed=0,1"; a value
+            that holds commas is in quotes.
+        seeds: Number of seeds, 1 or more: 0, 1, 2 and so on; or the grid names them.
+        jobs: Runs at once, 1 or more, each in a process of its own; None takes one per GPU where
+            there are several, else 1.
+        list: Print the commands of the runs that are not finished, for a scheduler; called without
+            it then, sweep writes the table.
     """
 
 
@@ -193,31 +213,6 @@ def export(target: str, args: ExportArgs) -> None:
     export_model(Path(target), args)
 
 
-def data_write(data: str, args: DataWriteArgs) -> None:
-    """Write the training images of a data set as a checked FFCV file, ahead of training.
-
-    Training reads the file of its own training split: with the same flags as here it finds this
-    one, and with others it writes its own on first use.
-
-    Args:
-        data: Data set: cifar10, cifar100, svhn, digits or folder:PATH.
-        args: Which images, and where to.
-    """
-    from cure_fast.files import user_path
-    from cure_fast.loaders import read_dataset, split_train
-    from cure_fast.loaders.beton import ensure_beton
-
-    started = time.monotonic()
-    root = user_path(args.data_root, "--data-root")
-    whole = read_dataset(data, root, "train", image_size=args.image_size)
-    images, _ = split_train(
-        whole, train_images=args.train_images, val_images=args.val_images, seed=args.split_seed
-    )
-    path = ensure_beton(images, user_path(args.cache, "--cache"))
-    seconds = time.monotonic() - started
-    say(f"{path}: {len(images):,} images, checked sample by sample, {seconds:.1f} s")
-
-
 def list_all(topic: str = "", *, json: bool = False) -> None:
     """List recipes, methods, policies, models, data sets and attacks.
 
@@ -261,6 +256,7 @@ def completion(shell: str) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
+    "sweep": sweep,
     "eval": evaluate,
     "analyze": analyze,
     "audit": audit,
@@ -268,13 +264,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "data write": data_write,
+    "data pack": data_pack,
     "list": list_all,
     "show": show,
     "doctor": doctor,
     "completion": completion,
 }
 # Commands that take a recipe, and each field of the configuration as a flag.
-CONFIGURED = ("train", "compare", "show")
+CONFIGURED = ("train", "compare", "sweep", "show")
 
 
 def tree(config: Config | None = None) -> App:
@@ -360,7 +357,14 @@ def prepare_configured(command: str, words: Sequence[str]) -> Callable[[], objec
     if command == "compare":
         from cure_fast.cli.compare import read_comparison
 
-        return partial(run_comparison, read_comparison(recipe, rest, prog, switches))
+        return partial(run_comparison, read_comparison(recipe, rest, switches))
+    if command == "sweep":
+        from cure_fast.cli.sweep import print_commands, read_sweep
+
+        comparison, commands = read_sweep(recipe, rest, switches)
+        if commands is not None:
+            return partial(print_commands, comparison, commands)
+        return partial(run_comparison, comparison)
     config, given = read_config(recipe, rest, prog, switches)
     if command == "show":
         if given.get("toml") and given.get("json"):
@@ -457,7 +461,7 @@ def prepare_study(words: Sequence[str]) -> Callable[[], object] | None:
         config = base_config(recipe, [*rest, "--method", found.method], prog)
         app = application(prog, of_runs, config=config, about=about)
         return read_or_help(app, prog, rest)
-    comparison, base = read_study(found, recipe, rest, f"{prog} {recipe}")
+    comparison, base = read_study(found, recipe, rest)
     return partial(run_runs, found, comparison, base)
 
 

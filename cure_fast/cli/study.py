@@ -9,21 +9,18 @@ from pathlib import Path
 
 from cure_fast.analysis.kept import Kept, identity_of
 from cure_fast.analysis.shape import Result, Settings
-from cure_fast.cli.configure import base_config, read_config
-from cure_fast.cli.flags import parameters, pointing_to, split_flags
+from cure_fast.cli.compare import GIVEN, comparison_of, given_to_all, seeds_of
+from cure_fast.cli.configure import read_config
+from cure_fast.cli.flags import parameters
 from cure_fast.config import Config
 from cure_fast.config.checks import check
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.files import user_path
 from cure_fast.progress import Progress
-from cure_fast.training.compare import Comparison, Entry
-from cure_fast.training.side_by_side import several_gpus
+from cure_fast.training.compare import Comparison
 from cure_fast.training.studies import STUDIES, Study
 from cure_fast.training.studies.shape import run_alone, run_study
-
-# Flags that a study gives each of its runs.
-GIVEN = {"method": str, "policies": str, "seed": str}
 
 
 def of_runs(recipe: str = "quickstart", *, seeds: int = 1, jobs: int | None = None) -> None:
@@ -81,48 +78,33 @@ def run_without_runs(study: Study, settings: Settings, seeds: int, out: str) -> 
     tell(result, folder)
 
 
-def read_study(
-    study: Study, recipe: str, words: Sequence[str], prog: str
-) -> tuple[Comparison, Config]:
+def read_study(study: Study, recipe: str, words: Sequence[str]) -> tuple[Comparison, Config]:
     """Return the runs of a study, and the configuration that they share.
 
     Flags after the recipe are for all runs; those of an entry count where both give one.
     """
     switches = {k: v for k, v in parameters(of_runs).items() if k != "recipe"}
-    name = base_config(recipe, [], prog).name
-    with pointing_to(f"cure-fast study {study.name}", "it"):
-        own, _ = split_flags(words, {**GIVEN, **switches, "name": str, "out": str})
-        for given in (given for given in GIVEN if given in own):
-            raise InputError(
-                f"--{given}: expected none, as each run of a study has its own, and --seeds N says "
-                "how many seeds. Leave it out."
-            )
-
-    def configured(*flags: str) -> Config:
-        config, _ = read_config(recipe, [*words, "--method", study.method, *flags], prog, switches)
-        # The folder is that of the study.
-        return replace(config, run=replace(config.run, out=None))
-
+    command = f"cure-fast study {study.name}"
+    own = given_to_all(command, words, switches)
+    for given in (given for given in GIVEN if given in own):
+        raise InputError(
+            f"--{given}: expected none, as each run of a study has its own, and --seeds N says "
+            "how many seeds. Leave it out."
+        )
+    method = ["--method", study.method]
+    base, _ = read_config(recipe, [*words, *method], f"{command} {recipe}", switches)
+    # The folder is that of the study.
+    base = replace(base, run=replace(base.run, out=None))
     assert study.entries is not None
-    base, read = configured(), []
-    for entry, flags in study.entries(base).items():
-        try:
-            read.append(Entry(entry, configured(*shlex.split(flags))))
-        except InputError as error:
-            raise InputError(f"{study.name}, {entry}: {error}") from error
-    folder = user_path(own.get("out", f"runs/{study.name}-{own.get('name', name)}"), "--out")
-    command = shlex.join([*prog.split(), *words])
-    jobs = own.get("jobs")
-    check(jobs is None or 0 < jobs <= 64, "jobs", jobs, "a number from 1 to 64")
-    seeds = own.get("seeds", study.seeds)
-    return Comparison(read, seeds, Path(folder), command, jobs or 0), base
+    entries = [(name, [*method, *shlex.split(own)]) for name, own in study.entries(base).items()]
+    seeds = seeds_of(own, study.seeds)
+    return comparison_of(entries, command, recipe, words, switches, seeds, study.name), base
 
 
 def run_runs(study: Study, comparison: Comparison, base: Config) -> None:
     """Train, draw and write a study of runs."""
     check_folder(study, comparison.folder)
-    jobs = comparison.jobs or max(1, len(several_gpus(base)))
-    tell(run_study(study, replace(comparison, jobs=jobs), base), comparison.folder)
+    tell(run_study(study, comparison, base), comparison.folder)
 
 
 def tell(result: Result, folder: Path) -> None:

@@ -19,6 +19,8 @@ from cure_fast.config.steps import STEP_SHARE
 Norm = Literal["linf", "l2"]
 # Of an L2 ball; those of L-inf end at 1, where each pixel may be anything.
 Radius = Annotated[float, Bounds(0, 1000)]
+# What a file of generated images is called by.
+GENERATED_PREFIX = "npz:"
 # Two radii cross the ball.
 StepShare = Annotated[float, Bounds(0, 2)]
 
@@ -44,6 +46,14 @@ class DataConfig(Checked):
     """Images held out of the training set to pick the best checkpoint, 1 or more per class."""
     split_seed: Whole = 0
     """Seed of the draw of training and validation images, 0 or more."""
+    aux: str | None = None
+    """Generated images to train on beside those of the data set, npz:PATH with the arrays image,
+    uint8 [M, H, W, 3], and label [M]; none of them is validated or tested on."""
+    aux_share: Annotated[float, Bounds(POSITIVE, 0.99)] = 0.7
+    """Share of each batch that --aux is, above 0 and at most 0.99; an epoch has as many images as
+    without it."""
+    aux_hash: str | None = None
+    """Checksum that the images of --aux must have, as a run records it; None takes any."""
     augment: Literal["crop-flip", "idbh-weak", "idbh-strong", "idbh-svhn"] = "crop-flip"
     """Training augmentation: crop and flip, or IDBH: a crop moved, a change of colour or shape,
     and a rectangle blackened in half of the images (weak) or all (strong; svhn: made for it)."""
@@ -61,6 +71,8 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.data.strip()), "data", self.data, "the name of a data set")
+        named = self.aux is None or self.aux.removeprefix(GENERATED_PREFIX) not in ("", self.aux)
+        check(named, "aux", self.aux, f"{GENERATED_PREFIX}PATH, a file of generated images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ EPS_SLACK = 1e-6
 DECISIVE = {
     "data": {
         "train_images": "training images",
+        "aux": "generated images",
+        "aux_share": "their share of a batch",
         "augment": "augmentation",
         "crop_padding": "padding of the random crop",
         "crop_mode": "border of the random crop",
@@ -305,7 +307,7 @@ def _value(name: str, value: Any) -> str:
     """Return a setting's value; of a path its last part, for a count its thousands."""
     if value is None:
         return UNSET.get(name, "none")
-    if name == "init_from":
+    if name in ("init_from", "aux"):
         return str(value).rstrip("/").rsplit("/", 1)[-1]
     return f"{value:,}" if name == "train_images" else setting(name, value)
 

@@ -20,6 +20,7 @@ from cure_fast.config.values import from_dict, to_dict
 from cure_fast.console import command, say, warn
 from cure_fast.errors import InputError
 from cure_fast.files import clear_unfinished, locked, user_path, write_json
+from cure_fast.loaders import generated_hash
 from cure_fast.methods import find_method
 from cure_fast.plugins.lookup import short
 from cure_fast.policies import find_policy
@@ -27,7 +28,8 @@ from cure_fast.runs.environment import environment
 from cure_fast.runs.former import upgraded
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
-FREE_FIELDS = ("name", "data.loader", "data.workers", "data.download", "data.data_root")
+# Where generated images lie is free, as their checksum is not.
+FREE_FIELDS = ("name", "data.loader", "data.workers", "data.download", "data.data_root", "data.aux")
 # All of ``run`` and ``eval`` may too, but for these; the last two decide which epoch is the best.
 BOUND_FIELDS = (
     *("run.seed", "run.amp", "run.deterministic"),
@@ -48,6 +50,8 @@ FIXED_FIELDS = (
 )
 # What decides which images an epoch's batches hold: it may change between two epochs alone.
 EPOCH_FIELDS = (
+    "data.aux_hash",
+    "data.aux_share",
     "data.data",
     "data.image_size",
     "data.split_seed",
@@ -349,12 +353,20 @@ def check_same_run(folder: Path, config: Config, *, override: bool = False) -> d
 
 def changes_to(folder: Path, config: Config) -> dict[str, str]:
     """Return a line for each field that decides what is trained and differs from the run's."""
-    stored, wanted = bound_fields(load_config(folder)), bound_fields(config)
+    stored, wanted = bound_fields(load_config(folder)), bound_fields(identified(config))
     return {
         name: f"{name}: {stored.get(name)!r} in the run, {wanted.get(name)!r} asked for"
         for name in sorted(stored.keys() | wanted.keys())
         if stored.get(name) != wanted.get(name)
     }
+
+
+def identified(config: Config) -> Config:
+    """Return the configuration with the checksum of the generated images that it names."""
+    data = config.data
+    if data.aux is None or data.aux_hash is not None:
+        return config
+    return replace(config, data=replace(data, aux_hash=generated_hash(data.aux)))
 
 
 def bound_fields(config: Config) -> dict[str, Any]:

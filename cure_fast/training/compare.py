@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cure_fast.config import Config
-from cure_fast.config.checks import check
 from cure_fast.console import say, warn
 from cure_fast.errors import (
     CureFastError,
@@ -26,7 +25,7 @@ from cure_fast.runs.folder import changes_to, held, is_free
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
 from cure_fast.training.job import check_network, train
-from cure_fast.training.side_by_side import train_side_by_side
+from cure_fast.training.side_by_side import several_gpus, train_side_by_side
 from cure_fast.training.teachers import sources
 
 # Fields that decide what is measured, in which all that is compared is equal.
@@ -48,19 +47,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries, each trained with the seeds from 0 below ``seeds``, and the folder of all runs.
+    """Entries, each trained with each of the seeds, and the folder of all runs.
 
     Attributes:
         command: the command line, for the record.
         jobs: how many runs are trained at once, each in a process of its own where that is more
-            than one.
+            than one; None takes one per GPU where there are several, else 1.
+        flag: what names the entries, for messages.
     """
 
     entries: Sequence[Entry]
-    seeds: int
+    seeds: Sequence[int]
     folder: Path
     command: str = ""
-    jobs: int = 1
+    jobs: int | None = None
+    flag: str = "--methods"
 
     def run_folder(self, entry: Entry, seed: int) -> Path:
         """Return where an entry's run with the seed is."""
@@ -73,7 +74,7 @@ class Comparison:
 
     def runs(self) -> list[tuple[Entry, int]]:
         """Return all runs, every entry with a seed before any with the next."""
-        return [(entry, seed) for seed in range(self.seeds) for entry in self.entries]
+        return [(entry, seed) for seed in self.seeds for entry in self.entries]
 
 
 def compare(comparison: Comparison, stop: StopSignals | None = None) -> None:
@@ -119,7 +120,8 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
 
     entrants = {entry.name: Entrant(entry.name, entry.config) for entry in comparison.entries}
     failures: dict[tuple[str, int], CureFastError] = {}
-    ended = train_unfinished(comparison, stop) if comparison.jobs > 1 else {}
+    jobs = comparison.jobs or max(1, len(several_gpus(comparison.entries[0].config)))
+    ended = train_unfinished(comparison, jobs, stop) if jobs > 1 else {}
     for number, (entry, seed) in enumerate(comparison.runs(), start=1):
         folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
         told = f"compare {number}/{len(comparison.runs())}: {entry.name}, seed {seed}"
@@ -147,7 +149,9 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
     return failures
 
 
-def train_unfinished(comparison: Comparison, stop: StopSignals) -> dict[str, CureFastError]:
+def train_unfinished(
+    comparison: Comparison, jobs: int, stop: StopSignals
+) -> dict[str, CureFastError]:
     """Train and evaluate what is not finished, several runs at once.
 
     Returns:
@@ -158,26 +162,25 @@ def train_unfinished(comparison: Comparison, stop: StopSignals) -> dict[str, Cur
         folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
         if not is_finished(folder, config):
             runs[folder.name] = config
-    return train_side_by_side(runs, comparison.jobs, stop)
+    return train_side_by_side(runs, jobs, stop)
 
 
 def check_comparison(comparison: Comparison) -> None:
     """Raise ``InputError`` where something is wrong that can be seen before training."""
     entries, folder = comparison.entries, comparison.folder
-    check(0 < comparison.seeds <= 1000, "seeds", comparison.seeds, "a number from 1 to 1000")
     for place, entry in enumerate(entries):
         for other in entries[:place]:
             if other.slug == entry.slug or other.config == entry.config:
                 raise InputError(
-                    f"--methods: expected entries that differ in method, policies or flags, and in "
-                    f"the name of their folders, got {other.name!r} and {entry.name!r}. Leave one "
-                    "of them out."
+                    f"{comparison.flag}: expected entries that differ in method, policies or "
+                    f"flags, and in the name of their folders, got {other.name!r} and "
+                    f"{entry.name!r}. Leave one of them out."
                 )
         if differing := other_measure(entries[0].config, entry.config):
             raise InputError(
-                f"--methods: expected entries that are evaluated alike, got {entry.name!r} with "
-                f"another {', '.join(differing)} than {entries[0].name!r}. Set it for all of them, "
-                "outside of --methods."
+                f"{comparison.flag}: expected entries that are evaluated alike, got "
+                f"{entry.name!r} with another {', '.join(differing)} than "
+                f"{entries[0].name!r}. Set it for all of them, outside of {comparison.flag}."
             )
         choose_device(entry.config.run.device)
         sources(entry.config)
@@ -197,7 +200,7 @@ def check_tables(folder: Path, command: str) -> None:
     page = folder / "comparison.md"
     if not page.exists():
         return
-    kind = re.compile(r"^`?cure-fast (study \S+|compare)\b", re.MULTILINE)
+    kind = re.compile(r"^`?cure-fast (study \S+|compare|sweep)\b", re.MULTILINE)
     own, found = kind.search(command), kind.search(page.read_text("utf-8", "replace"))
     if own and found and own[1] != found[1]:
         raise InputError(

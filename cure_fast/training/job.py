@@ -30,6 +30,7 @@ from cure_fast.runs.folder import (
     check_device,
     check_position,
     check_same_run,
+    identified,
     own_folder,
     recorded_threads,
     run_folder,
@@ -87,6 +88,7 @@ def run_job(
     set_determinism(config.run.deterministic)
     check_config(config)
     check_network(config)
+    config = identified(config)
     named = run_folder(config, resume=resume)
     changes = check_same_run(named, config, override=override) if resume else {}
     check_sources(config, named)
@@ -211,6 +213,8 @@ def prepare(
         f"data: {config.data.data}, {len(data.train):,} training, {len(data.val):,} validation "
         f"and {len(data.test):,} test images, {len(data.train.classes)} classes"
     )
+    if data.generated is not None:
+        say(f"data: {len(data.generated):,} generated images, {config.data.aux}")
     loader = open_loader(config, data, device)
     say(f"loader: {loader.reason}")
     model = new_model(config, len(data.train.classes), data.train.image_size)

@@ -190,7 +190,8 @@ def model_sources(model: ImageClassifier) -> dict[str, str]:
 def natural_stage(config: Config) -> Config:
     """Return the configuration of the natural pre-training stage.
 
-    Of the method's schedule and of what goes with it the stage has nothing: it has its own.
+    Of the method's schedule and of what goes with it the stage has nothing: it has its own. It has
+    no generated images either, so that runs with and without them begin from the same start.
     """
     stage, plain = config.pretrain, OptimConfig()
     return replace(
@@ -198,6 +199,7 @@ def natural_stage(config: Config) -> Config:
         method="natural",
         settings=MethodSettings(),
         policies={},
+        data=replace(config.data, aux=None, aux_hash=None),
         model=replace(config.model, teacher=()),
         pretrain=PretrainConfig(),
         eval=replace(config.eval, networks=(), evaluate=("best",)),

@@ -10,11 +10,11 @@ from cure_fast.cli.compare import read_comparison, split_entries
 from cure_fast.cli.main import main
 from cure_fast.errors import InputError
 
-SWITCHES = {"methods": str, "seeds": int}
+SWITCHES = {"methods": str, "seeds": int, "jobs": int}
 
 
 def read(*words):
-    return read_comparison("quickstart", words, "cure-fast compare quickstart", SWITCHES)
+    return read_comparison("quickstart", words, SWITCHES)
 
 
 def test_an_entry_is_a_method_with_policies_and_flags_of_its_own():
@@ -27,7 +27,7 @@ def test_an_entry_is_a_method_with_policies_and_flags_of_its_own():
     assert mart.policies["awp"].awp_gamma == 0.01 and trades.settings.beta == 5
     # What is given for all, unless the entry says otherwise.
     assert [c.optim.epochs for c in (cure, mart, trades)] == [3, 3, 7]
-    assert comparison.seeds == 2 and comparison.folder == Path("runs/compare-quickstart")
+    assert comparison.seeds == range(2) and comparison.folder == Path("runs/compare-quickstart")
 
 
 def test_seeds_and_folders_are_the_comparisons():

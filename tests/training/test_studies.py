@@ -43,7 +43,7 @@ OF_RUNS = [name for name, study in STUDIES.items() if study.entries is not None]
 
 
 def read(name, *words, recipe="quickstart"):
-    return read_study(STUDIES[name], recipe, words, f"cure-fast study {name} {recipe}")
+    return read_study(STUDIES[name], recipe, words)
 
 
 @pytest.mark.parametrize("name", OF_RUNS)

@@ -40,7 +40,7 @@ from cure_fast.config.checks import check, find
 from cure_fast.evaluation.evaluate import check_data
 from cure_fast.evaluation.given import as_images
 from cure_fast.files import user_path
-from cure_fast.loaders import ImageSet, read_dataset, split_train
+from cure_fast.loaders import ImageSet, read_dataset, read_training
 from cure_fast.runs.folder import load_config
 
 __all__ = ["AUDIT", "AuditResult", "AuditSettings", "Known", "audit", "audit_of", "known_of"]
@@ -158,18 +158,20 @@ def known_of(
         test: all test images, where they have been read.
         split: whether images were held out as ``data`` says; else none are known to be.
     """
-    name, size = data.data, data.image_size
-    read = partial(read_dataset, name, root, download=False, image_size=size)
+    name = data.data
+    options: dict[str, Any] = {"download": False, "image_size": data.image_size}
+    read = partial(read_dataset, name, root, **options)
 
     def training() -> tuple[Tensor, Tensor | None]:
-        whole = read("train")
         if not split:
-            return as_images(whole.images), None
-        train, val = split_train(
-            whole,
+            return as_images(read("train").images), None
+        train, val = read_training(
+            name,
+            root,
             train_images=data.train_images,
             val_images=data.val_images,
             seed=data.split_seed,
+            **options,
         )
         return as_images(train.images), as_images(val.images)
 

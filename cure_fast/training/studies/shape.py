@@ -165,7 +165,7 @@ def run_study(study: Study, comparison: Comparison, base: Config) -> Result:
     with StopSignals() as stop:
         compare(comparison, stop)
     records = collected(comparison)
-    return study.run(Found(records=records, config=base, seeds=comparison.seeds))
+    return study.run(Found(records=records, config=base, seeds=len(comparison.seeds)))
 
 
 def collected(comparison: Comparison) -> dict[str, list[Record]]:
