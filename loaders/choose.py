@@ -31,6 +31,7 @@ def make_loader(
     augment: str = "crop-flip",
     workers: int | None,
     cache: Path,
+    process: tuple[int, int] = (0, 1),
 ) -> Loader:
     """Return the loader of training images; ``loader.reason`` says which it is and why.
 
@@ -47,6 +48,7 @@ def make_loader(
         augment: ``crop-flip``, or a variant of IDBH, to which padding and ``reflect`` mean nothing.
         workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
         cache: folder below which FFCV's file is kept.
+        process: place, from 0, and number of the processes that share the images of each batch.
 
     Raises:
         InputError: for an unknown kind or augmentation, FFCV asked for and not usable, its file
@@ -64,6 +66,7 @@ def make_loader(
         flip=flip,
         reflect=reflect,
         augment=augment,
+        process=process,
     )
     why = "asked for"
     if kind in ("auto", "ffcv"):

@@ -33,7 +33,7 @@ class FfcvLoader(Loader):
         super().__init__(image_set, settings, why=f"FFCV {ffcv_version()} reads {path}")
         self._reader = open_reader(
             path,
-            batch_size=settings.batch_size,
+            batch_size=len(range(settings.batch_size)[settings.part(settings.batch_size)]),
             threads=DEFAULT_THREADS if workers is None else workers,
         )
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cyclopts import App
 
 import cure_fast
+from cure_fast import distributed
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
 from cure_fast.config.arguments import (
@@ -273,6 +274,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "completion": completion,
 }
+# Commands that several processes share.
+SHARING = ("train",)
 # Commands that take a recipe, and each field of the configuration as a flag.
 CONFIGURED = ("train", "compare", "show")
 
@@ -297,6 +300,11 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
+    if (number := distributed.started()) > 1 and words[0] not in SHARING:
+        raise InputError(
+            f"{words[0]}: expected one process, got {number} of a launcher such as torchrun. Only "
+            f"{' and '.join(SHARING)} share their work: start it without."
+        )
     if words[0] == "compare" and (found := of_runs(words[1:])):
         return found
     if words[0] in CONFIGURED:
@@ -537,7 +545,7 @@ def main(
         with StopSignals() as stop, stop.at_once():
             try:
                 prepared = dispatch(words or ["--help"])
-                if turn != "second" and isinstance(prepared, Training):
+                if turn != "second" and isinstance(prepared, Training) and distributed.is_first():
                     say(opening(prepared.config))
                 if turn == "first" and prepared is not None and not is_light(words):
                     raise NeedsTorchError
@@ -579,7 +587,11 @@ def write_out() -> None:
 
 def fail(error: CureFastError) -> int:
     """Print the error in a line and return its exit code."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    # Several processes mostly stop for the same reason, which the first of them tells.
+    of_one = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    if not (distributed.is_first() or of_one):
+        return error.code
+    line = of_one + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
     tell(f"cure-fast: {line}")
     return error.code

@@ -38,8 +38,10 @@ def read_data(config: Config) -> Data:
     return Data(train=train, val=val, test=read_dataset(name, root, "test", **options))
 
 
-def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
-    """Return the loader of the training images."""
+def open_loader(
+    config: Config, data: Data, device: torch.device, process: tuple[int, int] = (0, 1)
+) -> Loader:
+    """Return the loader of the training images, of which ``process`` has its part of each batch."""
     return make_loader(
         config.data.loader,
         data.train,
@@ -52,4 +54,5 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         augment=config.data.augment,
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
+        process=process,
     )
