@@ -105,41 +105,45 @@ def joined(*, timeout_s: float) -> Iterator[None]:
                 stack.enter_context(contextlib.redirect_stderr(null))
             yield
     except LostError as error:
-        missing = absent(store, own, count)
+        missing = unheard(store, "lost", own, count)
         who = f"process {', '.join(map(str, missing))} of {count}" if missing else "a process"
-        told = f"{who} has ended, or did not come within {timeout_s:g} s ({error})"
-        raise LostError(told) from error
+        told = LostError(f"{who} has ended, or did not come within {timeout_s:g} s ({error})")
+        if own and own == min({*range(count)} - {*missing}):
+            told.add_note(f"process {own}")
+        raise told from error
     except Exception as error:
-        if not told_before(store, own, str(error)) and own:
+        others = unheard(store, f"error: {error}", own, count)
+        # The first of those that have the error tells it.
+        if len(others) == count - 1 or (own and own == min({*range(count)} - {*others})):
             error.add_note(f"process {own}")
         raise
     finally:
         dist.destroy_process_group()
 
 
-def absent(store: dist.Store, own: int, count: int) -> list[int]:
-    """Return the processes that do not answer a roll call through the launcher's store."""
+def speaker(error: BaseException) -> str | None:
+    """Return what stands before an error's line: which process has it, nothing where all have it.
+
+    None where another process tells the line.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if notes := getattr(cause, "__notes__", None):
+            return f"{notes[0]}: "
+        cause = cause.__cause__
+    return "" if os.environ.get("RANK", "0") == "0" else None
+
+
+def unheard(store: dist.Store, word: str, own: int, count: int) -> list[int]:
+    """Leave word with the launcher's store; return which processes do not do so within a moment."""
     others = [other for other in range(count) if other != own]
     deadline = time.monotonic() + ROLL_CALL_S
     with contextlib.suppress(RuntimeError):  # the store has gone with the process that held it
-        store.set(f"here/{own}", "")
+        store.set(f"{word}/{own}", "")
         while others and time.monotonic() < deadline:
-            others = [other for other in others if not store.check([f"here/{other}"])]
-            time.sleep(0.05)
+            others = [other for other in others if not store.check([f"{word}/{other}"])]
+            time.sleep(0.02)
     return others
-
-
-def told_before(store: dist.Store, own: int, text: str) -> bool:
-    """Return whether a process before this one has the same error, within a moment."""
-    deadline = time.monotonic() + ROLL_CALL_S
-    with contextlib.suppress(RuntimeError):
-        store.set(f"error/{own}", text)
-        while own and time.monotonic() < deadline:
-            names = [f"error/{other}" for other in range(own)]
-            if any(store.check([name]) and store.get(name).decode() == text for name in names):
-                return True
-            time.sleep(0.05)
-    return False
 
 
 def own(items: Sequence[T]) -> Sequence[T]:
@@ -269,4 +273,5 @@ def call(collective: Callable[..., Any], *given: Any) -> None:
     try:
         collective(*given)
     except RuntimeError as error:
-        raise LostError(str(error).strip().split("\n")[0]) from error
+        # Before it stands a place in gloo's sources.
+        raise LostError(str(error).strip().split("\n")[0].rpartition("] ")[2]) from error

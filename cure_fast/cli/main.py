@@ -565,11 +565,11 @@ def main(
             return 0
         path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
         advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
-        return fail(InputError(f"{path}{error.strerror or error}. {advice}"))
+        return fail(InputError(f"{path}{error.strerror or error}. {advice}"), error)
     except Exception as error:
         if is_out_of_memory(error):
             advice = "Try a smaller --batch-size or --eval-batch-size."
-            return fail(MemoryExhaustedError(f"{error} {advice}"))
+            return fail(MemoryExhaustedError(f"{error} {advice}"), error)
         raise
     return 0
 
@@ -585,13 +585,12 @@ def write_out() -> None:
             raise
 
 
-def fail(error: CureFastError) -> int:
-    """Print the error in a line and return its exit code."""
-    # Several processes mostly stop for the same reason, which the first of them tells.
-    of_one = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-    if not (distributed.is_first() or of_one):
+def fail(error: CureFastError, cause: Exception | None = None) -> int:
+    """Print the error in a line, unless another process does, and return its exit code."""
+    before = distributed.speaker(cause or error)
+    if before is None:
         return error.code
-    line = of_one + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    line = before + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
     tell(f"cure-fast: {line}")
     return error.code

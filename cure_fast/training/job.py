@@ -81,7 +81,7 @@ def train(
             with distributed.joined(timeout_s=config.run.rank_timeout):
                 return run_job(config, resume, override, stop, printed)
         except distributed.LostError as error:
-            raise StoppedError(f"{error}; {way_on(config)}.") from error
+            raise StoppedError(f"{error}; {way_on(config)}") from error
 
 
 def run_job(
