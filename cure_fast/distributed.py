@@ -23,6 +23,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# What a launcher tells each process.
+LAUNCHED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 # Seconds that a process whose connection broke waits to learn which others are still there.
 ROLL_CALL_S = 3.0
 
@@ -32,12 +34,25 @@ class LostError(RuntimeError):
 
 
 def started() -> int:
-    """Return how many processes the launcher has started; 1 without one.
+    """Return how many processes the launcher has started; 1 without one, or where it is wrong."""
+    return 1 if launch_problem() else int(os.environ.get("WORLD_SIZE", "1"))
 
-    Raises:
-        ValueError: if its variables hold no numbers.
-    """
-    return int(os.environ.get("WORLD_SIZE", "1"))
+
+def launch_problem() -> str:
+    """Return what is wrong with the variables of a launcher in a line; nothing without one."""
+    told = {name: os.environ.get(name, "") for name in LAUNCHED}
+    if told["WORLD_SIZE"] in ("", "1"):
+        return ""
+    wrong = [
+        name for name, value in told.items() if name != "MASTER_ADDR" and not value.isdecimal()
+    ]
+    wrong += [] if told["MASTER_ADDR"] else ["MASTER_ADDR"]
+    if not wrong:
+        return ""
+    return (
+        f"WORLD_SIZE: expected {', '.join(wrong)} of a launcher with it, got "
+        f"WORLD_SIZE={told['WORLD_SIZE']!r} without. Start with torchrun, or unset it."
+    )
 
 
 def restarted() -> bool:

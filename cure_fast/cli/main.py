@@ -275,7 +275,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "completion": completion,
 }
 # Commands that several processes share.
-SHARING = ("train",)
+SHARING = ("train", "eval")
 # Commands that take a recipe, and each field of the configuration as a flag.
 CONFIGURED = ("train", "compare", "show")
 
@@ -300,6 +300,8 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
+    if problem := distributed.launch_problem():
+        raise InputError(problem)
     if (number := distributed.started()) > 1 and words[0] not in SHARING:
         raise InputError(
             f"{words[0]}: expected one process, got {number} of a launcher such as torchrun. Only "

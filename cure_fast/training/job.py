@@ -75,6 +75,7 @@ def train(
             "--override: expected --resume with it, got --override alone. "
             "Add --resume to continue a run, or leave --override out."
         )
+    check_processes(config)
     with transcript() as printed:
         keep(opening(config))
         try:
@@ -91,7 +92,6 @@ def run_job(
     progress, device = Progress(), choose_device(distributed.device_name(config.run.device))
     set_determinism(config.run.deterministic)
     check_config(config)
-    check_processes(config)
     check_network(config)
     if distributed.restarted() and config.run.out is not None:
         # The launcher's second try, after a process has failed, has the words of the first.
@@ -168,7 +168,7 @@ def run_job(
 
 def check_processes(config: Config) -> None:
     """Refuse what several processes cannot do, before anything is written."""
-    number, micro = distributed.processes(), config.optim.micro_batch_size
+    number, micro = distributed.started(), config.optim.micro_batch_size
     if number > 1 and micro is not None:
         raise InputError(
             f"--micro-batch-size: expected none with {number} processes, which share each batch "

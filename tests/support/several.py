@@ -130,9 +130,7 @@ def write_losses(cases: list[dict[str, Any]], steps: int) -> None:
     raise SystemExit(0)
 
 
-def losses_in(
-    cwd: Path, cases: list[dict[str, Any]], steps: int, count: int
-) -> list[list[Any]]:
+def losses_in(cwd: Path, cases: list[dict[str, Any]], steps: int, count: int) -> list[list[Any]]:
     """Return what :func:`write_losses` wrote in each of ``count`` processes."""
     prepare = partial(write_losses, cases, steps)
     if count == 1:
