@@ -5,47 +5,44 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from cure_fast import distributed
 from cure_fast.batch import Batch, Part
 from processes import Running, start
 from tiny_step import FixedLoader
 
-# What a tiny run may wait; a test that fails shall not take half an hour.
-TIMEOUT_S = 60.0
+# Seconds that a process of a test waits for the others.
+TIMEOUT_S = 120.0
+CLASSES = 10
 
 
 def start_together(
     words: Sequence[str],
     cwd: Path,
-    count: int = 2,
     *,
-    env: Mapping[str, str | None] | None = None,
-    prepare: Callable[[], object] | Mapping[int, Callable[[], object]] | None = None,
+    prepare: Callable[[], object] | None = None,
+    of_last: Callable[[], object] | None = None,
 ) -> list[Running]:
-    """Start ``cure-fast WORDS`` in ``count`` processes that find one another.
+    """Start ``cure-fast WORDS`` in two processes that find one another.
 
-    ``prepare`` is as for :func:`processes.start`, for all or by rank.
+    ``prepare`` is as for :func:`processes.start`; the last one has ``of_last`` in its place.
     """
     cwd.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start(
-            words,
-            cwd,
-            env={**launched, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
-            prepare=prepare.get(rank) if isinstance(prepare, Mapping) else prepare,
-        )
-        for rank in range(count)
+        start(words, cwd, env={**launched, "RANK": rank, "LOCAL_RANK": rank}, prepare=own)
+        for rank, own in (("0", prepare), ("1", of_last or prepare))
     ]
 
 
@@ -62,82 +59,109 @@ class PartLoader(FixedLoader):
         return replace(whole, x=whole.x[own], y=whole.y[own], index=whole.index[own], part=part)
 
 
-@contextmanager
-def maybe_joined() -> Iterator[None]:
-    with distributed.joined(timeout_s=TIMEOUT_S):
-        yield
+def trained(method: str, steps: int, *policies: str, engine: str = "eager") -> list[Any]:
+    """Return the terms of each step in float64, batches of 13 and 7 images, and what came of it.
 
-
-def losses(case: dict[str, Any], steps: int) -> list[dict[str, float]]:
-    """Return the terms of each step of a method in float64, trained with this process's images."""
-    import torch
-
+    That is a sum over each tensor of the networks, by name.
+    """
     import engine_runs as runs
+    from cure_fast.models import build_model
     from cure_fast.policies import find_policy
     from cure_fast.training.trainer import average_statistics, next_step
 
-    torch.set_num_threads(1)
-    model = None
-    data = [(x.double(), y) for x, y in runs.batches(2, size=13, last=7)]
-    policies = {name: find_policy(name).settings for name in case.get("policies", ())}
-    original = runs.FixedLoader
-    runs.FixedLoader = PartLoader
-    try:
+    torch.manual_seed(1)
+    model = build_model("resnet-small", num_classes=CLASSES, width=4).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FixedLoader", PartLoader)
         run = runs.make_run(
-            case["method"],
-            case.get("engine", "eager"),
-            data=data,
+            method,
+            engine,
             model=model,
-            policies=policies,
-            optim={"epochs": -(-steps // 2), "batch_size": 13},
-            run={"sync_batchnorm": case.get("sync", True)},
-            **case.get("settings", {}),
+            data=[(x.double(), y) for x, y in runs.batches(2, size=13, last=7)],
+            policies={name: find_policy(name).settings for name in policies},
+            optim={"epochs": steps // 2, "batch_size": 13},
+            run={"sync_batchnorm": True},
         )
-    finally:
-        runs.FixedLoader = original
-    for network in (*run.all_networks.values(), *run.teachers.values()):
-        network.double()
     found = []
-    while len(found) < steps:
+    while run.epoch < steps // 2:
         with run.loader.epoch(run.epoch) as batches:
-            for batch in batches:
-                _, terms = next_step(run, batch)
-                found.append({k: float(v) for k, v in (terms or {}).items()})
+            found += [next_step(run, batch)[1] for batch in batches]
         for policy in run.policies:
             policy.on_epoch_end(run)
         average_statistics(run)
         run.epoch, run.batch = run.epoch + 1, 0
-    weights = {
-        f"{name}.{key}": float(value.double().sum())
+    ends = {
+        f"{name}.{key}": value.double().sum()
         for name, network in run.all_networks.items()
         for key, value in network.state_dict().items()
     }
-    return [*found, weights]
+    return [{k: float(v) for k, v in terms.items()} for terms in [*found, ends]]
 
 
-def write_losses(cases: list[dict[str, Any]], steps: int) -> None:
-    """Write the losses of all cases into ``losses-RANK.json`` and end the process."""
-    found: list[Any] = []
-    with maybe_joined():
-        for case in cases:
-            try:
-                found.append(losses(case, steps))
-            except Exception as error:
-                if isinstance(error, distributed.LostError):
-                    raise
-                found.append(f"{type(error).__name__}: {error}")
-    Path(f"losses-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+def bright_ones_fall(guard: Any, attack: str, x: Any, y: Any, settings: Any) -> Any:
+    """Stand for an attack of AutoAttack, which takes minutes."""
+    dark = {"apgd-ce": 0.53, "apgd-t": 0.52, "fab-t": 0.51, "square": 0.505}[attack]
+    return x, x.flatten(1).mean(dim=1) > dark, [f"{len(x)} images told of"]
+
+
+def evaluated() -> dict[str, Any]:
+    """Return what attacks on a network drawn at random leave, batch by batch, but for the times."""
+    from cure_fast.evaluation import autoattack
+    from cure_fast.evaluation.evaluate import evaluate
+    from cure_fast.models import build_model
+
+    torch.manual_seed(2)
+    model = build_model("resnet-small", num_classes=CLASSES, width=4)
+    images = torch.randint(256, (45, 8, 8, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        # Half of the images are right, so that there is something to attack.
+        labels = model.eval()(images.permute(0, 3, 1, 2) / 255).argmax(dim=1)
+    labels[::2] = (labels[::2] + 1) % CLASSES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoattack, "attack_batch", bright_ones_fall)
+        found = evaluate(
+            model,
+            images,
+            labels,
+            num_classes=CLASSES,
+            attacks=("natural", "fgsm", "pgd3", "pgd2-t", "cw2", "aa"),
+            eps=0.3,
+            step_size=None,
+            batch_size=4,
+            device="cpu",
+            seed=0,
+            restarts=2,
+        )
+    return {name: {**r.to_dict(), "seconds": 0} for name, r in found.items()}
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """Return what ``work`` returns, or the line of what it refuses."""
+    from cure_fast.errors import InputError
+
+    try:
+        return work()
+    except InputError as error:
+        return str(error)
+
+
+def write_results(cases: Sequence[Callable[[], Any]]) -> None:
+    """Write what the cases return into ``results-RANK.json``, and end the process."""
+    with distributed.joined(timeout_s=TIMEOUT_S):
+        found = [attempt(case) for case in cases]
+    Path(f"results-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
     raise SystemExit(0)
 
 
-def losses_in(cwd: Path, cases: list[dict[str, Any]], steps: int, count: int) -> list[list[Any]]:
-    """Return what :func:`write_losses` wrote in each of ``count`` processes."""
-    prepare = partial(write_losses, cases, steps)
-    if count == 1:
-        cwd.mkdir(parents=True, exist_ok=True)
-        running = [start([], cwd, prepare=prepare)]
-    else:
-        running = start_together([], cwd, count, prepare=prepare)
-    for process in running:
+def results_of(cwd: Path, count: int, cases: Sequence[Callable[[], Any]]) -> list[list[Any]]:
+    """Return what each of one or two processes finds for the cases."""
+    cwd.mkdir()
+    together, work = start_together if count == 2 else alone, partial(write_results, cases)
+    for process in together([], cwd, prepare=work):
         assert process.wait() == 0, process.output()
-    return [json.loads((cwd / f"losses-{rank}.json").read_text()) for rank in range(count)]
+    return [json.loads((cwd / f"results-{rank}.json").read_text()) for rank in range(count)]
+
+
+def alone(words: Sequence[str], cwd: Path, *, prepare: Callable[[], object]) -> list[Running]:
+    """Start a process by itself."""
+    return [start(words, cwd, prepare=prepare)]
