@@ -12,6 +12,14 @@ from cure_fast.kernels import pgd_step_
 from cure_fast.kernels.pgd import NORMAL_START, SMALLEST_NORM, Norm
 
 Start = Literal["normal", "uniform", "zero"]
+# From a tensor [N, ...] and what fills one in place with random numbers to such numbers, shaped as
+# it is.
+Draw = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+def draw_rows(like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the random numbers that ``fill`` puts into a tensor shaped as ``like``."""
+    return fill(torch.empty_like(like))
 
 
 def start_point(
@@ -22,6 +30,7 @@ def start_point(
     norm: Norm = "linf",
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
+    draw: Draw = draw_rows,
 ) -> Tensor:
     """Return ``x`` plus the first perturbation, inside the eps-ball, without gradient.
 
@@ -33,6 +42,7 @@ def start_point(
         norm: the ball's, ``linf`` or ``l2``.
         clamp_start: whether the result is clamped to [0, 1].
         generator: source of the noise, on the device of ``x``; None takes torch's default.
+        draw: how rows are drawn from it.
     """
     radius = eps.to(x).view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
     if isinstance(start, Tensor):
@@ -40,16 +50,16 @@ def start_point(
     elif start == "zero":
         return x.detach().clone(memory_format=torch.preserve_format)
     elif start == "normal":
-        noise = torch.empty_like(x).normal_(0, NORMAL_START, generator=generator)
+        noise = draw(x, lambda t: t.normal_(0, NORMAL_START, generator=generator))
     elif norm == "l2":
-        noise = torch.empty_like(x).normal_(generator=generator)
-        share = torch.empty_like(x[:, :1, :1, :1]).uniform_(generator=generator)
+        noise = draw(x, lambda t: t.normal_(generator=generator))
+        share = draw(x[:, :1, :1, :1], lambda t: t.uniform_(generator=generator))
         noise *= radius * share ** (1 / x[0].numel()) / lengths(noise)
     elif isinstance(radius, Tensor):
-        noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+        noise = draw(x, lambda t: t.uniform_(-1, 1, generator=generator))
         noise *= radius
     else:
-        noise = torch.empty_like(x).uniform_(-radius, radius, generator=generator)
+        noise = draw(x, lambda t: t.uniform_(-radius, radius, generator=generator))
     if norm == "l2":
         noise *= (radius / lengths(noise)).clamp(max=1)
     elif isinstance(radius, Tensor):
@@ -77,6 +87,7 @@ def pgd(
     start: Start | Tensor = "uniform",
     clamp_start: bool = True,
     generator: torch.Generator | None = None,
+    draw: Draw = draw_rows,
     before: Callable[[Tensor], Tensor] | None = None,
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -102,6 +113,7 @@ def pgd(
         start: first perturbation; see :func:`start_point`.
         clamp_start: whether the first gradient too is taken inside [0, 1].
         generator: source of the start's noise.
+        draw: how rows are drawn from it.
     """
     x_adv = start_point(
         x,
@@ -110,6 +122,7 @@ def pgd(
         norm=norm,
         clamp_start=clamp_start or steps == 0,
         generator=generator,
+        draw=draw,
     )
     for _ in range(steps):
         if before is not None:

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Where the images that a process has of a step stand among those of all processes.
+
+    Attributes:
+        first: place of the first of them, from 0.
+        count: how many they are.
+        whole: number of images of the step.
+    """
+
+    first: int
+    count: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        """What a mean over them counts in the mean over all."""
+        return self.count / self.whole
+
+    @property
+    def rows(self) -> slice:
+        """Their places."""
+        return slice(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +48,7 @@ class Batch:
         made: what the method's attack made of the images, shaped as they are; None before it.
         notes: tensors [N, ...] by name that one part of the step leaves for a later one: the
             attack for the loss, either of them for a policy.
+        part: where they stand where other processes have images of the step too; else None.
     """
 
     x: Tensor
@@ -30,9 +56,15 @@ class Batch:
     index: Tensor
     made: Tensor | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+    part: Part | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def whole(self) -> int:
+        """Number of images of the step, in all processes."""
+        return len(self) if self.part is None else self.part.whole
 
     @property
     def x_adv(self) -> Tensor:

@@ -11,7 +11,7 @@ too (as a loader's thread gives them), since each step waits for the slowest thr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cure_fast.batch import Part
 from cure_fast.kernels import augment_crop_flip
 
 from .seeds import AUGMENTATION, generator_of
@@ -81,6 +82,7 @@ def crop_flip(
     flip: bool,
     reflect: bool = False,
     indices: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """Return randomly cropped and mirrored images as float32 [N, 3, H, W] in [0, 1], channels_last.
 
@@ -93,6 +95,7 @@ def crop_flip(
         flip: see there.
         reflect: see there.
         indices: which of the images, int64 [N] on their device; None takes all.
+        part: which images of the batch they are, where they are not all; the draws are the same.
 
     Raises:
         ValueError: for another dtype or shape.
@@ -101,7 +104,7 @@ def crop_flip(
         return to_float(images, indices)
     count = len(images) if indices is None else len(indices)
     draw = draw_crop_flip(
-        count,
+        count if part is None else part.whole,
         seed=seed,
         epoch=epoch,
         batch=batch,
@@ -109,6 +112,9 @@ def crop_flip(
         flip=flip,
         reflect=reflect,
     )
+    if part is not None:
+        own = {name: getattr(draw, name)[part.rows] for name in ("top", "left", "mirror")}
+        draw = replace(draw, **own)
     return apply_crop_flip(images, draw, indices)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cure_fast.batch import Batch
+from cure_fast.batch import Batch, Part
 from cure_fast.errors import InputError
 
 from .augment import crop_flip
@@ -37,6 +37,7 @@ class BatchSettings:
         reflect: whether the padding mirrors the image; else it is zero.
         augment: one of ``AUGMENTATIONS``; all but ``crop-flip`` have a crop of their own.
         mix: generated images to mix into the batches; None for none.
+        process: place, from 0, and number of the processes that share the images of each batch.
     """
 
     batch_size: int
@@ -47,11 +48,20 @@ class BatchSettings:
     reflect: bool = False
     augment: str = "crop-flip"
     mix: Mix | None = None
+    process: tuple[int, int] = (0, 1)
+
+    def part(self, count: int) -> slice:
+        """Return which of a batch's ``count`` images are this process's; their numbers differ by
+        one at most.
+        """
+        place, processes = self.process
+        return slice(place * count // processes, (place + 1) * count // processes)
 
     @property
     def read_size(self) -> int:
-        """Images of a whole batch that are of the training set."""
-        return self.batch_size - (self.mix.of_batch(self.batch_size) if self.mix else 0)
+        """Images of a whole batch that this process reads of the training set."""
+        own = self.part(self.batch_size)
+        return own.stop - own.start - (self.mix.of_batch(self.batch_size) if self.mix else 0)
 
 
 class Loader(ABC):
@@ -96,6 +106,14 @@ class Loader(ABC):
                 f"--crop-mode reflect, got {settings.crop_padding}."
             )
         left_over = count % batch_size == 1
+        processes = settings.process[1]
+        fewest = min(batch_size, (count - left_over) % batch_size or batch_size)
+        if processes > 1 and fewest < 2 * processes:
+            raise InputError(
+                f"--batch-size: expected batches of 2 images or more for each of {processes} "
+                f"processes, got one of {fewest}, as {count} images come in batches of "
+                f"{batch_size}. Take another --batch-size or fewer processes."
+            )
         self.settings = settings
         self.batch_size = batch_size
         self.num_images = count - left_over
@@ -151,10 +169,11 @@ class Loader(ABC):
         if not batches:
             yield iter(())
             return
-        own = [places[places < self._own] for places in batches] if mix else batches
-        with self._read(own) as pixels:
+        own = [batch[self.settings.part(len(batch))] for batch in batches]
+        read = [places[places < self._own] for places in own] if mix else own
+        with self._read(read) as pixels:
             if mix:
-                pixels = mix.added(pixels, batches, set_size=self._own)
+                pixels = mix.added(pixels, own, set_size=self._own)
             augmented = self._augment(pixels, places, epoch, start_batch)
             try:
                 yield augmented
@@ -170,9 +189,12 @@ class Loader(ABC):
             augment = partial(crop_flip, **padding)
         else:
             augment = partial(idbh, variant=VARIANTS[settings.augment])
+        shared = settings.process[1] > 1
         for batch, (index, (images, labels, indices)) in enumerate(
             zip(places, pixels, strict=True), start_batch
         ):
+            own = settings.part(len(index))
+            part = Part(own.start, own.stop - own.start, len(index)) if shared else None
             x = augment(
                 images,
                 indices=indices,
@@ -180,8 +202,9 @@ class Loader(ABC):
                 epoch=epoch,
                 batch=batch,
                 flip=settings.flip,
+                part=part,
             )
-            yield Batch(x, labels, index)
+            yield Batch(x, labels, index[own], part=part)
 
     @abstractmethod
     def _read(self, batches: Sequence[Tensor]) -> AbstractContextManager[Iterable[Pixels]]:

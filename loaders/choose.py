@@ -33,6 +33,7 @@ def make_loader(
     mix: Mix | None = None,
     workers: int | None,
     cache: Path,
+    process: tuple[int, int] = (0, 1),
 ) -> Loader:
     """Return the loader of training images; ``loader.reason`` says which it is and why.
 
@@ -50,6 +51,7 @@ def make_loader(
         mix: generated images to mix into the batches, and their share; None for none.
         workers: FFCV's threads (None: one) or torch's processes (None: one per usable core).
         cache: folder below which FFCV's file is kept.
+        process: place, from 0, and number of the processes that share the images of each batch.
 
     Raises:
         InputError: for an unknown kind or augmentation, FFCV asked for and not usable, its file
@@ -68,6 +70,7 @@ def make_loader(
         reflect=reflect,
         augment=augment,
         mix=mix,
+        process=process,
     )
     why = "asked for"
     if kind in ("auto", "ffcv"):

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cure_fast.batch import Part
+
 from .augment import check_pixels, to_float
 from .seeds import AUGMENTATION, generator_of
 
@@ -167,6 +169,7 @@ def idbh(
     batch: int,
     flip: bool,
     indices: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """Return augmented images as float32 [N, 3, H, W] in [0, 1], channels_last.
 
@@ -178,6 +181,7 @@ def idbh(
         batch: see there.
         flip: see there.
         indices: which of the images, int64 [N] on their device; None takes all.
+        part: which images of the batch they are, where they are not all; the draws are the same.
 
     Raises:
         ValueError: for another dtype or shape.
@@ -185,9 +189,12 @@ def idbh(
     check_pixels(images)
     _, height, width, _ = images.shape
     count = len(images) if indices is None else len(indices)
+    whole = count if part is None else part.whole
     draw = draw_idbh(
-        variant, count, (height, width), seed=seed, epoch=epoch, batch=batch, flip=flip
+        variant, whole, (height, width), seed=seed, epoch=epoch, batch=batch, flip=flip
     )
+    if part is not None:
+        draw = Draw(**{name: each[..., part.rows] for name, each in vars(draw).items()})
     with _one_thread(images.device):
         return to_float(apply_idbh(images, draw, indices))
 

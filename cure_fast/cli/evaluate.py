@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cure_fast import distributed
 from cure_fast.config import Config, EvalConfig
 from cure_fast.config.arguments import EvalArgs, Opening
 from cure_fast.config.checks import flag_of
@@ -44,6 +46,9 @@ from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import StopSignals
 from cure_fast.training.saving import keep_last
 
+# Seconds that one of several processes waits for the others: a batch of AutoAttack takes hours on a
+# CPU, and less where fewer of its images are left.
+TIMEOUT_S = 24 * 3600.0
 # What weights.py reads.
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".tar")
 # Flags that describe a file of weights; a run folder says all this itself.
@@ -64,6 +69,11 @@ class Saved:
         self.arrays: dict[str, np.ndarray] = {}
         if self.path is None:
             return
+        if (number := distributed.started()) > 1:
+            raise InputError(
+                f"--save-adversarial: expected one process, got {number} of a launcher such as "
+                "torchrun. Leave it out, or start one."
+            )
         if self.path.suffix != ".npz" or self.path.exists() or not self.path.parent.is_dir():
             raise InputError(
                 f"--save-adversarial: expected a new file ending in .npz in a folder that exists, "
@@ -91,11 +101,15 @@ class Saved:
 
 @contextmanager
 def stoppable(*, kept: bool) -> Iterator[StopSignals]:
-    """Catch signals in the block; where one stops it, say what the same command will do then."""
+    """Catch signals in the block; where one stops it, say what the same command will do then.
+
+    Processes that a launcher has started share the work of the block.
+    """
     with StopSignals() as stop:
         try:
-            yield stop
-        except StoppedError as error:
+            with distributed.joined(timeout_s=TIMEOUT_S):
+                yield stop
+        except (StoppedError, distributed.LostError) as error:
             how = (
                 "continues it" if kept else "starts anew, and --out FOLDER would keep what is done"
             )
@@ -112,30 +126,38 @@ def evaluate_folder(folder: Path, args: EvalArgs) -> None:
     check_networks(config.eval.networks, networks_in(folder))
     busy = "Wait for its end, or evaluate a copy of the folder."
     denied = "Change that, or copy the folder and evaluate the copy."
-    with stoppable(kept=True) as stop, held(folder, busy=busy, denied=denied):
+    own_alone = partial(held, folder, busy=busy, denied=denied)
+    with stoppable(kept=True) as stop, distributed.first_in(own_alone):
         if "last" in config.eval.evaluate:
-            keep_last(folder, config)
-        device = choose_device(args.device)
+            distributed.first(lambda: keep_last(folder, config))
+        device = choose_device(distributed.device_name(args.device))
         with threads(threads_asked(args, run.model, test, config.eval)), Progress() as progress:
             measured, examples = measure_run(
                 folder, config, test, device, stop, progress, saved.taken
             )
         saved.write(test)
-        kept = keep_results(folder, own, measured, examples)
-        if kept.aside is not None:
-            print_results(measured)
-            say(
-                "not all of this is in the run's record, which keeps its own radius, step and seed "
-                f"and the larger number of images: {kept.aside}"
-            )
-        if kept.record is not None and (kept.changed or kept.aside is None):
-            print_results(kept.record)
-        if kept.changed:
-            from cure_fast.report import write_report
+        distributed.first(lambda: record_run(folder, own, measured, examples))
 
-            say(f"report: {write_report(folder)}")
-        else:
-            say(f"unchanged: {folder / 'results.json'}")
+
+def record_run(
+    folder: Path, own: Config, measured: dict[str, Any], examples: dict[str, np.ndarray]
+) -> None:
+    """Keep and print what was measured of a run, whose configuration is ``own``."""
+    kept = keep_results(folder, own, measured, examples)
+    if kept.aside is not None:
+        print_results(measured)
+        say(
+            "not all of this is in the run's record, which keeps its own radius, step and seed "
+            f"and the larger number of images: {kept.aside}"
+        )
+    if kept.record is not None and (kept.changed or kept.aside is None):
+        print_results(kept.record)
+    if kept.changed:
+        from cure_fast.report import write_report
+
+        say(f"report: {write_report(folder)}")
+    else:
+        say(f"unchanged: {folder / 'results.json'}")
 
 
 def changed(config: Config, args: Opening) -> Config:
@@ -246,7 +268,7 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
     model, test, config, metadata = file.model, file.test, file.config, file.metadata
     out = None if args.out is None else Path(args.out)
     with stoppable(kept=out is not None) as stop:
-        device = choose_device(args.device)
+        device = choose_device(distributed.device_name(args.device))
         with threads(threads_asked(args, model, test, config.eval)), Progress() as progress:
             plan_attacks(progress, path.stem, config.eval, test)
             attacks = attack_model(
@@ -263,6 +285,8 @@ def evaluate_file(path: Path, args: EvalArgs) -> None:
                 on_images=saved.taken,
             )
     saved.write(test)
+    if not distributed.is_first():
+        return
     told = {name: metadata.get(name, "") for name in ("recipe", "method", "model")}
     results = new_record(
         told | {"data": config.data.data},

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cyclopts import App
 
 import cure_fast
+from cure_fast import distributed
 from cure_fast.cli.data import data_pack, data_write
 from cure_fast.cli.flags import PLAIN, application, in_a_line, parameters, pointing_to, split_flags
 from cure_fast.config import Config
@@ -270,6 +271,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "completion": completion,
 }
+# Commands that several processes share.
+SHARING = ("train", "eval")
 # Commands that take a recipe, and each field of the configuration as a flag.
 CONFIGURED = ("train", "compare", "sweep", "show")
 
@@ -294,6 +297,13 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     """
     if any("\0" in word for word in words):
         raise InputError("expected words without null characters, got one; leave it out.")
+    if problem := distributed.launch_problem():
+        raise InputError(problem)
+    if (number := distributed.started()) > 1 and words[0] not in SHARING:
+        raise InputError(
+            f"{words[0]}: expected one process, got {number} of a launcher such as torchrun. Only "
+            f"{' and '.join(SHARING)} share their work: start it without."
+        )
     if words[0] == "compare" and (found := of_runs(words[1:])):
         return found
     if words[0] in CONFIGURED:
@@ -540,7 +550,7 @@ def main(
         with StopSignals() as stop, stop.at_once():
             try:
                 prepared = dispatch(words or ["--help"])
-                if turn != "second" and isinstance(prepared, Training):
+                if turn != "second" and isinstance(prepared, Training) and distributed.is_first():
                     say(opening(prepared.config))
                 if turn == "first" and prepared is not None and not is_light(words):
                     raise NeedsTorchError
@@ -560,11 +570,11 @@ def main(
             return 0
         path = f"{shown(str(error.filename))[1:-1]}: " if error.filename else ""
         advice = ADVICE.get(error.errno or 0, "Name another path, or mend this one.")
-        return fail(InputError(f"{path}{error.strerror or error}. {advice}"))
+        return fail(InputError(f"{path}{error.strerror or error}. {advice}"), error)
     except Exception as error:
         if is_out_of_memory(error):
             advice = "Try a smaller --batch-size or --eval-batch-size."
-            return fail(MemoryExhaustedError(f"{error} {advice}"))
+            return fail(MemoryExhaustedError(f"{error} {advice}"), error)
         raise
     return 0
 
@@ -580,9 +590,12 @@ def write_out() -> None:
             raise
 
 
-def fail(error: CureFastError) -> int:
-    """Print the error in a line and return its exit code."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+def fail(error: CureFastError, cause: Exception | None = None) -> int:
+    """Print the error in a line, unless another process does, and return its exit code."""
+    before = distributed.speaker(cause or error)
+    if before is None:
+        return error.code
+    line = before + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     line = LONG_WORD.sub(lambda found: f"{found[0][:SHOWN]}...", line)
     tell(f"cure-fast: {line}")
     return error.code

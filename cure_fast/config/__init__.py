@@ -282,6 +282,11 @@ class RunConfig(Checked):
     float32 on the CPU. Evaluation is always float32."""
     deterministic: bool = False
     """Use deterministic GPU algorithms (slower)."""
+    sync_batchnorm: bool = False
+    """Several processes (torchrun): let BatchNorm normalise by the images of all of them, as one
+    process does; else each one normalises its own, and running statistics are their mean."""
+    rank_timeout: Annotated[float, Bounds(1, 1e6)] = 1800.0
+    """Several processes: seconds, 1 or more, that one waits for the others before it ends."""
     engine: Literal["auto", "eager", "fast"] = "auto"
     """How steps are computed: eager is PyTorch operation by operation, fast captures a whole step
     in a CUDA graph of fused kernels; auto is fast on a GPU and eager on the CPU."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cure_fast import distributed
 from cure_fast.batch import Batch
 from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.changing import ChangingList
@@ -65,7 +66,11 @@ class Engine:
 
     def derive(self, term: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of a term; its passes can be used again."""
-        return list(torch.autograd.grad(term, parameters, retain_graph=True))
+        grads = list(torch.autograd.grad(term, parameters, retain_graph=True))
+        if self.run.part is not None:
+            grads = [self.run.part.share * grad for grad in grads]
+            distributed.sum_(grads)
+        return grads
 
     def gradients(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the method's total; statistics stay as they are."""
@@ -78,7 +83,7 @@ class Engine:
         def compute(pieces: int) -> list[Tensor]:
             sums: list[Tensor] = []
             for part in batch.split(pieces):
-                total = len(part) / len(batch) * loss_of(run, part)["total"]
+                total = len(part) / batch.whole * loss_of(run, part)["total"]
                 grads = torch.autograd.grad(
                     run.scaler.scale(total), parameters, allow_unused=True, materialize_grads=True
                 )
@@ -86,6 +91,7 @@ class Engine:
             return sums
 
         found = fitting(run, undo.restore, len(batch), compute)
+        distributed.sum_(found)
         undo.statistics.restore()
         scale = run.scaler.get_scale()
         return found if scale == 1 else [grad / scale for grad in found]

@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cure_fast import distributed
 from cure_fast.config import Norm
 from cure_fast.config.attack_names import attack_name
 from cure_fast.evaluation.trust import Guard, check_perturbation
@@ -111,20 +113,31 @@ def run_autoattack(
     size = settings["batch_size"]
     for attack in [a for a in settings["attacks"] if a not in state["after"]]:
         pending = text_to_flags(state["entry"]).nonzero().flatten()
-        for indices in pending.split(size)[state["batches"] :] if len(pending) else ():
-            x, y = load(indices)
-            guard.at(x, indices, attack)
-            last = int(indices[-1])
-            held, waiting = int(robust[: int(indices[0])].sum()), int(robust[last + 1 :].sum())
-            with counting(guard, work, attack, settings, held, waiting, started):
-                x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
-            check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
-            robust[indices[broken.cpu()]] = False
-            broke(indices[broken.cpu()], x_adv[broken])
-            for text in told:
-                note(state["warnings"], f"{attack}: {text}")
+        batches = pending.split(size) if len(pending) else ()
+
+        def attack_own(attack: str, turn: Sequence[Tensor]) -> tuple[Tensor, list[str]] | None:
+            """Return which images of this process's batch, if any, were broken, and warnings."""
+            for indices in distributed.own(turn):
+                x, y = load(indices)
+                guard.at(x, indices, attack)
+                last = int(indices[-1])
+                held, waiting = int(robust[: int(indices[0])].sum()), int(robust[last + 1 :].sum())
+                with counting(guard, work, attack, settings, held, waiting, started):
+                    x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
+                check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
+                broke(indices[broken.cpu()], x_adv[broken])
+                return indices[broken.cpu()], told
+            return None
+
+        while state["batches"] < len(batches):
+            turn = batches[state["batches"] :][: distributed.processes()]
+            for found in distributed.each(partial(attack_own, attack, turn)):
+                fallen, told = found or ((), ())
+                robust[fallen] = False
+                for text in told:
+                    note(state["warnings"], f"{attack}: {text}")
             seconds = time.perf_counter() - started
-            state |= {"robust": flags_to_text(robust), "batches": state["batches"] + 1}
+            state |= {"robust": flags_to_text(robust), "batches": state["batches"] + len(turn)}
             save(state | {"seconds": seconds})
         fell = len(pending) - int(robust.sum())
         if attack == "square" and fell > SQUARE_SHARE * len(robust):

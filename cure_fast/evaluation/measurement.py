@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import cure_fast
+from cure_fast import distributed
 from cure_fast.attacks import pgd
 from cure_fast.config import Norm
 from cure_fast.config.attack_names import AttackSpec, parse_attack
@@ -135,7 +136,7 @@ class Measurement:
                 "torch": torch.__version__,
                 **settings,
             }
-            state = read_state(path, identity)
+            state = distributed.first(partial(read_state, path, identity))
         kept = None
         if self.keep_images and spec.family != "natural":
             kept, state = self.open_images(spec, count, state)
@@ -144,7 +145,7 @@ class Measurement:
 
         def save(*, thorough: bool = True, **part: Any) -> None:
             self.watch.check(thorough=thorough)
-            if path is not None:
+            if path is not None and distributed.writes():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(kept, np.memmap):
                     kept.flush()
@@ -339,10 +340,17 @@ class Measurement:
                 x_adv = x if natural else self.perturb(spec, x, y, indices, now or Round())
                 keep(kept, indices, x_adv)
                 robust[indices] = (self.guard(x_adv).argmax(dim=1) == y).cpu()
-                work.advance(len(indices))
+                # The others are about as far.
+                work.advance(len(indices) * distributed.processes())
 
-            self.each_batch(pending, attack)
-        return robust
+            def attack_own() -> Tensor:
+                # Whole batches, so that each is what it is in one process.
+                batches = distributed.own(pending.split(self.fitting_size))
+                self.each_batch(torch.cat([pending[:0], *batches]), attack)
+                return robust
+
+            # Flags only fall.
+            return torch.stack(distributed.each(attack_own)).all(dim=0)
 
     def under_autoattack(
         self,

@@ -78,7 +78,7 @@ def friendly(run: Run, batch: Batch, objective: Callable[[Tensor], Tensor]) -> T
         return objective(logits).sum()
 
     def jitter(x_adv: Tensor) -> Tensor:
-        drawn = torch.empty_like(x_adv).normal_(0, noise, generator=source)
+        drawn = run.drawn(x_adv, lambda t: t.normal_(0, noise, generator=source))
         return x_adv + drawn * (step > 0).view(-1, 1, 1, 1)
 
     return run.pgd(batch.x, watched, step_size=step, after=jitter if noise else None)

@@ -68,7 +68,7 @@ class Weigh(Policy):
             far = 1 - 2 * batch.notes["kappa"] / run.attack_steps
             # (1 + tanh(z)) / 2, which rounds to 0 for small z.
             w = torch.sigmoid(2 * (run.settings.gairat_lambda + 5 * far))
-            batch.notes["weight"] = w / w.mean()
+            batch.notes["weight"] = w / run.mean(w)
         yield
 
 

@@ -87,6 +87,8 @@ class Strategist(Policy):
     """Plans the attack of each step, and teaches the strategy what the trained network needs."""
 
     moves_weights = False
+    # A lesson's reward is of a whole batch.
+    alone = True
 
     def __init__(self, run: Run) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def weights(run: Run, logits_adv: Tensor, y: Tensor) -> Tensor | float:
     settings = run.settings
     margins = margin(logits_adv.detach().softmax(dim=1), y)
     w = (settings.mail_slope * (margins + settings.mail_bias)).sigmoid()
-    return 3 * w if settings.mail_norm == "const3" else w / w.mean()
+    return 3 * w if settings.mail_norm == "const3" else w / run.mean(w)
 
 
 def at_loss(run: Run, batch: Batch) -> Terms:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cure_fast.batch import Batch
@@ -36,7 +35,8 @@ def attack(run: Run, batch: Batch) -> Tensor:
     """Return images one step up the cross-entropy from x plus noise."""
     settings, eps = run.settings, run.config.attack.eps
     wide, step = settings.fgsm_noise * eps, settings.fgsm_step * eps
-    noise = torch.empty_like(batch.x).uniform_(-wide, wide, generator=run.generators["attack"])
+    source = run.generators["attack"]
+    noise = run.drawn(batch.x, lambda t: t.uniform_(-wide, wide, generator=source))
     return run.pgd(
         batch.x,
         lambda logits: cross_entropy(logits, batch.y).sum(),

@@ -74,6 +74,7 @@ def attack(run: Run, batch: Batch) -> Tensor:
         norm=config.norm,
         clamp_start=config.clamp_start or steps == 0,
         generator=run.generators["attack"],
+        draw=run.drawn,
     )
     x_adv, x_col = (torch.empty_like(batch.x).copy_(starts[place::2]) for place in range(2))
     with still_statistics(run.model), torch.enable_grad():

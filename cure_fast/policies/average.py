@@ -119,9 +119,9 @@ def estimate_statistics(run: Run, network: nn.Module) -> None:
                 norm.reset_running_stats()
             seen = 0
             for batch in batches:
-                seen += len(batch)
+                seen += batch.whole
                 for norm in norms:
-                    norm.momentum = len(batch) / seen
+                    norm.momentum = batch.whole / seen
                 network(batch.x)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

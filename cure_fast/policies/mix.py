@@ -30,6 +30,8 @@ class Mix(Policy):
     """
 
     moves_weights = False
+    # An image's partner may be another process's.
+    alone = True
 
     def __init__(self, prob: float) -> None:
         super().__init__()

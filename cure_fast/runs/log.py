@@ -27,7 +27,7 @@ class RunLog:
     ``stage``. A row is complete or absent for a reader, but for the last one of a killed run. Of
     the stage's rows those of steps below ``upto_step`` stay, and those of epochs up to
     ``upto_epoch``: a resumed run writes the others again. ``progress`` has a part of the stage's
-    name, with a round for each epoch.
+    name, with a round for each epoch. Without ``writes`` rows go nowhere.
 
     Raises:
         InputError: if the rows that are there already are damaged.
@@ -46,25 +46,28 @@ class RunLog:
         upto_step: int,
         upto_epoch: int,
         progress: Progress | None = None,
+        writes: bool = True,
     ) -> None:
-        self.stage = stage
+        self.stage, self.writes = stage, writes
         self.epochs = epochs
         self.progress = progress or Progress()
         path = folder / "metrics.jsonl"
-        kept = drop_rows_from(path, stage, upto_step, upto_epoch)
+        kept = drop_rows_from(path, stage, upto_step, upto_epoch) if writes else []
         self.finished = [row for row in kept if row["event"] == "epoch"]
         # A finished epoch has the number of the step that comes next, and is not written again.
         ended = [r for r in self.finished if (r["stage"], r["step"]) == (stage, upto_step)]
         self.rows = RowWriter(path)
-        self.sinks = open_sinks(
-            folder,
-            stage,
-            tensorboard=tensorboard,
-            wandb=wandb,
-            trackio=trackio,
-            start=upto_step,
-            known=epoch_scalars(ended[-1]) if ended else {},
-        )
+        self.sinks = []
+        if writes:
+            self.sinks = open_sinks(
+                folder,
+                stage,
+                tensorboard=tensorboard,
+                wandb=wandb,
+                trackio=trackio,
+                start=upto_step,
+                known=epoch_scalars(ended[-1]) if ended else {},
+            )
 
     def step(
         self, step: int, epoch: float, lr: float, terms: Terms, *, skipped: int | None = None
@@ -73,6 +76,8 @@ class RunLog:
 
         ``epoch`` has the fraction of the one under way; ``skipped`` counts its steps left out.
         """
+        if not self.writes:
+            return
         values = {name: float(value) for name, value in terms.items()}
         row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": lr, "terms": values}
         if skipped is not None:
@@ -81,6 +86,8 @@ class RunLog:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the row of a finished epoch and print its line."""
+        if not self.writes:
+            return
         self._tell("epoch", row, epoch_scalars(row))
         self.finished.append({"stage": self.stage, **row})
         # Written anew next time, and metrics.jsonl has its content and warns.

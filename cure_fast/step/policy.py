@@ -39,6 +39,7 @@ class Policy:
     Attributes:
         moves_weights: whether :meth:`around` or :meth:`on_step` changes weights of the trained
             network, of which the fast engine then makes its copies anew.
+        alone: whether it needs all images of a step in one process.
         period: after how many steps it has done once all that it does.
         networks: its own networks by name, which checkpoints store and no optimiser moves.
         state: its own tensors by name, changed in place, which checkpoints store.
@@ -46,6 +47,7 @@ class Policy:
     """
 
     moves_weights: bool = True
+    alone: bool = False
     period: int = 1
 
     def __init__(self) -> None:
@@ -89,7 +91,10 @@ class Policy:
         """
 
     def on_step(self, run: Run, batch: Batch) -> None:
-        """Act after the optimiser's step, with the notes that the batch came to hold."""
+        """Act after the optimiser's step, with the notes that the batch came to hold.
+
+        Where it holds some, they and labels and places are those of all processes.
+        """
 
     def on_epoch_end(self, run: Run) -> None:
         """Act after the epoch's last step, before validation; ``run.epoch`` is still that epoch."""

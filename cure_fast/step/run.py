@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cure_fast.attacks import pgd
-from cure_fast.batch import Batch
+from cure_fast import distributed
+from cure_fast.attacks import draw_rows, pgd
+from cure_fast.batch import Batch, Part
 from cure_fast.classifier import ImageClassifier
 from cure_fast.config import Config
 from cure_fast.kernels import Selection
@@ -104,6 +105,7 @@ class Run:
         batch: 0-based batch of the epoch that comes next, or is under way.
         step: 0-based step of the run that comes next, or is under way.
         lr: learning rate of the step under way.
+        part: what of its images this process has, where others have some too; else None.
     """
 
     config: Config
@@ -119,6 +121,7 @@ class Run:
     batch: int = 0
     step: int = 0
     lr: float = 0.0
+    part: Part | None = None
     engine: Engine = field(init=False)
 
     @property
@@ -163,6 +166,29 @@ class Run:
         """Return the run's policy of type ``kind``."""
         return next(policy for policy in self.policies if isinstance(policy, kind))
 
+    def drawn(self, like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return random numbers shaped as ``like``, which has as many rows for each image.
+
+        ``fill`` puts them in place into a tensor with rows for all images of the step, so that an
+        image gets the same whichever process has it.
+        """
+        if self.part is None:
+            return draw_rows(like, fill)
+        first, count, whole = self.part
+        own = torch.empty_like(like)
+        each = len(own) // count
+        shape, strides = (each * whole, *own.shape[1:]), (own[0].numel(), *own.stride()[1:])
+        rows = torch.empty_strided(shape, strides, dtype=own.dtype, device=own.device)
+        return fill(rows)[each * first : each * (first + count)]
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Return the mean, 0-d, of a number for each image [n] over all images of the step."""
+        if self.part is None:
+            return rows.mean()
+        mean = self.part.share * rows.mean()
+        distributed.sum_([mean])
+        return mean
+
     def pgd(self, x: Tensor, objective: Callable[[Tensor], Tensor], **other: Any) -> Tensor:
         """Return PGD images [N, C, H, W] that raise ``objective``, by the configured attack.
 
@@ -178,5 +204,6 @@ class Run:
             "step_size": attack.step_length,
             "steps": self.attack_steps,
             "generator": self.generators["attack"],
+            "draw": self.drawn,
         }
         return pgd(other.pop("network", self.model), x, objective, **(configured | other))

@@ -9,18 +9,20 @@ update is of the same batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cure_fast import distributed
 from cure_fast.batch import Batch
 from cure_fast.classifier import attack_mode
 from cure_fast.console import warn
 from cure_fast.errors import DivergedError, MemoryExhaustedError, is_out_of_memory
-from cure_fast.step.policy import Wanted, around
+from cure_fast.step.policy import Policy, Wanted, around
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState, Undo
 
@@ -50,14 +52,16 @@ def train_step(state: TrainState, batch: Batch) -> Terms | None:
         terms = fitting(
             state, before_loss.restore, count, lambda pieces: add_gradients(state, batch, pieces)
         )
+        join_parts(state, batch, terms)
         state.scaler.unscale_(state.optimizer)
         verdict = judge(state, terms)
         if all(verdict):
             update(state)
         update_scale(state, verdict)
     if all(verdict):
+        noted = with_all_notes(state.policies, batch)
         for policy in state.policies:
-            policy.on_step(state, batch)
+            policy.on_step(state, noted)
         state.skipped_in_row = 0
     else:
         # Random sources go on.
@@ -90,7 +94,7 @@ def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
     parts = batch.split(pieces)
     for part in parts:
         terms = loss_of(state, part)
-        share = len(part) / len(batch)
+        share = len(part) / batch.whole
         if share < 1:
             terms = {name: share * term for name, term in terms.items()}
         for name, (of, parameters) in wanted.items():
@@ -107,6 +111,47 @@ def add_gradients(state: TrainState, batch: Batch, pieces: int) -> Terms:
             sums[name] = sums[name] + term.detach() if name in sums else term.detach()
     batch.join(parts)
     return sums
+
+
+def join_parts(state: TrainState, batch: Batch, terms: Terms) -> None:
+    """Add up what the processes have of a step: terms, all gradients, BatchNorm statistics.
+
+    Each counts by its share of the images, so that the step is that of the whole batch. Statistics
+    are means, so that all processes have the same.
+    """
+    if batch.part is None:
+        return
+    grads = [p.grad for p in state.trained_parameters if p.grad is not None]
+    further = [grad for group in state.gradients.values() for grad in group]
+    statistics = [] if state.config.run.sync_batchnorm else running_statistics(state.all_networks)
+    for kept in statistics:
+        kept.mul_(batch.part.share)
+    distributed.sum_([*terms.values(), *grads, *further, *statistics])
+
+
+def running_statistics(networks: Mapping[str, nn.Module]) -> list[Tensor]:
+    """Return the means and variances that BatchNorms of the networks keep."""
+    modules = [module for network in networks.values() for module in network.modules()]
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    return [tensor for tensor in kept if tensor is not None]
+
+
+def with_all_notes(policies: Sequence[Policy], batch: Batch) -> Batch:
+    """Return the batch with labels, places and notes of all processes, where policies may ask.
+
+    Its images are those of this process alone.
+    """
+    asks = any(type(policy).on_step is not Policy.on_step for policy in policies)
+    part = batch.part
+    if part is None or not batch.notes or not asks:
+        return batch
+
+    def joint(rows: Tensor) -> Tensor:
+        return distributed.joint(rows, first=part.first, whole=part.whole)
+
+    notes = {name: joint(note) for name, note in batch.notes.items()}
+    return replace(batch, y=joint(batch.y), index=joint(batch.index), notes=notes)
 
 
 def loss_of(state: TrainState, batch: Batch) -> Terms:
@@ -279,6 +324,11 @@ def fitting(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
+            if state.part is not None:
+                raise MemoryExhaustedError(
+                    f"step {state.step} does not fit into memory ({reason}). Several processes cut "
+                    "no batch: take more of them, or a smaller --batch-size."
+                ) from error
         # Outside the handler, whose traceback holds the tensors of the failed try.
         restore()
         if state.device.type == "cuda":

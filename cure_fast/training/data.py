@@ -57,8 +57,13 @@ def read_data(config: Config) -> Data:
     return Data(train=train, val=val, test=test, generated=generated)
 
 
-def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
-    """Return the loader of the training images, with generated ones where those are asked for."""
+def open_loader(
+    config: Config, data: Data, device: torch.device, process: tuple[int, int] = (0, 1)
+) -> Loader:
+    """Return the loader of the training images, with generated ones where those are asked for.
+
+    ``process`` has its part of each batch.
+    """
     # A stage that names none, as the natural start, has none of those that were read.
     generated = data.generated if config.data.aux is not None else None
     return make_loader(
@@ -74,4 +79,5 @@ def open_loader(config: Config, data: Data, device: torch.device) -> Loader:
         mix=None if generated is None else Mix(generated, config.data.aux_share),
         workers=config.data.workers,
         cache=user_path(config.run.cache, "--cache"),
+        process=process,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cure_fast import distributed
 from cure_fast.config import Config
 from cure_fast.console import Transcript, command, keep, say, transcript, warn
 from cure_fast.errors import InputError, StoppedError
@@ -75,26 +76,35 @@ def train(
             "--override: expected --resume with it, got --override alone. "
             "Add --resume to continue a run, or leave --override out."
         )
+    check_processes(config)
     with transcript() as printed:
         keep(opening(config))
-        return run_job(config, resume, override, stop, printed)
+        try:
+            with distributed.joined(timeout_s=config.run.rank_timeout):
+                return run_job(config, resume, override, stop, printed)
+        except distributed.LostError as error:
+            raise StoppedError(f"{error}; {way_on(config)}") from error
 
 
 def run_job(
     config: Config, resume: bool, override: bool, stop: StopSignals, printed: Transcript
 ) -> Path:
     """Run the job of :func:`train`, whose text is kept in the run folder."""
-    progress, device = Progress(), choose_device(config.run.device)
+    progress, device = Progress(), choose_device(distributed.device_name(config.run.device))
     set_determinism(config.run.deterministic)
     check_config(config)
     check_network(config)
     config = identified(config)
-    named = run_folder(config, resume=resume)
+    if distributed.restarted() and config.run.out is not None:
+        # The launcher's second try, after a process has failed, has the words of the first.
+        resume = resume or distributed.first(lambda: has_run(config))
+    named = distributed.first(lambda: run_folder(config, resume=resume))
     changes = check_same_run(named, config, override=override) if resume else {}
     check_sources(config, named)
     try:
         with stop.at_once():
-            data, loader, model, teachers = prepare(config, device, named)
+            prepared = distributed.in_turn(lambda: prepare(config, device, named))
+            data, loader, model, teachers = prepared
             sizes = {"image_size": data.train.image_size, "batch_size": config.optim.batch_size}
             number = choose_threads(
                 config.run.threads,
@@ -112,13 +122,15 @@ def run_job(
         )
         raise StoppedError(f"stopped before training; {again}.") from error
     # Everything that can be wrong with the input has been seen; only now is anything written.
-    with own_folder(config, resume=resume) as folder, threads(number):
+    held = distributed.first_in(lambda: own_folder(config, resume=resume))
+    with held as folder, threads(number):
         say(f"run folder: {folder}")
         kept = {"device": device, "changes": list(changes.values())}
 
         def record() -> None:
-            start_record(folder, config, loader.reason, **kept)
-            printed.write_to(folder / "console.log")
+            distributed.first(lambda: start_record(folder, config, loader.reason, **kept))
+            if distributed.writes():
+                printed.write_to(folder / "console.log")
             warn_of_emulation(config.run.amp, device)
             if alarm := step_alarm(config):
                 warn(alarm)
@@ -126,7 +138,7 @@ def run_job(
         # A run without a checkpoint is recorded at once, to be resumed wherever it ends; one with a
         # checkpoint when that has been read and fits: a folder that is refused stays as it was, and
         # can be resumed with its own configuration.
-        resumed = has_checkpoints(folder / "checkpoints")
+        resumed = distributed.first(lambda: has_checkpoints(folder / "checkpoints"))
         if resumed:
             check_device(folder, device)
         else:
@@ -147,7 +159,7 @@ def run_job(
             with progress:
                 results, examples = run_stages(stage, model, loader)
             with stop.at_once():
-                tell_end(stage, results, examples)
+                distributed.first(lambda: tell_end(stage, results, examples))
         except (StoppedError, Interrupted) as error:
             why = error if isinstance(error, StoppedError) else "stopped by a signal"
             remedy = f"continue with: {command('train', folder, '--resume')}"
@@ -156,6 +168,33 @@ def run_job(
             for sink in stage.sinks:
                 sink.close()
     return folder
+
+
+def check_processes(config: Config) -> None:
+    """Refuse what several processes cannot do, before anything is written."""
+    number, micro = distributed.started(), config.optim.micro_batch_size
+    if number > 1 and micro is not None:
+        raise InputError(
+            f"--micro-batch-size: expected none with {number} processes, which share each batch "
+            f"already, got {micro}. Leave it out, or start one process."
+        )
+    if number > 1 and config.data.aux is not None:
+        raise InputError(
+            f"--aux: expected none with {number} processes, got {config.data.aux}. Leave it out, or "
+            "start one process."
+        )
+
+
+def has_run(config: Config) -> bool:
+    """Return whether there is a run in the folder of --out."""
+    return (user_path(config.run.out or "", "--out") / "config.json").exists()
+
+
+def way_on(config: Config) -> str:
+    """Return how a run goes on whose processes lost one another."""
+    if config.run.out is not None and has_run(config):
+        return f"continue with: {command('train', config.run.out, '--resume')}"
+    return "start it again, with --resume where it had begun"
 
 
 def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarray]) -> None:
@@ -215,7 +254,7 @@ def prepare(
     )
     if data.generated is not None:
         say(f"data: {len(data.generated):,} generated images, {config.data.aux}")
-    loader = open_loader(config, data, device)
+    loader = open_loader(config, data, device, distributed.place())
     say(f"loader: {loader.reason}")
     model = new_model(config, len(data.train.classes), data.train.image_size)
     check_attention(config, model)
@@ -273,15 +312,17 @@ def run_stages(
     stage: Stage, model: ImageClassifier, loader: Loader
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Take the start, train and evaluate, each from where an earlier call left it."""
-    keep_teachers(stage.config, stage.teachers, stage.folder)
+    distributed.first(lambda: keep_teachers(stage.config, stage.teachers, stage.folder))
     take_start(stage, model)
     train_stage(stage, model, loader)
     stage.progress.begin(stage.number + 1)
     measured, examples = measure_run(
         stage.folder, stage.config, stage.data.test, stage.device, stage.stop, stage.progress
     )
-    kept = keep_results(stage.folder, stage.config, measured, examples)
-    return kept.record or measured, examples
+    kept = distributed.first(
+        lambda: keep_results(stage.folder, stage.config, measured, examples).record
+    )
+    return kept or measured, examples
 
 
 def device_name(device: torch.device) -> str:

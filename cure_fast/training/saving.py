@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cure_fast import distributed
 from cure_fast.config import Config
 from cure_fast.config.values import to_dict
 from cure_fast.console import command, warn
-from cure_fast.errors import DivergedError, InputError
+from cure_fast.errors import CureFastError, DivergedError, InputError
 from cure_fast.evaluation.record import settings_metadata
 from cure_fast.evaluation.results import LAST
 from cure_fast.methods import result_of
@@ -60,6 +61,11 @@ class Saver:
             InputError: if storing fails and ``--on-save-failure`` says stop.
         """
         check_weights(run)
+        run.engine.flush()
+        check_alike(run)
+        distributed.first(lambda: self._save(run, best))
+
+    def _save(self, run: TrainState, best: Collection[str]) -> None:
         for file in run.files:
             judge = file if file in run.candidates else "model"
             if judge in best:
@@ -88,6 +94,9 @@ class Saver:
         """
         if "last" in self.config.eval.evaluate:
             self._owe(run, "model", to=LAST)
+        distributed.first(self._write_last)
+
+    def _write_last(self) -> None:
         try:
             self._write_owed()
         except OSError as error:
@@ -161,3 +170,23 @@ def check_weights(run: TrainState) -> None:
             raise DivergedError(
                 f"a weight or statistic of the {name} is not finite after step {run.step}."
             )
+
+
+def check_alike(run: TrainState) -> None:
+    """Raise :class:`CureFastError` unless all processes have the same networks and policies' state.
+
+    They move alike from the same sums; a method or policy that does not would train nothing that
+    can be told.
+    """
+    if distributed.processes() == 1:
+        return
+    kept = [t for network in run.all_networks.values() for t in network.state_dict().values()]
+    kept += [tensor for policy in run.policies for tensor in policy.state.values()]
+    sums = [float(tensor.double().sum()) for tensor in kept]
+    sums_of_all = distributed.each(lambda: sums)
+    if any(other != sums_of_all[0] for other in sums_of_all):
+        raise CureFastError(
+            f"after step {run.step} the processes have different networks: --method "
+            f"{run.config.method} or one of its policies moves them by its own images alone. "
+            "Start one process, without torchrun."
+        )

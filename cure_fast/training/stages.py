@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import cure_fast
+from cure_fast import distributed
 from cure_fast.config import Config, MethodSettings, OptimConfig, PretrainConfig
 from cure_fast.config.values import digest, to_dict
 from cure_fast.console import say
@@ -92,7 +93,7 @@ def new_model(config: Config, num_classes: int, image_size: int | None = None) -
 def take_start(stage: Stage, model: ImageClassifier) -> None:
     """Load the weights training starts from, and keep a copy as ``start.safetensors``."""
     kept, config = stage.folder / START, stage.config
-    if kept.exists():
+    if distributed.first(kept.exists):
         load_into(model, read_weights(kept), source=str(kept))
         return
     if config.model.init_from is not None:
@@ -103,7 +104,7 @@ def take_start(stage: Stage, model: ImageClassifier) -> None:
         load_into(model, read_weights(weights), source=str(weights))
     else:
         return
-    save_weights(model, kept, weights_metadata(config, model))
+    distributed.first(lambda: save_weights(model, kept, weights_metadata(config, model)))
 
 
 def pretrain(stage: Stage, model: ImageClassifier) -> Path:
@@ -115,25 +116,15 @@ def pretrain(stage: Stage, model: ImageClassifier) -> Path:
     staged, progress = natural_stage(stage.config), stage.progress
     key = pretrain_key(staged, model, stage.data, stage.device)
     cached = user_path(staged.run.cache, "--cache") / "pretrained" / key
-    cached.mkdir(parents=True, exist_ok=True)
     weights, done = cached / "model.safetensors", cached / "done"
-    with ExitStack() as stack:
-        # A signal ends the wait for another run.
-        with stage.stop.at_once():
-            wait = "start: waiting for another run that pre-trains it"
-            stack.enter_context(locked(cached / "lock", wait=lambda: say(wait)))
-        clear_unfinished(cached)
-        if done.exists():
-            say(f"start: naturally pre-trained earlier, {weights}")
-        else:
-            train = stage.data.train
-            fresh = new_model(staged, len(train.classes), train.image_size)
-            loader = open_loader(staged, stage.data, stage.device)
-            natural = Stage(
-                "pretrain", staged, stage.data, cached, stage.device, stage.stop, progress
-            )
-            train_stage(natural, fresh, loader)
-            done.touch()
+
+    def held() -> AbstractContextManager[None]:
+        cached.mkdir(parents=True, exist_ok=True)
+        wait = "start: waiting for another run that pre-trains it"
+        return locked(cached / "lock", wait=lambda: say(wait))
+
+    def put_down() -> None:
+        done.touch()
         # Also where an earlier run had finished and was killed before or while it did this.
         shutil.rmtree(cached / "checkpoints", ignore_errors=True)
         metrics = stage.folder / "metrics.jsonl"
@@ -141,14 +132,34 @@ def pretrain(stage: Stage, model: ImageClassifier) -> Path:
         drop_rows_from(metrics, "pretrain", 0, 0)
         with metrics.open("a", encoding="utf-8") as target:
             target.write((cached / "metrics.jsonl").read_text(encoding="utf-8"))
+
+    with ExitStack() as stack:
+        # A signal ends the wait for another run.
+        with stage.stop.at_once():
+            stack.enter_context(distributed.first_in(held))
+        distributed.first(lambda: clear_unfinished(cached))
+        if distributed.first(done.exists):
+            say(f"start: naturally pre-trained earlier, {weights}")
+        else:
+            train = stage.data.train
+            fresh = new_model(staged, len(train.classes), train.image_size)
+            loader = open_loader(staged, stage.data, stage.device, distributed.place())
+            natural = Stage(
+                "pretrain", staged, stage.data, cached, stage.device, stage.stop, progress
+            )
+            train_stage(natural, fresh, loader)
+        distributed.first(put_down)
     return weights
 
 
 def pretrain_key(staged: Config, model: ImageClassifier, data: Data, device: torch.device) -> str:
     """Return the name of the cache folder: a digest of all that decides the stage's weights."""
-    values = to_dict(staged)
+    values, several = to_dict(staged), {}
+    if (number := distributed.processes()) > 1 and not staged.run.sync_batchnorm:
+        several = {"processes": number}
     return digest(
         {
+            **several,
             "model": values["model"],
             "tensors": {n: [str(t.dtype), *t.shape] for n, t in model.state_dict().items()},
             "layers": repr(model),
@@ -233,14 +244,14 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
     stage.progress.begin(stage.number)
     checkpoints = stage.folder / "checkpoints"
     # A folder without a single finished checkpoint is of a run that was killed before its first.
-    resumed = has_checkpoints(checkpoints)
+    resumed = distributed.first(lambda: has_checkpoints(checkpoints))
     if resumed:
         continue_from(run, checkpoints)
         say(f"{stage.name}: resumed after step {run.step}")
     stage.begin(run)
     if resumed:
         # Not before: where the run is refused its folder stays as it was.
-        tidy_checkpoints(checkpoints, run.step)
+        distributed.first(lambda: tidy_checkpoints(checkpoints, run.step))
     log = RunLog(
         stage.folder,
         stage.name,
@@ -251,6 +262,7 @@ def train_stage(stage: Stage, model: ImageClassifier, loader: Loader) -> None:
         upto_step=run.step,
         upto_epoch=run.epoch - (run.pending is not None),
         progress=stage.progress,
+        writes=distributed.writes(),
     )
     stage.sinks.extend(log.sinks)
     save = Saver(stage.folder, config)

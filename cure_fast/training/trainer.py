@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cure_fast import distributed
 from cure_fast.batch import Batch
 from cure_fast.config import Config, OptimConfig
 from cure_fast.engine import open_engine
@@ -16,11 +17,13 @@ from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.loaders import Loader
 from cure_fast.methods import find_method, result_of
 from cure_fast.models import ImageClassifier, protect_pointwise
+from cure_fast.models.synchronised import synchronise
 from cure_fast.policies import find_policy
 from cure_fast.runs.log import RunLog
 from cure_fast.step.gradients import LastGradients
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
+from cure_fast.step.train_step import running_statistics
 from cure_fast.training.schedules import lr_at, momentum_at
 from cure_fast.training.watch import collapsed, watch_step
 
@@ -57,6 +60,10 @@ def build_run(
         generators={"attack": torch.Generator(device).manual_seed(config.run.seed * 2)},
     )
     run.networks = {name: net.to(device) for name, net in run.method.networks(run).items()}
+    if config.run.sync_batchnorm and distributed.processes() > 1:
+        # Before policies copy networks.
+        for network in run.all_networks.values():
+            synchronise(network)
     # Before the policies, whose networks no optimiser moves.
     taking_gradients = (net.parameters() for net in run.all_networks.values())
     trained = [p for parameters in taking_gradients for p in parameters if p.requires_grad]
@@ -73,6 +80,11 @@ def build_run(
                 f"{', '.join(twice)}. Leave out the policy that has it."
             )
         run.networks |= {name: net.to(device) for name, net in policy.networks.items()}
+        if policy.alone and (several := distributed.processes()) > 1:
+            raise InputError(
+                f"--method {config.method}: expected one process, as its {type(policy).__name__} "
+                f"needs all images of a step, got {several}. Start it without torchrun."
+            )
     assert run.result in run.all_networks, f"the run has no network {run.result}"
     taken = {"model", "raw", "start", "last"} & run.networks.keys()
     assert not taken, f"files of the run folder have the names of its networks {taken}"
@@ -104,7 +116,9 @@ def next_step(run: TrainState, batch: Batch) -> tuple[float, Terms | None]:
     for policy in run.policies:
         other = policy.before(run, batch)
         batch = batch if other is None else other
+    run.part = batch.part
     terms = run.engine.step(batch)
+    run.part = None
     run.batch += 1
     run.step += 1
     return lr, terms
@@ -132,9 +146,9 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
             if terms is not None and done % config.run.log_every == 0:
                 epoch = (run.position - 1) / run.loader.batches_per_epoch
                 log.step(done, epoch, lr, terms, skipped=run.skipped)
-            images += len(batch)
-            work.advance(len(batch))
-            if stop():
+            images += batch.whole
+            work.advance(batch.whole)
+            if distributed.any_true(stop()):
                 raise StoppedError("stopped by a signal")
     run.engine.flush()
     if not run.counted:
@@ -143,6 +157,7 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
     seconds = time.monotonic() - started
     for policy in run.policies:
         policy.on_epoch_end(run)
+    average_statistics(run)
     run.engine.weights_moved()
     row = {
         "epoch": run.epoch + 1,
@@ -164,6 +179,15 @@ def train_epoch(run: TrainState, log: RunLog, stop: Callable[[], bool]) -> dict[
     run.epoch, run.batch = run.epoch + 1, 0
     run.engine.reset_sums()
     return row
+
+
+def average_statistics(run: TrainState) -> None:
+    """Take the mean over the processes of statistics that each has estimated from its images."""
+    if distributed.processes() > 1 and not run.config.run.sync_batchnorm:
+        kept = running_statistics(run.all_networks)
+        for tensor in kept:
+            tensor.div_(distributed.processes())
+        distributed.sum_(kept)
 
 
 def fit(

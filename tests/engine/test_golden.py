@@ -77,7 +77,7 @@ def _losses(config, engine, dtype):
     assert run.engine.name == engine
     real = attacks.start_point
 
-    def start_point(x, *, eps, start, norm, clamp_start, generator):
+    def start_point(x, *, eps, start, norm, clamp_start, generator, draw):
         # In float32, as other dtypes draw other numbers.
         if isinstance(eps, torch.Tensor):
             noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator)

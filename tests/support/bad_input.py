@@ -10,10 +10,12 @@ import functools
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +23,7 @@ from unittest import mock
 from bad_input_cases import CASES, EXIT_CODES, INTRODUCTION
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
+ASSIGNED = re.compile(r"[A-Z_]+=")
 # The user `nobody`, as whom permissions count also where the tests run as root.
 NOBODY = 65534
 
@@ -71,14 +74,21 @@ def answer(words: list[str], *, as_nobody: bool = False) -> tuple[int | None, st
     """Return exit code and standard error of a command line; ``None`` where training would begin.
 
     Args:
-        words: the command line without the program's name.
+        words: the command line without the program's name; variables may be set before it.
         as_nobody: run it as a user without rights where this process is root.
     """
     from cure_fast.cli.main import main
 
     code: Any
     errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+    # As a shell has it: what is set for the command stands before it.
+    given = dict(word.split("=", 1) for word in takewhile(ASSIGNED.match, words))
+    words = words[len(given) :]
+    with (
+        mock.patch.dict(os.environ, given),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(errors),
+    ):
         drop = as_nobody and os.geteuid() == 0
         if drop:
             os.seteuid(NOBODY)

@@ -40,6 +40,9 @@ All the answers below come with exit code 2. Of a flag given twice, the last cou
 a run, `run` is a run folder and `run-...` a damaged one, and `missing` is not there.
 """
 
+# What torchrun sets for the first of two processes.
+LAUNCHED = "WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
+
 CASES: dict[str, list[tuple[str, str]]] = {
     "Commands": [
         ("fly", "Available commands: data, train"),
@@ -182,6 +185,13 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --out notes.txt/run", "notes.txt"),
         ("train quickstart --out locked/run", "locked"),
         ("train quickstart --out ~nobody-here/run", "home folder"),
+    ],
+    "Several processes": [
+        ("WORLD_SIZE=2 train quickstart", "Start with torchrun"),
+        (f"{LAUNCHED} compare quickstart --methods cure", "Only train and eval share their work"),
+        (f"{LAUNCHED} train quickstart --micro-batch-size 8", "which share each batch already"),
+        (f"{LAUNCHED} eval run --save-adversarial images.npz", "expected one process"),
+        ("train quickstart --rank-timeout 0", "at least 1"),
     ],
     "Data": [
         ("train quickstart --data digit", "digits"),

@@ -1,0 +1,201 @@
+"""Two processes that share a run: the losses and counts of one, and the end of both."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from cure_fast.errors import InputError
+from cure_fast.loaders import ImageSet, make_loader
+from cure_fast.runs.checkpoint import load_checkpoint
+from cure_fast.runs.log import read_rows
+from moments import before_call, signal_at
+from processes import start
+from several import evaluated, results_of, start_together, trained
+from tiny_command import checkpoints, tiny_words
+
+# Sums in another order, in float64, after 20 steps.
+ROUNDING = 1e-9
+STEP = "cure_fast.engine.eager:train_step"
+TRAINED = {
+    name: partial(trained, *case)
+    for name, case in {
+        "pgd_at": ("pgd_at", 20),
+        "trades": ("trades", 20),
+        "cure": ("cure", 20),
+        # Gradients at other weights, averages, statistics estimated anew.
+        "policies": ("trades", 4, "awp", "swa"),
+        # What is kept of each image or class, where another process had it.
+        "te": ("te", 8),
+        "fgsm_pgi": ("fgsm_pgi", 4),
+        "cfa_at": ("cfa_at", 4),
+        # Means over the batch that are in no loss.
+        "gairat": ("gairat", 4),
+        "rat": ("rat", 4),
+        # An attack in training mode, with two starts per image.
+        "st_at": ("st_at", 4),
+    }.items()
+}
+CASES = {**TRAINED, "evaluation": evaluated, "alone": partial(trained, "las_at", 2)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    cases = [*CASES.values()]
+    return [
+        dict(zip(CASES, results, strict=True))
+        for count in (1, 2)
+        for results in results_of(folder / str(count), count, cases)
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_train_as_one(found, name):
+    one, first, second = (each[name] for each in found)
+    assert first == second
+    assert [terms.keys() for terms in one] == [terms.keys() for terms in first]
+    for alone, shared in zip(one, first, strict=True):
+        for term, value in alone.items():
+            assert shared[term] == pytest.approx(value, rel=ROUNDING, abs=1e-12), term
+
+
+def test_two_processes_count_as_one(found):
+    one, first, second = (each["evaluation"] for each in found)
+    assert one == first == second
+    # Some of the images that are right fall.
+    assert one["natural"]["correct"] > one["pgd3"]["correct"]
+    assert len({*one["aa"]["settings"]["robust_after"].values()}) > 1
+
+
+def test_what_needs_a_whole_batch_is_refused(found):
+    assert isinstance(found[0]["alone"], list)
+    assert "expected one process, as its Strategist needs all images" in found[1]["alone"]
+
+
+def loader_of(process, *, batch_size=10, count=27, **settings):
+    pixels = np.random.default_rng(0).integers(256, size=(count, 8, 8, 3), dtype=np.uint8)
+    images = ImageSet("noise", pixels, np.arange(count) % 3, ("a", "b", "c"), "random")
+    given = {"crop_padding": 2, "flip": True, "workers": 0, "cache": None, "seed": 3, **settings}
+    device = torch.device("cpu")
+    return make_loader(
+        given.pop("loader", "resident"),
+        images,
+        batch_size=batch_size,
+        device=device,
+        process=process,
+        **given,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"augment": "idbh-strong"}, {"loader": "torch"}])
+def test_parts_of_a_batch_are_the_batch(settings):
+    loaders = [loader_of(process, **settings) for process in ((0, 1), (0, 3), (1, 3), (2, 3))]
+    epochs = []
+    for loader in loaders:
+        with loader.epoch(1, start_batch=1) as batches:
+            epochs.append([*batches])
+    for whole, *parts in zip(*epochs, strict=True):
+        assert whole.part is None
+        assert [part.part.first for part in parts] == [0, len(parts[0]), len(whole) - len(parts[2])]
+        assert {part.whole for part in parts} == {len(whole)}
+        for name in ("x", "y", "index"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole, name))
+
+
+def test_too_few_images_for_all_processes_are_refused():
+    with pytest.raises(InputError, match="2 images or more for each of 4 processes, got one of 7"):
+        loader_of((0, 4))
+
+
+def shared_words(*more, out="run"):
+    return tiny_words(
+        *("--pretrain-epochs", "0", "--sync-batchnorm", "--start", "uniform", *more),
+        method="trades",
+        out=out,
+    )
+
+
+def steps_of(folder):
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["event"] == "step"]
+    return {row["step"]: row["terms"]["total"] for row in rows}
+
+
+def form_of(state):
+    """Names, types and shapes of all that a checkpoint holds."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, tuple(state.shape)
+    if isinstance(state, dict):
+        return {key: form_of(value) for key, value in state.items()}
+    return type(state)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of one process."""
+    cwd = tmp_path_factory.mktemp("alone")
+    running = start(shared_words(), cwd)
+    assert running.wait() == 0, running.output()
+    return cwd / "run"
+
+
+def check_same_run(folder, unbroken):
+    shared, alone = steps_of(folder), steps_of(unbroken)
+    assert shared.keys() == alone.keys()
+    # Float32: what rounds differently moves pixels whose gradient has no certain sign.
+    assert [*shared.values()] == pytest.approx([*alone.values()], rel=1e-3)
+    states = [load_checkpoint(each / "checkpoints")[0] for each in (folder, unbroken)]
+    assert form_of(states[0]) == form_of(states[1])
+    names = [{path.name for path in each.iterdir()} for each in (folder, unbroken)]
+    assert names[0] == names[1]
+
+
+def test_a_signal_to_one_process_stops_both_and_one_goes_on(tmp_path, unbroken):
+    stopping = partial(signal_at, STEP, 2, signal.SIGTERM)
+    both = start_together(shared_words(), tmp_path, of_last=stopping)
+    assert [running.wait() for running in both] == [75, 75], both[0].output() + both[1].output()
+    assert checkpoints(tmp_path / "run") == [2]
+    assert both[0].stderr().count("continue with: cure-fast train run --resume") == 1
+    assert "cure-fast:" not in both[1].stderr()
+    again = start(shared_words("--resume"), tmp_path)
+    assert again.wait() == 0, again.output()
+    assert "resumed after step 2" in again.stdout()
+    check_same_run(tmp_path / "run", unbroken)
+
+
+def test_two_processes_go_on_where_one_was_stopped(tmp_path, unbroken):
+    alone = start(shared_words(), tmp_path, prepare=partial(signal_at, STEP, 2, signal.SIGTERM))
+    assert alone.wait() == 75
+    both = start_together(shared_words("--resume"), tmp_path)
+    assert [running.wait() for running in both] == [0, 0], both[0].output() + both[1].output()
+    assert both[1].output() == ""
+    check_same_run(tmp_path / "run", unbroken)
+    results = [
+        json.loads((folder / "results.json").read_text())["models"]["trained"]["attacks"]
+        for folder in (tmp_path / "run", unbroken)
+    ]
+    counts = [{name: result["count"] for name, result in found.items()} for found in results]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("end", ["killed", "late"])
+def test_a_process_that_is_lost_is_named(tmp_path, end):
+    if end == "killed":
+        losing = partial(signal_at, STEP, 4, signal.SIGKILL)
+    else:
+        losing = partial(before_call, STEP, 4, partial(time.sleep, 30))
+    both = start_together(shared_words("--rank-timeout", "8"), tmp_path, of_last=losing)
+    assert both[0].wait() == 75, both[0].output()
+    both[1].kill()
+    lines = both[0].stderr().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("cure-fast: process 1 of 2 has ended, or did not come within 8 s")
+    assert lines[0].endswith("continue with: cure-fast train run --resume")
+    assert checkpoints(tmp_path / "run") == [3]
