@@ -129,10 +129,11 @@ def read_training(
     Raises:
         InputError: as these two.
     """
-    split = {"train_images": train_images, "val_images": val_images, "seed": seed}
+    split: dict[str, Any] = {"train_images": train_images, "val_images": val_images, "seed": seed}
     if name.startswith(FOLDER_PREFIX):
         train, val = split_train(list_folder(name, "train"), **split)
-        return tuple(part.read(image_size=image_size, cache=cache) for part in (train, val))
+        options: dict[str, Any] = {"image_size": image_size, "cache": cache}
+        return train.read(**options), val.read(**options)
     whole = read_dataset(name, root, "train", download=download, image_size=image_size)
     return split_train(whole, **split)
 

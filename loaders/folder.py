@@ -99,14 +99,14 @@ def list_folder(name: str, split: str) -> Listing:
             class.
     """
     path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
-    classes, *found = list_images(path / "train")
     place = path / "train"
+    classes, files, labels = list_images(place)
     if split != "train":
         unlabelled = (path / "val" / ANNOTATIONS).exists() or not (path / "test").exists()
         place = path / ("val" if unlabelled and (path / "val").is_dir() else "test")
-        theirs, *found = list_images(place)
+        theirs, files, labels = list_images(place)
         _check_same_classes(place, classes, theirs)
-    return Listing(name, place, *found, classes)
+    return Listing(name, place, files, labels, classes)
 
 
 def list_images(folder: Path) -> tuple[tuple[str, ...], list[Path], NDArray[np.int64]]:

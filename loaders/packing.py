@@ -28,7 +28,7 @@ def pack_folder(folder: Path, path: Path, *, image_size: int | None = None) -> i
         image_size: as for :func:`.stacking.stack_images`.
 
     Raises:
-        InputError: for images that :func:`.folder.read_folder` would refuse, or a path that is
+        InputError: for images that training would refuse, or a path that is
             taken or cannot be written.
     """
     if path.suffix != ".npz" or path.exists():

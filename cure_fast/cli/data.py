@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from cure_fast.config.arguments import DataWriteArgs
+from cure_fast.config.checks import Bounds
 from cure_fast.console import say
 from cure_fast.files import user_path
 
@@ -46,9 +47,11 @@ def data_pack(folder: str, out: str, *, image_size: int | None = None) -> None:
     Args:
         folder: Folder with one folder of images per class, named as the data set's classes.
         out: File to write, ending in .npz.
-        image_size: Pixels to resize and centre-crop images to, as for training; None takes them as
-            they are.
+        image_size: Pixels to resize and centre-crop images to, 1 to 4096, as for training; None
+            takes them as they are.
     """
+    if image_size is not None:
+        Bounds(1, 4096).check("image_size", image_size)
     from cure_fast.loaders.packing import pack_folder
 
     path = user_path(out, "OUT")

@@ -211,6 +211,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("train quickstart --aux npz:notes.txt", "not a zip file"),
         ("train quickstart --aux-share 1", "at most 0.99"),
         ("data pack photos images.txt", "ending in .npz"),
+        ("data pack photos images.npz --image-size 0", "at least 1"),
         ("data pack missing images.npz", "missing: expected a folder"),
         ("data pack photos/train images.npz", "the class is empty"),
         ("data write nothing", "digits"),
