@@ -115,8 +115,9 @@ def run_autoattack(
         pending = text_to_flags(state["entry"]).nonzero().flatten()
         batches = pending.split(size) if len(pending) else ()
 
-        def attack_own(attack: str, turn: Sequence[Tensor]) -> tuple[Tensor, list[str]] | None:
+        def attack_own(attack: str, turn: Sequence[Tensor]) -> list[tuple[Tensor, list[str]]]:
             """Return which images of this process's batch, if any, were broken, and warnings."""
+            found = []
             for indices in distributed.own(turn):
                 x, y = load(indices)
                 guard.at(x, indices, attack)
@@ -126,16 +127,16 @@ def run_autoattack(
                     x_adv, broken, told = attack_batch(guard, attack, x, y, settings)
                 check_perturbation(x_adv, x, indices, settings["eps"], attack, norm)
                 broke(indices[broken.cpu()], x_adv[broken])
-                return indices[broken.cpu()], told
-            return None
+                found.append((indices[broken.cpu()], told))
+            return found
 
         while state["batches"] < len(batches):
             turn = batches[state["batches"] :][: distributed.processes()]
             for found in distributed.each(partial(attack_own, attack, turn)):
-                fallen, told = found or ((), ())
-                robust[fallen] = False
-                for text in told:
-                    note(state["warnings"], f"{attack}: {text}")
+                for fallen, told in found:
+                    robust[fallen] = False
+                    for text in told:
+                        note(state["warnings"], f"{attack}: {text}")
             seconds = time.perf_counter() - started
             state |= {"robust": flags_to_text(robust), "batches": state["batches"] + len(turn)}
             save(state | {"seconds": seconds})
