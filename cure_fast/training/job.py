@@ -180,8 +180,8 @@ def check_processes(config: Config) -> None:
         )
     if number > 1 and config.data.aux is not None:
         raise InputError(
-            f"--aux: expected none with {number} processes, got {config.data.aux}. Leave it out, or "
-            "start one process."
+            f"--aux: expected none with {number} processes, got {config.data.aux}. Leave it out, "
+            "or start one process."
         )
 
 
