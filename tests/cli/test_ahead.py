@@ -20,7 +20,8 @@ ASKED = {
     "list methods": True,
     "list recipes --json": True,
     "show trades-cifar10-wrn34-10 --toml": True,
-    "show quickstart --json": True,
+    # What auto comes to on this machine is asked of torch.
+    "show quickstart --json": False,
     "train quickstart --epz 3": True,
     "train quikstart": True,
     "train quickstart --method cure_eff --epochs 1": True,
