@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -57,12 +59,12 @@ def launch_problem() -> str:
 
 def restarted() -> bool:
     """Return whether the launcher has started the processes anew after one had failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return started() > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def is_first() -> bool:
     """Return whether this is the process that prints, already before they are joined."""
-    return os.environ.get("RANK", "0") == "0"
+    return started() == 1 or int(os.environ["RANK"]) == 0
 
 
 def processes() -> int:
@@ -108,7 +110,7 @@ def joined(*, timeout_s: float) -> Iterator[None]:
     if gpu and local_place() < torch.cuda.device_count():
         torch.cuda.set_device(local_place())
     limit = timedelta(seconds=timeout_s)
-    store, own, count = next(dist.rendezvous("env://", timeout=limit))
+    store, own, count = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=limit)
@@ -146,10 +148,10 @@ def speaker(error: BaseException) -> str | None:
         if notes := getattr(cause, "__notes__", None):
             return f"{notes[0]}: "
         cause = cause.__cause__
-    return "" if os.environ.get("RANK", "0") == "0" else None
+    return "" if is_first() else None
 
 
-def unheard(store: dist.Store, word: str, own: int, count: int) -> list[int]:
+def unheard(store: Store, word: str, own: int, count: int) -> list[int]:
     """Leave word with the launcher's store; return which processes do not do so within a moment."""
     others = [other for other in range(count) if other != own]
     deadline = time.monotonic() + ROLL_CALL_S

@@ -21,7 +21,7 @@ def synchronise(network: nn.Module) -> None:
     """
     for layer in network.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.forward = partial(joint_norm, layer)
+            layer.forward = partial(joint_norm, layer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def joint_norm(layer: Any, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cure_fast import distributed
 from cure_fast.config import Config
 from cure_fast.config.checks import check
 from cure_fast.config.values import from_dict, to_dict
@@ -61,7 +62,10 @@ EPOCH_FIELDS = (
     "run.seed",
 )
 # What may change the last bits of a result where it differs from before.
-BITS = {"cuda": ("cure_fast", "torch", "gpu"), "cpu": ("cure_fast", "torch", "threads")}
+BITS = {
+    "cuda": ("cure_fast", "torch", "gpu", "processes"),
+    "cpu": ("cure_fast", "torch", "threads", "processes"),
+}
 
 
 def load_config(folder: Path) -> Config:
@@ -235,6 +239,7 @@ def start_record(
     """
     path = folder / "environment.json"
     here = {**environment(), "device": device.type, "loader": loader}
+    here["processes"] = distributed.processes()
     if path.exists():
         first, *later = read_environments(path)
         warn_of_other_bits([first, *later][-1], here)
