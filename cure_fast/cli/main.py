@@ -1,8 +1,7 @@
 """The command line: ``cure-fast train | compare | eval | report | export | data | list | ...``.
 
-cyclopts reads the words, writes help, and says what is wrong with them. Which flags ``train``,
-``compare``, ``sweep`` and ``show`` have depends on the recipe, the method and the policies that are
-named. Heavy imports wait inside the commands, so that help is quick.
+cyclopts reads the words, writes help, and says what is wrong with them. Which flags the commands of
+CONFIGURED have depends on what is named. Heavy imports wait inside, so that help is quick.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def plugin(mine, monkeypatch):
 
 
 def test_the_commands_of_the_page_run(mine, capsys):
-    first, *others = blocks("sh")[0].strip().split("\n")
+    own = next(block for block in blocks("sh") if "mine:" in block)
+    first, *others = own.strip().split("\n")
     assert main([*shlex.split(first)[1:], *SMALL.split()]) == 0
     for line in others:
         assert main(shlex.split(line)[1:]) == 0, line

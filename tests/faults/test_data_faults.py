@@ -72,7 +72,7 @@ FOLDERS: dict[Callable[[Path], None], str] = {
     another_test_class: "got them without cat and with cow besides",
     float_image: "2.tiff: expected 8 bits per channel, got an image of mode F",
     sixteen_bits: "2.png: expected 8 bits per channel, got an image of mode I;16",
-    other_size: "train/bee/0.png, got 8x9; bring all images to one size",
+    other_size: "train/bee/2.png, got 8x9; bring all images to one size",
     cut_file: "1.png: the image cannot be read",
 }
 
