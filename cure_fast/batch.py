@@ -15,23 +15,23 @@ class Part(NamedTuple):
 
     Attributes:
         first: place of the first of them, from 0.
-        count: how many they are.
+        number: how many they are.
         whole: number of images of the step.
     """
 
     first: int
-    count: int
+    number: int
     whole: int
 
     @property
     def share(self) -> float:
         """What a mean over them counts in the mean over all."""
-        return self.count / self.whole
+        return self.number / self.whole
 
     @property
     def rows(self) -> slice:
         """Their places."""
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.number)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class CapturedStep:
         # With the notes that policies leave before the step.
         self.fixed = {name: torch.empty_like(t) for name, t in tensors_of(batch).items()}
         notes = {name: t for name, t in self.fixed.items() if name in batch.notes}
-        images = {name: t for name, t in self.fixed.items() if name not in notes}
+        images: dict[str, Any] = {name: t for name, t in self.fixed.items() if name not in notes}
         self.graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self.graph.register_generator_state(generator)

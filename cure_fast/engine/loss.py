@@ -117,7 +117,8 @@ class Loss:
             for name, parameter in self.networks.named_parameters():
                 leaf = nn.Parameter(tensors[name], requires_grad=id(parameter) in trained)
                 tensors[name] = self.leaves[id(parameter)] = leaf
-            inner = type(batch)(**_of(given, "batch"), notes=_of(given, "note"))
+            images: dict[str, Any] = _of(given, "batch")
+            inner = type(batch)(**images, notes=_of(given, "note"))
             try:
                 return functional_call(self.networks, tensors, (compute, inner))
             finally:
