@@ -14,7 +14,7 @@ from cure_fast.config import Config
 from cure_fast.config.attack_names import ATTACKS, parse_attack
 from cure_fast.config.checks import as_word, field_types, find, flag_of
 from cure_fast.config.steps import evaluation_step
-from cure_fast.config.values import sections
+from cure_fast.config.values import sections, to_dict
 from cure_fast.loaders import DATASETS
 from cure_fast.methods import METHODS, find_method, paper_row, select_method, set_up_of
 from cure_fast.models import MODELS
@@ -270,15 +270,23 @@ def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     }
 
 
-def used(config: Config) -> dict[str, Any]:
-    """Return what None and ``auto`` come to, by field."""
+def used(config: Config) -> dict[str, tuple[Any, str]]:
+    """Return what the fields that are None or ``auto`` come to, each with what decides."""
     resolved = {**attacks_used(config), **machine_used(config)}
     return {
-        name: resolved[name][0]
+        name: resolved[name]
         for part in sections(config).values()
         for name, value in vars(part).items()
         if value in (None, "auto") and name in resolved
     }
+
+
+def config_json(config: Config) -> str:
+    """Return a configuration as a JSON file that gives it again, and what is used with it."""
+    from cure_fast.training.config_file import USED
+
+    found = {name: value for name, (value, _) in used(config).items()}
+    return json.dumps({**to_dict(config), USED: found}, indent=2)
 
 
 def print_config(config: Config, base: Config, published: bool) -> None:
@@ -296,7 +304,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
     for name in config.policies:
         print(f"policy: {name} ({find_policy(name).title})")
     official = set_up_of(config) if published else None
-    resolved = {**attacks_used(config), **machine_used(config)}
+    resolved = used(config)
     plain, before = (sections(each) for each in (select_method(Config(), config.method), base))
     for section, part in sections(config).items():
         if vars(part):
@@ -315,7 +323,7 @@ def print_config(config: Config, base: Config, published: bool) -> None:
                 told = f"[{official.source}] {told}"
             elif value != usual:
                 told = f"[recipe] {told}"
-            if value in (None, "auto") and name in resolved:
+            if name in resolved:
                 value, told = resolved[name]
             print(f"  {flag:<26} {as_word(value):<22} {told}".rstrip())
     print("\nWhat names no source is the default.")

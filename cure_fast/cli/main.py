@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -33,7 +32,6 @@ from cure_fast.config.arguments import (
     ExportArgs,
 )
 from cure_fast.config.checks import SHOWN, find, shown
-from cure_fast.config.values import to_dict
 from cure_fast.console import discard, say, tell
 from cure_fast.errors import (
     CureFastError,
@@ -500,10 +498,10 @@ def print_shown(
     config: Config, base: Config, recipe: str, words: Sequence[str], given: Mapping[str, bool]
 ) -> None:
     """Print a configuration as it was asked for."""
-    from cure_fast.cli.listing import print_config, used
+    from cure_fast.cli.listing import config_json, print_config
     from cure_fast.recipes import published_recipe, recipe_called
     from cure_fast.training.choices import starting_point
-    from cure_fast.training.config_file import USED, as_toml
+    from cure_fast.training.config_file import as_toml
 
     if given.get("toml"):
         # A run's folder is its own, and a file stands by itself.
@@ -512,7 +510,7 @@ def print_shown(
             config = replace(config, run=replace(config.run, out=None))
         print(as_toml(config, starting_point(own), own))
     elif given.get("json"):
-        print(json.dumps({**to_dict(config), USED: used(config)}, indent=2))
+        print(config_json(config))
     else:
         regime, _ = split_flags(words, {"regime": str})
         official = "published" in regime.values() or published_recipe(recipe) is not None

@@ -173,12 +173,14 @@ def run_job(
 def check_processes(config: Config) -> None:
     """Refuse what several processes cannot do, before anything is written."""
     number, micro = distributed.started(), config.optim.micro_batch_size
-    if number > 1 and micro is not None:
+    if number == 1:
+        return
+    if micro is not None:
         raise InputError(
             f"--micro-batch-size: expected none with {number} processes, which share each batch "
             f"already, got {micro}. Leave it out, or start one process."
         )
-    if number > 1 and config.data.aux is not None:
+    if config.data.aux is not None:
         raise InputError(
             f"--aux: expected none with {number} processes, got {config.data.aux}. Leave it out, "
             "or start one process."
