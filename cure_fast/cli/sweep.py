@@ -35,11 +35,14 @@ def read_sweep(
     with pointing_to("cure-fast sweep", "it"):
         grid = read_grid(own.get("grid", ""))
     numbers = grid.pop("seed", [])
-    if "seed" in own or (numbers and "seeds" in own) or not all(map(str.isdecimal, numbers)):
-        raise InputError(
-            '--seed: expected seeds in one place, as whole numbers, such as --grid "seed=0,1" or '
-            "--seeds 2. Leave out what is given besides."
-        )
+    given = {word.partition("=")[0] for word in words}
+    for name in [*grid, *(["seed", "seeds"] if numbers else [])]:
+        if found := given & {flag_of(name), f"--no-{flag_of(name)[2:]}"}:
+            raise InputError(f"{found.pop()}: expected it in --grid or beside it, got both.")
+    if "seed" in own:
+        raise InputError('--seed: expected seeds as --grid "seed=0,1" or as --seeds 2, got --seed.')
+    if wrong := [number for number in numbers if not number.isdecimal()]:
+        raise InputError(f"--grid, seed={wrong[0]}: expected a whole number, at least 0.")
     names = [[f"{flag_of(name)}={value}" for value in values] for name, values in grid.items()]
     entries = [(" ".join(each).replace("--", "") or recipe, each) for each in product(*names)]
     seeds = [int(number) for number in numbers] or seeds_of(own, 1)
@@ -59,11 +62,14 @@ def read_grid(text: str) -> dict[str, list[str]]:
         flag, _, values = part.partition("=")
         name, found = flag.strip().replace("-", "_"), ENTRY.findall(values)
         whole = ",".join(found) == values and all(map(str.strip, found)) and found
-        if not name or not whole or name in grid or name == "out":
+        if name == "out":
+            raise InputError("--grid: expected no out, as each run has a folder below --out.")
+        if name in grid:
+            raise InputError(f"--grid: expected each flag once, got {name} twice.")
+        if not name or not whole:
             raise InputError(
-                "--grid: expected flags and values, each flag once and none of the run folder, "
-                'such as "lr=0.05,0.1;seed=0,1", and quotes in pairs around a value with commas, '
-                f"got {shown(part) if part else 'nothing'}."
+                '--grid: expected flags and values, such as "lr=0.05,0.1;seed=0,1", and quotes in '
+                f"pairs around a value with commas, got {shown(part) if part else 'nothing'}."
             )
         grid[name] = [" ".join(shlex.split(value)) for value in found]
     return grid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,33 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(record: Record, analysed: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the whole page: what it says is in ``templates/``, the values come from here."""
-    templates = Environment(
+@cache
+def templates() -> Environment:
+    """Return what reads the templates, and keeps them compiled for the next page."""
+    return Environment(
         loader=PackageLoader("cure_fast.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(record: Record, analysed: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the whole page: what it says is in ``templates/``, the values come from here."""
     script = files("cure_fast.report").joinpath("templates/copy.js").read_text(encoding="utf-8")
-    return templates.get_template("page.html").render(
-        # A browser runs this script alone, whatever else should find its way into the page.
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        head=answer(record),
-        results=results_section(record),
-        pictures=pictures(record),
-        training=training(record),
-        analyses=analysed,
-        details=details(record),
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            # A browser runs this script alone, whatever else should find its way into the page.
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            head=answer(record),
+            results=results_section(record),
+            pictures=pictures(record),
+            training=training(record),
+            analyses=analysed,
+            details=details(record),
+        )
     )

@@ -124,7 +124,7 @@ def train_all(comparison: Comparison, stop: StopSignals) -> dict[tuple[str, int]
     ended = train_unfinished(comparison, jobs, stop) if jobs > 1 else {}
     for number, (entry, seed) in enumerate(comparison.runs(), start=1):
         folder, config = comparison.run_folder(entry, seed), comparison.config(entry, seed)
-        told = f"compare {number}/{len(comparison.runs())}: {entry.name}, seed {seed}"
+        told = f"run {number} of {len(comparison.runs())}: {entry.name}, seed {seed}"
         finished = is_finished(folder, config)
         say(f"{told}: finished earlier, in {folder}" if finished else told)
         try:

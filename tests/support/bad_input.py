@@ -39,7 +39,7 @@ def reached(*arguments: Any, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def no_training() -> Iterator[None]:
-    """Replace training, attacks, FFCV, the GPU, downloads and the look at the machine.
+    """Replace training, estimates of its time, attacks, FFCV, the GPU, downloads and `doctor`.
 
     What is left is all that looks at a user's input, so a command line takes milliseconds.
     """
@@ -53,6 +53,8 @@ def no_training() -> Iterator[None]:
     opened = datasets._open_torchvision
     stand_ins = {
         "cure_fast.training.job.run_stages": reached,
+        "cure_fast.training.job.plan_job": lambda *_: None,
+        "cure_fast.training.job.pace": lambda *_, **__: None,
         "cure_fast.cli.evaluate.measure_run": reached,
         "cure_fast.cli.evaluate.attack_model": reached,
         "cure_fast.loaders.beton.ensure_beton": reached,

@@ -142,7 +142,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sweep quickstart --grid lr=0.1,fast", "--grid, 'lr=fast': --lr"),
         ("sweep quickstart --grid lr=0.1,0.10", "expected entries that differ"),
         ("sweep quickstart --grid eps=0.1,0.2", "outside of --grid"),
-        ("sweep quickstart --grid seed=0,1 --seeds 2", "--seed: expected seeds in one place"),
+        ("sweep quickstart --grid seed=0,1 --seeds 2", "--seeds: expected it in --grid or beside"),
+        ("sweep quickstart --grid lr=0.1,0.2 --lr 0.3", "--lr: expected it in --grid or beside"),
+        ("sweep quickstart --grid seed=0,-1", "seed=-1: expected a whole number"),
         ("sweep quickstart --grid lr=0.1 --jobs 0", "from 1 to 64"),
     ],
     "Flags of training": [
