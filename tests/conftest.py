@@ -13,6 +13,8 @@ from pathlib import Path
 # Read when torch is loaded. One thread for tiny tensors, and as many in each process of a test: the
 # number decides the last bits of what runs are compared by.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the Makefile has it: threads that wait for long by spinning take the cores from other tests.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hypothesis
 import numpy as np

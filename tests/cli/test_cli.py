@@ -17,6 +17,7 @@ from cure_fast.cli.main import main
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from processes import finish, start
+from tiny_job import same_weights
 
 TINY = (
     "--train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 --batch-size 30 "
@@ -162,11 +163,11 @@ WRONG = {
     "train quickstart --attacks pgd": "pgd20",
     "train quickstart --device tpu": "--device",
     "train quickstart --device cuda:99": "usable GPUs",
-    "train quickstart --init-from none.safetensors": "none.safetensors",
+    "train quickstart --loader resident --init-from none.safetensors": "none.safetensors",
     "train quickstart --val-images 1430": "--val-images",
     "train quickstart --train-images 100000": "--train-images",
     "train quickstart --method cure_eff --epochs 1": "--natural-share",
-    "train quickstart --no-revision --networks revision": "no network 'revision'",
+    "train quickstart --loader resident --no-revision --networks revision": "no network 'revision'",
     "train quickstart --policies swaa": "piat, awp",
     "train quickstart --policies piat,piat": "--policies piat",
     "train quickstart --awp-gamma 1": "--policies awp",
@@ -229,8 +230,9 @@ def test_a_run_folder_serves_as_recipe_and_resumes(folder, capsys):
 
 
 def test_runs_without_out_get_a_folder_of_their_own(folder):
-    assert main(["train", "quickstart", *TINY]) == 0
-    assert main(["train", "quickstart", *TINY]) == 0
+    short = [*TINY, "--pretrain-epochs", "0", "--attacks", "natural"]
+    assert main(["train", "quickstart", *short]) == 0
+    assert main(["train", "quickstart", *short]) == 0
     assert {p.name for p in Path("runs").iterdir()} == {
         "digits-resnet-small-cure-s0",
         "digits-resnet-small-cure-s0-2",
@@ -238,9 +240,10 @@ def test_runs_without_out_get_a_folder_of_their_own(folder):
 
 
 def test_policies_name_the_folder_that_resume_finds(folder, capsys):
-    words = ["train", "quickstart", "--method", "trades", "--policies", "piat,awp", *TINY]
+    short = [*TINY, "--pretrain-epochs", "0", "--attacks", "natural"]
+    words = ["train", "quickstart", "--method", "trades", "--policies", "piat,awp", *short]
     assert main(words) == 0
-    assert main(["train", "quickstart", "--method", "piat_nmse", *TINY]) == 0
+    assert main(["train", "quickstart", "--method", "piat_nmse", *short]) == 0
     names = {"trades+piat+awp-s0", "piat_nmse+piat-s0"}
     assert {p.name for p in Path("runs").iterdir()} == {f"digits-resnet-small-{n}" for n in names}
     assert main([*words, "--resume"]) == 0
@@ -307,7 +310,7 @@ def test_training_works_without_torchvision(folder):
     assert code == 0 and "Traceback" not in output, output
 
 
-def test_data_write_makes_the_file_that_training_reads(folder, capsys):
+def test_data_write_makes_the_file_from_which_the_same_weights_are_trained(folder, capsys):
     pytest.importorskip("ffcv", reason="FFCV is not installed")
     words = "--train-images 60 --val-images 20 --cache kept".split()
     assert main(["data", "write", "digits", *words]) == 0
@@ -315,6 +318,8 @@ def test_data_write_makes_the_file_that_training_reads(folder, capsys):
     assert str(path) in capsys.readouterr().out
     assert main(["train", "quickstart", "--out", "run", *TINY, "--loader", "ffcv", *words]) == 0
     assert list(Path("kept/ffcv").glob("*.beton")) == [path]
+    assert main(["train", "quickstart", "--out", "resident", *TINY, *words]) == 0
+    assert same_weights(Path("run"), Path("resident"))
 
 
 def test_a_closed_stop_names_the_command_that_continues(folder, monkeypatch, capsys):

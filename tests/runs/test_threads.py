@@ -92,12 +92,16 @@ def recorded(folder: str) -> list[int]:
     return [start["threads"] for start in (first, *first.get("resumed", []))]
 
 
+# A step an epoch, and eight images to attack: two threads on busy cores take ten times as long.
+ONE_STEP = ("--train-images", "32", "--val-images", "10", "--pretrain-epochs", "0", "--limit", "8")
+
+
 def test_a_resumed_run_keeps_its_number_unless_another_is_named(
     measured, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     measured |= {1: 0.05, 2: 0.02}
-    flat = ("--schedule", "constant")
+    flat = (*ONE_STEP, "--attacks", "natural", "--schedule", "constant")
     assert main(tiny_words(*flat, "--epochs", "2", out="broken")) == 0
     assert main(tiny_words(*flat, "--epochs", "3", "--threads", "2", out="whole")) == 0
     # Whatever the cores are busy with now.
@@ -118,7 +122,7 @@ def test_a_resumed_run_keeps_its_number_unless_another_is_named(
 
 def test_an_evaluation_measures_for_itself(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(tiny_words("--threads", "2", "--epochs", "1")) == 0
+    assert main(tiny_words(*ONE_STEP, "--threads", "2", "--epochs", "1")) == 0
     measured |= {1: 0.02, 2: 0.05}
     for target in ("run", "run/model.safetensors"):
         capsys.readouterr()

@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -174,24 +174,24 @@ def prepared() -> Iterator[Path]:
             (folder / "locked").chmod(0o700)
 
 
-def document() -> str:
+def answers() -> dict[str, tuple[int | None, str]]:
+    """Return what each case is answered."""
+    cases = [words for rows in CASES.values() for words, _ in rows]
+    return {words: answer(shlex.split(words), as_nobody="locked" in words) for words in cases}
+
+
+def document(answered: Mapping[str, tuple[int | None, str]]) -> str:
     """Return docs/errors.md: what each case of each group is answered, with the introduction."""
     codes = [f"| {code} | {what} | {remedy} |" for code, (what, remedy) in EXIT_CODES.items()]
     lines = [INTRODUCTION.format(codes="\n".join(codes)).rstrip()]
     for title, rows in CASES.items():
         lines += ["", f"## {title}", "", "| `cure-fast ...` | answer |", "|---|---|"]
         for words, _ in rows:
-            _, errors = answer(shlex.split(words), as_nobody="locked" in words)
-            text = errors.strip().removeprefix("cure-fast: ").replace("|", "\\|")
+            text = answered[words][1].strip().removeprefix("cure-fast: ").replace("|", "\\|")
             lines.append(f"| `{words}` | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def current() -> str:
-    """Return what docs/errors.md has to say."""
-    with prepared():
-        return document()
-
-
 if __name__ == "__main__":
-    DOCUMENT.write_text(current(), encoding="utf-8")
+    with prepared():
+        DOCUMENT.write_text(document(answers()), encoding="utf-8")

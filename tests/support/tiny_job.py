@@ -19,7 +19,7 @@ def tiny(tmp_path, method="cure", *, out="run", epochs=2, **sections):
     config = replace(
         config,
         data=replace(config.data, train_images=96, val_images=20, loader="resident"),
-        model=replace(config.model, width=16),
+        model=replace(config.model, width=4),
         pretrain=replace(config.pretrain, pretrain_epochs=1),
         attack=replace(config.attack, attack_steps=2, step_size=0.075),
         optim=replace(config.optim, epochs=epochs, batch_size=32),

@@ -25,8 +25,8 @@ STEP = "cure_fast.engine.eager:train_step"
 TRAINED = {
     name: partial(trained, *case)
     for name, case in {
-        "pgd_at": ("pgd_at", 20),
-        "trades": ("trades", 20),
+        "pgd_at": ("pgd_at", 4),
+        "trades": ("trades", 4),
         "cure": ("cure", 20),
         # Gradients at other weights, averages, statistics estimated anew.
         "policies": ("trades", 4, "awp", "swa"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from cure_fast.runs.folder import load_config
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
 from cure_fast.step.policy import Policy
-from cure_fast.training import stages
+from cure_fast.training import job, plan, stages
 from cure_fast.training.job import train
 from cure_fast.training.opening import opening
 from killing import same_end
@@ -33,6 +35,27 @@ from moments import hold_at
 from processes import start
 from tiny_command import checkpoints, differences
 from tiny_job import same_weights, stable_rows, tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Finished runs of one epoch and of two, and their cache, to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    for epochs in (1, 2):
+        train(tiny(folder, out=str(epochs), epochs=epochs))
+    return folder
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """Return a config and its finished run, by the number of epochs."""
+
+    def copied(epochs, out="run"):
+        for source, target in (("cache", "cache"), (str(epochs), out)):
+            shutil.copytree(made / source, tmp_path / target, symlinks=True, dirs_exist_ok=True)
+        return tiny(tmp_path, out=out, epochs=epochs), tmp_path / out
+
+    return copied
 
 
 def test_a_run_leaves_the_whole_record(tmp_path, capsys):
@@ -82,19 +105,18 @@ def test_a_run_leaves_the_whole_record(tmp_path, capsys):
     assert opened == opening(config) and rest == output
 
 
-def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path):
-    a, b = (train(tiny(tmp_path, out=name)) for name in ("a", "b"))
-    assert same_weights(a, b) and stable_rows(a) == stable_rows(b)
-    c = train(tiny(tmp_path, out="c", run={"seed": 1}))
+def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path, finished):
+    _, a = finished(1, "a")
+    # Another natural start, not that of the cache.
+    b = train(tiny(tmp_path, out="b", epochs=1, run={"cache": str(tmp_path / "other")}))
+    assert same_weights(a, b) and stable_rows(a)[1:] == stable_rows(b)[1:]
+    c = train(tiny(tmp_path, out="c", epochs=1, run={"seed": 1}))
     assert not same_weights(a, c)
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
-def test_every_loader_trains_the_same_weights(tmp_path, loader):
-    if loader == "ffcv":
-        pytest.importorskip("ffcv", reason="FFCV is not installed")
-    resident = train(tiny(tmp_path, out="resident", epochs=1))
-    other = train(tiny(tmp_path, out=loader, epochs=1, data={"loader": loader, "workers": 1}))
+def test_another_loader_trains_the_same_weights(tmp_path, finished):
+    _, resident = finished(1)
+    other = train(tiny(tmp_path, out="torch", epochs=1, data={"loader": "torch", "workers": 1}))
     assert same_weights(resident, other)
 
 
@@ -116,20 +138,33 @@ class StopAfter(StopSignals):
         return self.came
 
 
-def train_in_two_parts(config, monkeypatch):
+def train_in_two_parts(config, monkeypatch, *, stop_in=4, ends=(4, 6)):
     """Stop a run of two epochs in the middle of the second one, and resume it."""
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        train(config, stop=StopAfter(4, patch))
+        train(config, stop=StopAfter(stop_in, patch))
     folder = train(config, resume=True)
-    assert checkpoints(folder)[-2:] == [4, 6]
+    assert checkpoints(folder)[-2:] == [*ends]
     return folder
 
 
 def assert_resumes(tmp_path, method, policies, monkeypatch):
+    """Compare weights, metrics and the last state of a run with those of one in two parts.
+
+    Two steps an epoch, and nothing besides training: estimates, attacks and pages are the same for
+    all methods.
+    """
+    monkeypatch.setattr(plan, "epoch_costs", lambda config: [1.0] * config.optim.epochs)
+    for name in ("pace", "tell_end"):
+        monkeypatch.setattr(job, name, lambda *_, **__: None)
+    monkeypatch.setattr(job, "measure_run", lambda *_: ({}, {}))
+    monkeypatch.setattr(job, "keep_results", lambda *_: SimpleNamespace(record=None))
+    small = {"data": {"train_images": 32}, "model": {"width": 4}, "optim": {"batch_size": 16}}
     whole, broken = (
-        select_policies(tiny(tmp_path, method, out=out), policies) for out in ("whole", "broken")
+        select_policies(tiny(tmp_path, method, out=out, **small), policies)
+        for out in ("whole", "broken")
     )
-    whole, resumed = train(whole), train_in_two_parts(broken, monkeypatch)
+    whole = train(whole)
+    resumed = train_in_two_parts(broken, monkeypatch, stop_in=3, ends=(3, 4))
     assert same_weights(whole, resumed) and same_end(whole, resumed)
     # The broken run took its natural start from the cache, as the whole one had made it.
     assert stable_rows(whole) == stable_rows(resumed)
@@ -218,8 +253,8 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch):
     assert "checkpoint-000000001" in names
 
 
-def test_pre_training_is_taken_from_the_cache(tmp_path, capsys):
-    train(tiny(tmp_path, out="a", epochs=1))
+def test_pre_training_is_taken_from_the_cache(tmp_path, finished, capsys):
+    finished(1, "a")
     capsys.readouterr()
     train(tiny(tmp_path, "trades", out="b", epochs=1))
     assert "pre-trained earlier" in capsys.readouterr().out
@@ -256,16 +291,16 @@ def test_training_from_scratch_has_no_start(tmp_path):
     assert list(results["models"]) == ["trained"]
 
 
-def test_another_configuration_cannot_resume(tmp_path):
-    train(tiny(tmp_path, epochs=1))
+def test_another_configuration_cannot_resume(tmp_path, finished):
+    finished(1)
     with pytest.raises(InputError, match=r"optim\.lr: 0\.1 in the run, 0\.2 asked for"):
         train(tiny(tmp_path, epochs=1, optim={"lr": 0.2}), resume=True)
     with pytest.raises(InputError, match=r"settings\.beta"):
         train(tiny(tmp_path, epochs=1, settings={"beta": 1.0}), resume=True)
 
 
-def test_a_finished_run_resumes_to_its_results(tmp_path):
-    folder = train(tiny(tmp_path, epochs=1))
+def test_a_finished_run_resumes_to_its_results(tmp_path, finished):
+    _, folder = finished(1)
     before = (folder / "model.safetensors").read_bytes()
     (folder / "report.html").unlink()
     assert train(tiny(tmp_path, epochs=1, data={"loader": "torch"}), resume=True) == folder
@@ -273,10 +308,10 @@ def test_a_finished_run_resumes_to_its_results(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_a_folder_with_a_run_is_not_written_over(tmp_path):
-    train(tiny(tmp_path, epochs=1))
+def test_a_folder_with_a_run_is_not_written_over(finished):
+    config, _ = finished(1)
     with pytest.raises(InputError, match="new or empty"):
-        train(tiny(tmp_path, epochs=1))
+        train(config)
 
 
 def test_divergence_is_named_with_advice(tmp_path):
@@ -292,34 +327,31 @@ def test_divergence_is_named_with_advice(tmp_path):
         )
 
 
-def test_damaged_checkpoints_are_skipped_and_said(tmp_path, capsys):
-    folder = train(tiny(tmp_path))
+def test_damaged_checkpoints_are_skipped_and_said(finished, capsys):
+    config, folder = finished(2)
     newest = sorted((folder / "checkpoints").iterdir())[-1] / "state.pt"
     newest.write_bytes(newest.read_bytes()[:100])
-    train(tiny(tmp_path), resume=True)
+    train(config, resume=True)
     assert "skipped checkpoint-000000006" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    config = tiny(tmp_path, epochs=1)
-    folder = train(config)
+def test_a_checkpoint_of_another_model_is_refused(finished):
+    config, folder = finished(1)
     save_checkpoint(folder / "checkpoints", 99, {"model": {}}, {})
     with pytest.raises(InputError, match="another run or version"):
         train(config, resume=True)
 
 
-def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path):
-    config = tiny(tmp_path)
-    whole = train(tiny(tmp_path, out="whole"))
-    folder = train(config)
+def test_a_run_killed_before_its_first_checkpoint_resumes(finished):
+    _, whole = finished(1, "whole")
+    config, folder = finished(1)
     for path in (folder / "checkpoints").iterdir():
         path.rename(path.with_name(f".tmp-{path.name}"))
     assert same_weights(whole, train(config, resume=True))
 
 
-def test_what_a_killed_run_left_unfinished_goes(tmp_path):
-    config = tiny(tmp_path, epochs=1)
-    folder = train(config)
+def test_what_a_killed_run_left_unfinished_goes(tmp_path, finished):
+    config, folder = finished(1)
     (cached,) = (tmp_path / "cache/pretrained").iterdir()
     (folder / "start.safetensors").unlink()
     left = [place / ".123.tmp-x" for place in (folder, folder / "evaluation/trained", cached)]
@@ -330,17 +362,16 @@ def test_what_a_killed_run_left_unfinished_goes(tmp_path):
     assert not any(path.exists() for path in left) and all(path.exists() for path in others)
 
 
-def test_a_cut_off_pre_training_starts_anew(tmp_path):
-    whole = train(tiny(tmp_path, out="whole", epochs=1))
+def test_a_cut_off_pre_training_starts_anew(tmp_path, finished):
+    _, whole = finished(1, "whole")
     (cached,) = (tmp_path / "cache/pretrained").iterdir()
     (cached / "done").unlink()
     (cached / "checkpoints/.tmp-checkpoint-000000001").mkdir(parents=True)
     assert same_weights(whole, train(tiny(tmp_path, epochs=1)))
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    config = tiny(tmp_path, epochs=1)
-    folder = train(config)
+def test_a_folder_in_use_is_refused(finished):
+    config, folder = finished(1)
     with (
         locked(folder / "run.lock"),
         pytest.raises(InputError, match="another process is running"),
