@@ -17,6 +17,8 @@ from .resident import ResidentLoader, fits_device
 from .torch_loader import TorchLoader
 
 KINDS = ("auto", "ffcv", "resident", "torch")
+# Bytes of images that are read in less time than FFCV compiles its pipeline in, 10 s of a core.
+FEW_BYTES = 16_000_000
 
 
 def make_loader(
@@ -38,8 +40,9 @@ def make_loader(
     """Return the loader of training images; ``loader.reason`` says which it is and why.
 
     Args:
-        kind: ``ffcv``, ``resident``, ``torch``, or ``auto``: FFCV where it can be imported, else
-            resident if the set takes less than a quarter of the device's free memory, else torch.
+        kind: ``ffcv``, ``resident``, ``torch``, or ``auto``: resident for less than
+            :data:`FEW_BYTES`, else FFCV where it can be imported, else resident if the set takes
+            less than a quarter of the device's free memory, else torch.
         image_set: training images, at least two, with every class among them.
         batch_size: images per batch, at least 2.
         device: where batches are delivered.
@@ -73,6 +76,8 @@ def make_loader(
         process=process,
     )
     why = "asked for"
+    if kind == "auto" and image_set.images.nbytes < FEW_BYTES:
+        kind, why = "resident", "so few images are read before FFCV would have compiled"
     if kind in ("auto", "ffcv"):
         problem = ffcv_problem()
         if not problem:

@@ -132,8 +132,9 @@ setup_key() {
       echo "${SKIP_FFCV:+without FFCV}"; } | sha256sum | cut -d' ' -f1
 }
 
+# Python compiles what it imports; to compile all of it now takes a minute and a half.
 pip_install() {
-    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    "$venv/bin/python" -m pip install --no-compile --no-input --disable-pip-version-check --progress-bar off \
         -c constraints.txt "$@"
 }
 

@@ -238,16 +238,19 @@ def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
 def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     """Return what None and ``auto`` come to on this machine, by field, each with what decides."""
     from cure_fast.engine.choose import engine_asked
+    from cure_fast.loaders.choose import FEW_BYTES
     from cure_fast.loaders.ffcv_reader import ffcv_problem
     from cure_fast.runs.environment import choose_device, choose_dtype
     from cure_fast.runs.folder import run_folder
 
     device = choose_device(config.run.device)
     dtype = choose_dtype(config.run.amp, device)
-    problem = ffcv_problem()
-    loader = "ffcv" if config.data.loader == "auto" and not problem else config.data.loader
+    problem, info = ffcv_problem(), DATASETS.get(config.data.data)
+    loader, size = config.data.loader, (config.data.image_size or (info.image_size if info else 0))
+    # Of folders neither number nor size is known before they are read.
+    few = info is not None and (config.data.train_images or 50_000) * 3 * size**2 < FEW_BYTES
     if loader == "auto":
-        loader = "resident"
+        loader = "resident" if few or problem else "ffcv"
     cores = len(os.sched_getaffinity(0))
     workers = {"ffcv": "1", "torch": str(cores)}.get(loader, "-")
     larger = "; torch where the images take over a quarter of the memory" if problem else ""

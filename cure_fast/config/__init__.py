@@ -64,7 +64,8 @@ class DataConfig(Checked):
     flip: bool = True
     """Any augmentation: mirror each image left to right with probability 1/2."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
-    """How batches are fed; auto takes FFCV where it is installed, else resident, else torch."""
+    """How batches are fed; auto takes resident below 16 MB of images, above FFCV where it is
+    installed, else resident, else torch."""
     workers: Annotated[int, Bounds(0, 1024)] | None = None
     """Threads (FFCV) or processes (torch) that load batches; None takes 1 or, for torch, all."""
 

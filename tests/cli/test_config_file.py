@@ -91,7 +91,8 @@ def test_as_json_it_is_one_too_and_says_what_is_used(here, capsys):
     used = json.loads(text)["used"]
     assert used["engine"] == "eager" and "device" not in used
     assert (used["eval_eps"], used["step_size"]) == (8 / 255, 2 / 255)
-    assert used["loader"] in ("ffcv", "resident")
+    # The digits are few.
+    assert used["loader"] == "resident"
 
 
 @pytest.mark.parametrize(

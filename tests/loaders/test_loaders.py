@@ -251,8 +251,13 @@ def absent() -> str:
     return "FFCV is not installed (pip install 'cure-fast[ffcv]')"
 
 
-def test_auto_takes_ffcv_first(make, make_images, cache) -> None:
+def test_auto_takes_ffcv_where_there_are_many_images(
+    make, make_images, cache, monkeypatch
+) -> None:
     images = make_images(67)
+    few = make("auto", images)
+    assert few.kind == "resident" and few.reason.startswith("resident: so few images")
+    monkeypatch.setattr(choose, "FEW_BYTES", images.images.nbytes)
     loader = make("auto", images, cache=cache)
     assert loader.kind == "ffcv" and loader.reason.startswith("ffcv: FFCV 1")
     assert "\n" not in loader.reason
@@ -260,6 +265,7 @@ def test_auto_takes_ffcv_first(make, make_images, cache) -> None:
 
 def test_auto_without_ffcv(make, make_images, monkeypatch) -> None:
     monkeypatch.setattr(choose, "ffcv_problem", absent)
+    monkeypatch.setattr(choose, "FEW_BYTES", 0)
     loader = make("auto", make_images(67))
     assert loader.kind == "resident"
     assert loader.reason == (
