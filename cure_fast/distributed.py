@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 # What a launcher tells each process.
 LAUNCHED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -68,13 +71,13 @@ def is_first() -> bool:
 
 
 def processes() -> int:
-    """Return how many processes are joined; 1 outside of :func:`joined`."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Return how many processes are joined; 1 outside of :func:`joined`, and in :func:`apart`."""
+    return dist.get_world_size() if dist.is_initialized() and not _apart.get() else 1
 
 
 def place() -> tuple[int, int]:
     """Return the place of this process among those that are joined, from 0, and their number."""
-    return (dist.get_rank() if dist.is_initialized() else 0), processes()
+    return (dist.get_rank() if processes() > 1 else 0), processes()
 
 
 def writes() -> bool:
@@ -161,6 +164,16 @@ def unheard(store: Store, word: str, own: int, count: int) -> list[int]:
             others = [other for other in others if not store.check([f"{word}/{other}"])]
             time.sleep(0.02)
     return others
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Be a process by itself for the block, in which it neither writes nor waits for others."""
+    before = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
 
 
 def own(items: Sequence[T]) -> Sequence[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import cure_fast
+from cure_fast import distributed
 from cure_fast.config.values import digest
 from cure_fast.errors import StoppedError
 from cure_fast.evaluation.model_state import tensor_hash
@@ -47,6 +48,23 @@ def sources_hash() -> str:
     return found.hexdigest()
 
 
+def dealt(parts: Mapping[str, Callable[[], T]], turn: Sequence[str]) -> dict[str, T]:
+    """Return what the parts give, of which each process computes one by itself."""
+
+    def compute_own() -> dict[str, T]:
+        own = distributed.own(turn)
+        with distributed.apart():
+            return {name: parts[name]() for name in own}
+
+    return {name: value for found in distributed.each(compute_own) for name, value in found.items()}
+
+
+def together(parts: Mapping[str, Callable[[], T]], name: str) -> dict[str, T]:
+    """Return what a part gives; processes share attacks, and all take what the first one has."""
+    value = parts[name]()
+    return {name: distributed.first(lambda: value)}
+
+
 @dataclass
 class Kept:
     """Finished parts, in a file where there is a path.
@@ -66,21 +84,26 @@ class Kept:
     def each(self, parts: Mapping[str, Callable[[], T]], title: str = "") -> dict[str, T]:
         """Return what each part gives, by its name, computed where it is not kept.
 
+        Several processes take the parts in turn; a part that is alone they compute together.
+
         Raises:
             StoppedError: after a signal; what is finished is kept.
         """
-        stored: dict[str, T] = self.read()
+        stored: dict[str, T] = distributed.first(self.read)
         missing = [name for name in parts if name not in stored]
         work = f"{title} {len(self.progress.parts)}"
         self.progress.plan(work, Part("analysis", (1.0,), len(missing)))
         with self.progress.work(work, title) as round_:
-            for name in missing:
-                if self.stop is not None and self.stop():
+            size = distributed.processes() if len(missing) > 1 else 1
+            for at in range(0, len(missing), size):
+                if distributed.any_true(self.stop is not None and self.stop()):
                     raise StoppedError("stopped by a signal")
-                stored[name] = parts[name]()
-                self.computed += 1
-                self.write(stored)
-                round_.advance(1, f" {name}")
+                turn = missing[at : at + size]
+                stored |= dealt(parts, turn) if size > 1 else together(parts, turn[0])
+                self.computed += len(turn)
+                if distributed.writes():
+                    self.write(stored)
+                round_.advance(len(turn), f" {turn[-1]}")
         return {name: stored[name] for name in parts}
 
     def read(self) -> dict[str, Any]:

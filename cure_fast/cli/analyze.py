@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cure_fast import distributed
 from cure_fast.analysis import Analysis, Settings
 from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of
-from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, threads_asked
+from cure_fast.cli.evaluate import TIMEOUT_S, Opened, opened_file, opened_folder, threads_asked
 from cure_fast.config.arguments import AnalyzeArgs
 from cure_fast.config.checks import flag_of
 from cure_fast.console import say
@@ -63,6 +65,21 @@ def run_analysis(
         InputError: for runs, files or settings that do not fit, before anything is written.
         StoppedError: after a signal; the same command goes on from there.
     """
+    try:
+        with distributed.joined(timeout_s=TIMEOUT_S):
+            return run_joined(analysis, paths, settings, args, opened)
+    except (StoppedError, distributed.LostError) as error:
+        raise StoppedError(f"{analysis.name} {error}; the same command continues it.") from error
+
+
+def run_joined(
+    analysis: Analysis[Any],
+    paths: Sequence[Path],
+    settings: Settings,
+    args: AnalyzeArgs,
+    opened: Sequence[Opened],
+) -> Result:
+    """Do what :func:`run_analysis` does, in each of the processes that share it."""
     analysis.check_count(len(paths))
     if analysis.of_runs:
         task, threads_wanted = runs_alone(analysis, paths, args)
@@ -74,25 +91,28 @@ def run_analysis(
     own = first is not None and out.resolve().is_relative_to(first.resolve())
     with (
         StopSignals() as stop,
-        held(first, busy=BUSY, denied=DENIED) if own and first else nullcontext(),
+        distributed.first_in(partial(held, first, busy=BUSY, denied=DENIED))
+        if own and first
+        else nullcontext(),
         threads(threads_wanted),
         Progress() as progress,
     ):
         kept = kept_for(out, analysis, settings, task, stop=stop, progress=progress)
-        try:
-            result = analysis.run(replace(task, kept=kept), settings)
-        except StoppedError as error:
-            raise StoppedError(
-                f"{analysis.name} {error}; the same command continues it."
-            ) from error
-        written = result.save(out)
-        if own and first:
-            from cure_fast.report import write_report
-
-            written = [*written, write_report(first)]
+        result = analysis.run(replace(task, kept=kept), settings)
+        written = distributed.first(lambda: save(result, out, first if own else None))
     for path in written:
         say(f"{'report' if path.suffix == '.html' else analysis.name}: {path}")
     return result
+
+
+def save(result: Result, out: Path, run: Path | None) -> list[Path]:
+    """Write the result, and the report of the run that it is of; return the files."""
+    written = result.save(out)
+    if run is None:
+        return written
+    from cure_fast.report import write_report
+
+    return [*written, write_report(run)]
 
 
 def folder_for(path: Path, args: AnalyzeArgs) -> Path:
@@ -144,7 +164,7 @@ def networks(
     count = len(first.test) if args.limit == "all" else args.limit or analysis.images
     test, device = (
         first.test.subset(np.arange(min(count, len(first.test)))),
-        choose_device(args.device),
+        choose_device(distributed.device_name(args.device)),
     )
     settings, evaluated = main_settings(first.config), first.config.eval
     task = Task(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cure_fast import distributed
 from cure_fast.analysis.audit import AuditSettings, audit_of, checks_of, known_of
 from cure_fast.analysis.shape import Result
 from cure_fast.cli.analyze import open_one, run_analysis
@@ -28,7 +29,9 @@ def audit_target(path: Path, settings: AuditChecks, args: AnalyzeArgs) -> None:
         test=opened.test,
         split=path.is_dir(),
     )
-    print_verdicts(run_analysis(audit_of(known), [path], own, args, [opened]))
+    result = run_analysis(audit_of(known), [path], own, args, [opened])
+    if distributed.is_first():
+        print_verdicts(result)
 
 
 def print_verdicts(result: Result) -> None:

@@ -269,7 +269,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "completion": completion,
 }
 # Commands that several processes share.
-SHARING = ("train", "eval")
+SHARING = ("train", "eval", "analyze", "audit")
 # Commands that take a recipe, and each field of the configuration as a flag.
 CONFIGURED = ("train", "compare", "sweep", "show")
 
@@ -299,7 +299,7 @@ def dispatch(words: Sequence[str]) -> Callable[[], object] | None:
     if (number := distributed.started()) > 1 and words[0] not in SHARING:
         raise InputError(
             f"{words[0]}: expected one process, got {number} of a launcher such as torchrun. Only "
-            f"{' and '.join(SHARING)} share their work: start it without."
+            f"{', '.join(SHARING)} share their work: start it without."
         )
     if words[0] == "compare" and (found := of_runs(words[1:])):
         return found

@@ -184,6 +184,30 @@ def test_two_processes_go_on_where_one_was_stopped(tmp_path, unbroken):
     assert counts[0] == counts[1]
 
 
+ANALYSES = {
+    # Several parts, which processes take in turn, and one, whose attacks they share.
+    "eps-sweep": "--attack pgd2",
+    "classes": "--attack pgd2",
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_an_analysis_by_two_processes_is_that_of_one(tmp_path, unbroken, name):
+    words = ["analyze", name, str(unbroken), *ANALYSES[name].split()]
+    words += ["--limit", "30", "--device", "cpu", "--out"]
+    both = start_together([*words, "two"], tmp_path)
+    assert [running.wait() for running in both] == [0, 0], both[0].output() + both[1].output()
+    assert both[1].output() == "" and f"{name}: two/{name}.svg" in both[0].stdout()
+    alone = start([*words, "one"], tmp_path)
+    assert alone.wait() == 0, alone.output()
+    one, two = (tmp_path / count / f"{name}.json" for count in ("one", "two"))
+    assert one.read_text() == two.read_text()
+    kept = [
+        sorted(path.name for path in (tmp_path / c / "parts").glob("*")) for c in ("one", "two")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 1
+
+
 def test_a_process_that_is_lost_is_named(tmp_path):
     killed = partial(signal_at, STEP, 4, signal.SIGKILL)
     both = start_together(shared_words(), tmp_path, of_last=killed)
