@@ -57,8 +57,9 @@ def make_loader(
         process: place, from 0, and number of the processes that share the images of each batch.
 
     Raises:
-        InputError: for an unknown kind or augmentation, FFCV asked for and not usable, its file
-            refused or not writable, images that do not pass, or too few generated ones.
+        InputError: for an unknown kind or augmentation, FFCV asked for and not usable (so it is
+            with generated images for several processes), its file refused or not writable, images
+            that do not pass, or too few generated ones.
     """
     if kind not in KINDS:
         raise InputError(f"--loader: expected one of {', '.join(KINDS)}, got {kind!r}.")
@@ -80,6 +81,9 @@ def make_loader(
         kind, why = "resident", "so few images are read before FFCV would have compiled"
     if kind in ("auto", "ffcv"):
         problem = ffcv_problem()
+        if mix is not None and process[1] > 1:
+            # Generated images fall to processes as they come.
+            problem = "with --aux a process reads more or fewer images per batch, and FFCV as many"
         if not problem:
             return FfcvLoader(image_set, settings, workers=workers, cache=cache)
         if kind == "ffcv":

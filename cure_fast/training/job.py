@@ -180,11 +180,6 @@ def check_processes(config: Config) -> None:
             f"--micro-batch-size: expected none with {number} processes, which share each batch "
             f"already, got {micro}. Leave it out, or start one process."
         )
-    if config.data.aux is not None:
-        raise InputError(
-            f"--aux: expected none with {number} processes, got {config.data.aux}. Leave it out, "
-            "or start one process."
-        )
 
 
 def has_run(config: Config) -> bool:

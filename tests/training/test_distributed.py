@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cure_fast.errors import InputError
-from cure_fast.loaders import ImageSet, make_loader
+from cure_fast.loaders import ImageSet, Mix, choose, make_loader
 from cure_fast.runs.checkpoint import load_checkpoint
 from cure_fast.runs.log import read_rows
 from moments import signal_at
@@ -93,7 +93,21 @@ def loader_of(process, *, batch_size=10, count=27, **settings):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"augment": "idbh-strong"}, {"loader": "torch"}])
+def generated():
+    pixels = np.random.default_rng(1).integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+    return Mix(ImageSet("made", pixels, np.arange(40) % 3, ("a", "b", "c"), "random"), 0.7)
+
+
+SETTINGS = [
+    {},
+    {"augment": "idbh-strong"},
+    {"loader": "torch"},
+    {"mix": generated()},
+    {"mix": generated(), "loader": "torch"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_parts_of_a_batch_are_the_batch(settings):
     loaders = [loader_of(process, **settings) for process in ((0, 1), (0, 3), (1, 3), (2, 3))]
     epochs = []
@@ -112,6 +126,13 @@ def test_parts_of_a_batch_are_the_batch(settings):
 def test_too_few_images_for_all_processes_are_refused():
     with pytest.raises(InputError, match="2 images or more for each of 4 processes, got one of 7"):
         loader_of((0, 4))
+
+
+def test_ffcv_reads_no_parts_of_mixed_batches(monkeypatch):
+    monkeypatch.setattr(choose, "FEW_BYTES", 0)
+    with pytest.raises(InputError, match="--loader ffcv: with --aux a process reads more or fewer"):
+        loader_of((0, 2), mix=generated(), loader="ffcv")
+    assert loader_of((0, 2), mix=generated(), loader="auto").kind == "resident"
 
 
 def shared_words(*more, out="run"):
