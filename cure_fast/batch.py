@@ -34,6 +34,15 @@ class Part(NamedTuple):
         return slice(self.first, self.first + self.number)
 
 
+def weighed(mean: Tensor, part: Part | None) -> Tensor:
+    """Return a mean over the images of a part as what it counts in the mean over the step's.
+
+    It is weighed before gradients are taken: on the way back a BatchNorm of all processes adds up
+    theirs.
+    """
+    return mean if part is None else part.share * mean
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The images of one step, as every loader yields them.

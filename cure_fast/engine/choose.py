@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from cure_fast import distributed
 from cure_fast.config import Config
 from cure_fast.console import warn
 from cure_fast.step.state import TrainState
@@ -39,8 +38,6 @@ def engine_asked(config: Config, device: torch.device) -> str:
 def obstacle_of(run: TrainState) -> str | None:
     """Return why the fast engine cannot compute the run's steps, or None if it can."""
     optim = run.config.optim
-    if (number := distributed.processes()) > 1:
-        return f"it adds up no gradients of {number} processes yet"
     if optim.optimizer != "sgd":
         return f"its update is SGD's, and --optimizer is {optim.optimizer}"
     if optim.micro_batch_size is not None:

@@ -46,7 +46,7 @@ class CapturedStep:
             # A loader's thread may call CUDA meanwhile; only this thread's calls are recorded.
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 try:
-                    self.terms = compute(Batch(**images, notes=notes))
+                    self.terms = compute(Batch(**images, notes=notes, part=batch.part))
                 except Exception as error:
                     failure = error
                     raise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cure_fast import distributed
-from cure_fast.batch import Batch
+from cure_fast.batch import Batch, weighed
 from cure_fast.kernels import Selection, mask_below_
 from cure_fast.kernels.changing import ChangingList
 from cure_fast.step.run import Terms
@@ -66,10 +66,9 @@ class Engine:
 
     def derive(self, term: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of a term; its passes can be used again."""
+        term = weighed(term, self.run.part)
         grads = list(torch.autograd.grad(term, parameters, retain_graph=True))
-        if self.run.part is not None:
-            grads = [self.run.part.share * grad for grad in grads]
-            distributed.sum_(grads)
+        distributed.sum_(grads)
         return grads
 
     def gradients(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cure_fast.batch import Batch
+from cure_fast import distributed
+from cure_fast.batch import Batch, weighed
 from cure_fast.config import EngineFeature
 from cure_fast.console import warn
 from cure_fast.errors import is_out_of_memory
@@ -32,6 +33,8 @@ WARM_UP = 3
 COMPILED = ("compile", "compile-loss")
 # On a CPU a loss is not recorded either: fewer launches gain nothing there.
 ON_GPU = ("graph", "stack", *COMPILED)
+# What several processes add up in the middle of a loss is in no recorded one.
+ALONE = ("stack", *COMPILED)
 
 
 class FastEngine(Engine):
@@ -54,9 +57,10 @@ class FastEngine(Engine):
         return f"{self.name}{without}"
 
     def has(self, feature: str) -> bool:
-        """Return whether a feature is on; some need a GPU."""
-        on_gpu = self.run.device.type == "cuda"
-        return feature not in self.without and (on_gpu or feature not in ON_GPU)
+        """Return whether a feature is on; some need a GPU, some a process by itself."""
+        missing = [] if self.run.device.type == "cuda" else [*ON_GPU]
+        missing += ALONE if distributed.processes() > 1 else ()
+        return feature not in self.without and feature not in missing
 
     def step(self, batch: Batch) -> Terms | None:
         """Train on one batch; return its terms, which the next step overwrites.
@@ -125,7 +129,7 @@ class FastEngine(Engine):
         seen = self.warmed.get(key, 0)
         prepared.undo.keep()
         # The last batch of an epoch may be smaller: a graph for one step would hold its memory.
-        regular = len(batch) == self.run.loader.batch_size
+        regular = batch.whole == self.run.loader.batch_size
         if self.has("graph") and regular and seen >= WARM_UP:
             self._drop_graphs_of_fewer_attack_steps()
             try:
@@ -189,7 +193,9 @@ class FastEngine(Engine):
 
     def derive(self, term: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of a term; its passes can be used again."""
-        return self.prepare().loss.within(term, parameters)
+        grads = self.prepare().loss.within(weighed(term, self.run.part), parameters)
+        distributed.sum_(grads)
+        return grads
 
     def mask(self, parameters: Sequence[Tensor], selection: Selection) -> None:
         """Let the update mask by ``selection``; ``.grad`` stays, unless its norm is asked for."""

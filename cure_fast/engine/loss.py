@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cure_fast.batch import Batch
+from cure_fast.batch import Batch, weighed
 from cure_fast.step.run import Terms
 from cure_fast.step.state import TrainState
 from cure_fast.step.train_step import loss_of, wanted_gradients
@@ -53,7 +53,10 @@ class Loss:
         self.recorded: dict[Hashable, Recorded] = {}
 
     def step(self, batch: Batch, kind: Hashable | None = None) -> Terms:
-        """Fill ``.grad`` and the run's further gradients; return the detached terms."""
+        """Fill ``.grad`` and the run's further gradients; return the detached terms.
+
+        Of a part of a step all of them count by its share.
+        """
         if kind is None:
             terms, grads = self._computed(batch)
             for parameter, grad in zip(self.run.trained_parameters, grads, strict=True):
@@ -75,7 +78,7 @@ class Loss:
 
         def compute(batch: Batch) -> Named:
             with self._standing_in():
-                total = loss_of(self.run, batch)["total"]
+                total = weighed(loss_of(self.run, batch)["total"], batch.part)
                 grads = self.within(total, parameters)
             named: Named = {("grad", place): grad for place, grad in enumerate(grads)}
             return {("term", "total"): total.detach(), **named}
@@ -149,6 +152,8 @@ class Loss:
         trained = self._leaves_of(run.trained_parameters)
         with self._standing_in():
             terms = loss_of(run, batch)
+            if batch.part is not None:
+                terms = {name: weighed(term, batch.part) for name, term in terms.items()}
             for name, (of, parameters) in wanted_gradients(run).items():
                 run.gradients[name] = self.within(of(terms), parameters)
             grads = torch.autograd.grad(terms["total"], trained, allow_unused=True)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cure_fast import distributed
 from cure_fast.batch import Batch
 from cure_fast.classifier import ImageClassifier, attack_mode
 from cure_fast.kernels import TensorList, copy_where_
 from cure_fast.step.policy import around
 from cure_fast.step.run import Terms
 from cure_fast.step.state import Statistics, TrainState, Undo
+from cure_fast.step.train_step import join_parts, with_all_notes
 
 from .copies import Copies, standing_in
 from .loss import Loss
@@ -97,6 +99,7 @@ class Prepared:
             for copies in self.moving[0 if self.rewrites else 1 :]:
                 copies.refresh()
             terms = self.loss.step(batch, self.kind(batch))
+            join_parts(run, batch, terms)
             loss_is_finite, skip = self.judge(terms)
             self.run.engine.skip = skip
             for policy in run.policies:
@@ -110,8 +113,9 @@ class Prepared:
                 torch.nn.utils.clip_grad_norm_(run.trained_parameters, optim.clip_grad)
             run.last_gradients.keep(skip)
             self.update.apply(lr, momentum, skip)
+        noted = with_all_notes(run.policies, batch)
         for policy in run.policies:
-            policy.on_step(run, batch)
+            policy.on_step(run, noted)
         if self.rewrites:
             self.own.refresh()
         for buffers, kept in self.buffers:
@@ -127,14 +131,14 @@ class Prepared:
     def kind(self, batch: Batch) -> Kind | None:
         """Return the kind of steps whose loss is recorded; None for a loss that is not."""
         records = self.loss.stacked or self.loss.compiled
-        regular = len(batch) == self.run.loader.batch_size
+        regular = batch.whole == self.run.loader.batch_size
         return kind_of(self.run, batch) if records and regular else None
 
     def attack(self, batch: Batch) -> Tensor:
         """Return the method's adversarial images, made with the network in its attack mode."""
         run = self.run
         # For an epoch's last, smaller batch, compilation takes too long.
-        regular = len(batch) == run.loader.batch_size
+        regular = batch.whole == run.loader.batch_size
 
         def network(x: Tensor) -> Tensor:
             # What is compiled would pass over the hooks of a method.
@@ -149,6 +153,7 @@ class Prepared:
         self.aside.keep()
         found = self.loss.derive(batch, parameters, self.kind(batch))
         self.aside.restore()
+        distributed.sum_(found)
         return found
 
     def judge(self, terms: Terms) -> tuple[Tensor, Tensor]:

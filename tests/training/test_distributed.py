@@ -23,7 +23,7 @@ from tiny_command import checkpoints, tiny_words
 ROUNDING = 1e-9
 STEP = "cure_fast.engine.eager:train_step"
 TRAINED = {
-    name: partial(trained, *case)
+    name: partial(trained, *case, engine="fast" if name.startswith("fast ") else "eager")
     for name, case in {
         "pgd_at": ("pgd_at", 4),
         "trades": ("trades", 4),
@@ -37,6 +37,10 @@ TRAINED = {
         # Means over the batch that are in no loss.
         "gairat": ("gairat", 4),
         "rat": ("rat", 4),
+        # Decided on the device; with gradients at other weights, and in the middle of an attack.
+        "fast cure": ("cure", 4),
+        "fast policies": ("trades", 4, "awp", "swa"),
+        "fast te": ("te", 8),
         # An attack in training mode, with two starts per image.
         "st_at": ("st_at", 4),
     }.items()
