@@ -129,9 +129,7 @@ def test_tensors_of_several_programs_and_passes(score, monkeypatch):
 
 
 # The largest layer of a ResNet-18, and more than float32 counts one by one.
-@pytest.mark.parametrize(
-    "count", [pytest.param(4_718_592, marks=pytest.mark.slow), 2**24 + 5]
-)
+@pytest.mark.parametrize("count", [pytest.param(4_718_592, marks=pytest.mark.slow), 2**24 + 5])
 def test_large_tensors(count, monkeypatch):
     # The largest block that Triton allows, or the interpreter would take minutes.
     monkeypatch.setattr(select, "CHUNK", 2**20)
