@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import re
+import runpy
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +215,13 @@ def test_there_is_a_part_per_model_and_batch_and_what_targets_name_comes_first()
 def test_a_rehearsal_of_all_engines_on_the_cpu(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
     monkeypatch.setattr(plan, "TINY", replace(plan.TINY, methods={"resnet18-128": ("cure",)}))
+    # Tracing without backward graphs, which take seconds, and which test_bench_gpu_turns.py has.
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compiling(module, **options | {"backend": "eager"}),
+    )
     arguments = ["--part", "resnet18-128", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     found = json.loads((tmp_path / "resnet18-128.json").read_text())
@@ -253,9 +260,8 @@ def test_ceilings_and_ablation_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> No
     assert rows[0]["figures"]["gain"] == 1 and all(row["figures"]["gain"] > 0 for row in rows)
 
 
-def test_it_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "--help"],
-        capture_output=True, text=True, cwd=gate.ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "--seconds-per-part" in done.stdout, done.stderr
+def test_it_runs_as_a_module(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert not ended.value.code and "--seconds-per-part" in capsys.readouterr().out

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 
 from bench import bench_kernels, gpu_results, kernel_cases, kernel_providers
 from bench.device_timing import DeviceTimer, rounds_within, spread
-from bench.gpu.sources import ROOT
 from bench.gpu_results import OUT, ROWS, SECONDS, Row, kept_rows, markdown, verdicts, write_results
 from bench.kernel_cases import Case
 from bench.kernel_inputs import LAYOUTS, model_tensors, plain_layout
@@ -265,21 +263,19 @@ def test_kernels_come_first_and_what_compiles_last(rehearsal):
         assert models == sorted(models) and not models[0] and models[-1]
 
 
-def test_the_caller_says_where_results_go_and_in_what_time(tmp_path):
-    script = (
-        "from bench import bench_kernels, gpu_results; "
-        "print(gpu_results.FOLDER, bench_kernels.DEADLINE)"
-    )
+def test_the_caller_says_where_results_go_and_in_what_time(tmp_path, monkeypatch):
+    """Read where the modules are, in the process of the benchmark."""
+    results = str(Path(gpu_results.__file__).with_name("results"))
     for named, folder, seconds in (
-        ({}, gpu_results.__file__.replace("gpu_results.py", "results"), "400.0"),
-        ({OUT: str(tmp_path), SECONDS: "7"}, str(tmp_path), "7.0"),
+        ({}, results, 400.0),
+        ({OUT: str(tmp_path), SECONDS: "7"}, str(tmp_path), 7.0),
     ):
-        environment = {k: v for k, v in os.environ.items() if k not in (OUT, SECONDS)}
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, env={**environment, **named},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout.split() == [folder, seconds]
+        for name in (OUT, SECONDS):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in named.items():
+            monkeypatch.setenv(name, value)
+        assert str(runpy.run_path(gpu_results.__file__)["FOLDER"]) == folder
+        assert runpy.run_path(bench_kernels.__file__)["DEADLINE"] == seconds
 
 
 def test_each_row_is_kept_for_a_caller_and_a_cut_one_is_not_read(tmp_path, monkeypatch):

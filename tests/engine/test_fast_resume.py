@@ -255,7 +255,7 @@ def test_a_fast_command_stopped_and_resumed_ends_as_an_unbroken_one(tmp_path, me
     folders = {name: tmp_path / name for name in ("whole", "broken", "eager")}
     for folder in folders.values():
         folder.mkdir()
-    words = tiny_words("--engine", "fast", method=method)
+    words = tiny_words("--engine", "fast", "--attacks", "natural", method=method)
     code, output = finish(words, folders["whole"])
     assert code == 0 and "engine: fast" in output, output
     # Three steps of the natural start, then in the second epoch of the method.
@@ -268,7 +268,7 @@ def test_a_fast_command_stopped_and_resumed_ends_as_an_unbroken_one(tmp_path, me
     assert code == 0 and "engine: fast until" not in output, output
     whole, broken, eager = (folder / "run" for folder in folders.values())
     assert differences(whole, broken) == [] and same_end(whole, broken)
-    code, output = finish(tiny_words("--engine", "eager", method=method), folders["eager"])
+    code, output = finish([*words, "--engine", "eager"], folders["eager"])
     assert code == 0, output
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (whole, eager))
     assert [kinds(row) for row in ours] == [kinds(row) for row in theirs]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cure_fast.engine import fast
+from networks import Plain, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,10 +44,14 @@ def gpu_tests(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "GPU", torch.device("cpu"))
-    # Fewer pixels and attack steps than a GPU takes, which change nothing here.
+    # Fewer layers, pixels and attack steps than a GPU takes, which change nothing here.
     data, make = module.data, module.runs.make_run
     monkeypatch.setattr(module, "data", lambda *a, **options: data(*a, **{"pixels": 4} | options))
-    monkeypatch.setattr(module.runs, "make_run", lambda *a, **options: make(*a, **QUICK | options))
+    monkeypatch.setattr(
+        module.runs,
+        "make_run",
+        lambda *a, **options: make(*a, **{"model": network(Plain)} | QUICK | options),
+    )
     monkeypatch.setattr(fast, "ON_GPU", fast.COMPILED)
     return module
 

@@ -32,6 +32,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
 def pair(method, kind=Plain, **options):
     """Two equal runs, each with a network of its own."""
     options.setdefault("data", runs.batches(1))
+    # The attack is no part of the loss.
+    options.setdefault("attack", {"attack_steps": 1})
     made = (runs.make_run(method, e, model=network(kind), **options) for e in ("fast", "eager"))
     return runs.Pair(*made)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from interpreter import hastened
 
 
 def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -33,6 +35,12 @@ def interpreter(request: pytest.FixtureRequest) -> None:
     compiled = os.environ.get("TRITON_INTERPRET") != "1"
     if compiled and not request.node.get_closest_marker("gpu"):
         pytest.skip("needs Triton's interpreter: run pytest without -m gpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hastened_interpreter() -> Iterator[None]:
+    with hastened():
+        yield
 
 
 @pytest.fixture(autouse=True)

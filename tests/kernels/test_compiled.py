@@ -1,7 +1,8 @@
 """Every kernel as a GPU would run it: few registers, no spills, wide accesses, exact arithmetic.
 
-The kernels are compiled ahead of time for three generations of GPUs; no GPU is needed. See
-``python tests/support/aot.py`` for the figures.
+The kernels are compiled ahead of time; no GPU is needed. In every run that is for one GPU, a few
+for each of three generations, and of most variants Triton finds the types alone; all of them are
+compiled for all with --slow. See ``python tests/support/aot.py`` for the figures.
 """
 
 from __future__ import annotations
@@ -50,18 +51,37 @@ def launched_kernels() -> dict[str, str]:
 
 KERNELS = launched_kernels()
 each_kernel = pytest.mark.parametrize("kernel", sorted(KERNELS))
-each_arch = pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+# Kernels that are compiled for each GPU in every run; the others for one, and for each with --slow.
+ON_EACH_GPU = {"_update_kernel", "step_l2_kernel"}
+each_kernel_and_arch = pytest.mark.parametrize(
+    ("kernel", "arch"),
+    [
+        pytest.param(
+            kernel,
+            arch,
+            marks=() if arch in aot.VARIANTS_ARCH or kernel in ON_EACH_GPU else pytest.mark.slow,
+        )
+        for kernel in sorted(KERNELS)
+        for arch in aot.ARCHITECTURES
+    ],
+)
 
 
 @pytest.fixture(scope="module")
-def everything() -> list[Compiled]:
+def everything(pytestconfig: pytest.Config) -> list[Compiled]:
     words = ["--modules", "aot_cases", "bad_kernels", "--instructions", *COUNTED]
-    return aot.in_own_process(*words, root=ROOT)
+    some = () if pytestconfig.getoption("--slow") else ("--some",)
+    return aot.in_own_process(*words, *some, root=ROOT)
 
 
 @pytest.fixture(scope="module")
-def compiled(everything: list[Compiled]) -> list[Compiled]:
+def called(everything: list[Compiled]) -> list[Compiled]:
     return [kernel for kernel in everything if not kernel.case.startswith("bad ")]
+
+
+@pytest.fixture(scope="module")
+def compiled(called: list[Compiled]) -> list[Compiled]:
+    return [kernel for kernel in called if kernel.whole]
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +136,18 @@ def test_the_cases_launch_every_kernel(compiled: list[Compiled]) -> None:
 
 
 @each_kernel
-def test_it_compiles_for_all_kinds_of_arguments(compiled: list[Compiled], kernel: str) -> None:
-    failures = failing([one for one in compiled if one.kernel == kernel])
+def test_it_compiles_for_all_kinds_of_arguments(called: list[Compiled], kernel: str) -> None:
+    failures = failing([one for one in called if one.kernel == kernel])
     assert not failures, "\n\n".join(failures)
 
 
-@each_arch
-@each_kernel
+@each_kernel_and_arch
 def test_nothing_is_kept_in_local_memory(compiled: list[Compiled], kernel: str, arch: int) -> None:
     bad = spilling(of(compiled, kernel, arch))
     assert not bad, described(bad)
 
 
-@each_arch
-@each_kernel
+@each_kernel_and_arch
 def test_registers_leave_room_for_other_programs(
     compiled: list[Compiled], kernel: str, arch: int
 ) -> None:
@@ -137,8 +155,7 @@ def test_registers_leave_room_for_other_programs(
     assert not bad, described(bad)
 
 
-@each_arch
-@each_kernel
+@each_kernel_and_arch
 def test_blocks_move_16_bytes_at_a_time(compiled: list[Compiled], kernel: str, arch: int) -> None:
     assert not narrow(of(compiled, kernel, arch))
 

@@ -19,7 +19,7 @@ ALL = pytest.mark.parametrize(
 )
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 # The fixtures only set an environment variable, which every example needs alike.
-PER_TEST = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PER_TEST = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Kernels draw normal numbers within 3e-6 of the reference, and the perturbations here are at most
 # 0.3 of that; adding x rounds to 2**-24.
 ERROR = 1e-6

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cure_fast.loaders import ImageSet, ensure_beton
+from cure_fast.loaders import (
+    ImageSet,
+    beton,
+    ensure_beton,
+    ffcv_loader,
+    ffcv_reader,
+    ffcv_writer,
+)
 from cure_fast.loaders.ffcv_reader import ffcv_problem
 
 CLASSES = ("ape", "bee", "cat")
@@ -38,13 +49,44 @@ def ffcv_here() -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(ffcv_here, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for FFCV files that the tests share, so that each set is written once."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `cache`."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
-def written(cache: Path) -> tuple[Path, ImageSet]:
+def readers() -> Callable[..., Any]:
+    """FFCV's readers, each made once: it compiles a second for each, and epochs are apart."""
+    return functools.cache(ffcv_reader.open_reader)
+
+
+@pytest.fixture
+def cache(
+    ffcv_here, shared: Path, readers: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder for FFCV files that the tests share, so that each set is written once.
+
+    It is written in this process: a child of it, which imports and compiles for 8 s, is what
+    test_beton.py is about.
+    """
+    monkeypatch.setattr(beton, "_run_child", write_here)
+    monkeypatch.setattr(ffcv_loader, "open_reader", readers)
+    return shared
+
+
+def write_here(work: Path, temporary: Path, *_: object) -> str:
+    """Write as the child does; return the checksum that it prints."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        ffcv_writer.main([str(work / "images.npy"), str(work / "labels.npy"), str(temporary)])
+    return told.getvalue().strip()
+
+
+@pytest.fixture(scope="session")
+def written(ffcv_here, shared: Path) -> tuple[Path, ImageSet]:
     """A .beton file with its manifest and what is in it; copy it before altering it."""
     images = random_images()
-    return ensure_beton(images, cache), images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beton, "_run_child", write_here)
+        path = ensure_beton(images, shared)
+    return path, images

@@ -52,8 +52,10 @@ def left_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
 
 
-def test_written_file_and_manifest(written) -> None:
-    path, images = written
+def test_written_file_and_manifest(make_images, tmp_path) -> None:
+    """By the child itself; the other tests here find their file written in this process."""
+    images = make_images()
+    path = ensure_beton(images, tmp_path)
     manifest = json.loads(manifest_path(path).read_text())
     assert manifest["count"] == 67 and manifest["classes"] == ["ape", "bee", "cat"]
     assert manifest["image_size"] == 8 and manifest["source"] == "a generator"
@@ -267,7 +269,7 @@ def test_the_child_compares_every_sample(make_images, tmp_path, monkeypatch, wro
     np.save(tmp_path / "labels.npy", images.labels)
 
     def read_wrongly(path):
-        pixels, labels = read_all(path)
+        pixels, labels = images.images.copy(), images.labels.copy()
         if wrong == "pixels":
             pixels[17, 3, 2, 1] ^= 1
         if wrong == "label":

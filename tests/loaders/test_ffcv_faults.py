@@ -145,7 +145,7 @@ def test_any_order_and_part(reader, written) -> None:
     assert (np.concatenate([y for _, y in parts]) == images.labels[order]).all()
 
 
-@pytest.mark.parametrize("threads", [0, 64, 10_000])
+@pytest.mark.parametrize("threads", [0, 10_000])
 def test_threads_are_clamped_to_the_usable_cores(written, in_order, threads) -> None:
     """FFCV raises for more threads than the process may run on."""
     path, images = written
@@ -156,11 +156,10 @@ def test_threads_are_clamped_to_the_usable_cores(written, in_order, threads) -> 
     assert (pixels == images.images).all()
 
 
-@pytest.mark.parametrize("workers", [1, 64])
-def test_an_epoch_holds_every_image(make_images, cache, workers) -> None:
+def test_an_epoch_holds_every_image(make_images, cache) -> None:
     """Sixteen batches of four and one of three; nothing is dropped, nothing comes twice."""
     images = make_images(67)
-    with make_ffcv(images, cache, workers=workers).epoch(1) as batches:
+    with make_ffcv(images, cache, workers=64).epoch(1) as batches:
         labels = torch.cat([batch.y for batch in batches])
     assert sorted(labels.tolist()) == sorted(images.labels.tolist())
 

@@ -3,6 +3,7 @@
     python tests/support/aot.py            a table of every kernel, for three generations of GPUs
     python tests/support/aot.py --json     the same as JSON
     python tests/support/aot.py --arch 90 --cases masked_sgd
+    python tests/support/aot.py --some     what differs in kind, for one GPU; of the rest the types
 
 Every operation is called on CPU tensors while its launches are recorded instead of run. Each is
 then compiled as Triton's JIT would for those very arguments (it looks at the alignment of addresses
@@ -14,6 +15,7 @@ a kernel is defined, the kernel can only be interpreted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import linecache
@@ -66,6 +68,7 @@ class Compiled:
         flushes: PTX instructions that take denormal numbers for 0.
         fused: PTX instructions that multiply and add with one rounding.
         error: why it cannot be compiled, and everything else is 0; None if it can.
+        whole: whether there is machine code; without, types were found and everything else is 0.
     """
 
     case: str
@@ -83,6 +86,11 @@ class Compiled:
     flushes: int = 0
     fused: int = 0
     error: str | None = None
+    whole: bool = True
+
+
+class TypesFoundError(Exception):
+    """Ends a compilation whose kernel has passed Triton's own checks."""
 
 
 class NoGpu:
@@ -120,14 +128,8 @@ def record(cases: Mapping[str, Callable[[], object]]) -> list[tuple[str, Any]]:
     return launches
 
 
-def compile_launch(
-    case: str, launch: Any, arch: int, instructions: Collection[str] | None = None
-) -> Compiled:
-    """Compile a recorded launch for a GPU, and read its machine code.
-
-    To read instructions takes a second. They are read of the kernels that ``instructions`` names,
-    None for all, and of those that use local memory.
-    """
+def start_compiling(launch: Any, arch: int) -> Any:
+    """Return what Triton makes of a recorded launch for a GPU."""
     from triton.runtime import driver
 
     driver.set_active(NoGpu(arch))
@@ -139,7 +141,31 @@ def compile_launch(
 
     # The launcher's own options, such as whether multiply-adds are fused.
     launch._start(warm_up)
-    compiled = started[0]
+    return started[0]
+
+
+def check_types(case: str, launch: Any, arch: int) -> Compiled:
+    """Let Triton find the types of all values, and make no machine code: a tenth of the time."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    with (
+        mock.patch.object(CUDABackend, "make_ttgir", side_effect=TypesFoundError),
+        contextlib.suppress(TypesFoundError),
+    ):
+        start_compiling(launch, arch)
+    name, signature = launch.kernel.fn.__name__, named(launch.constants)
+    return Compiled(case, name, arch, signature, launch.warps, whole=False)
+
+
+def compile_launch(
+    case: str, launch: Any, arch: int, instructions: Collection[str] | None = None
+) -> Compiled:
+    """Compile a recorded launch for a GPU, and read its machine code.
+
+    To read instructions takes a second. They are read of the kernels that ``instructions`` names,
+    None for all, and of those that use local memory.
+    """
+    compiled = start_compiling(launch, arch)
     name = launch.kernel.fn.__name__
     named_too = instructions is None or name in instructions
     usage, opcodes = disassemble(compiled.asm["cubin"], always=named_too)
@@ -224,21 +250,22 @@ def narrow_lines(ptx: str) -> tuple[str, ...]:
     )
 
 
-# A case, the launch recorded in it, and the GPU to compile it for.
-Task = tuple[str, Any, int]
+# A case, the launch recorded in it, the GPU to compile it for, and whether into machine code.
+Task = tuple[str, Any, int, bool]
 
 
 def unlike(tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks without those that are compiled to the code of an earlier one."""
     kinds: dict[object, Task] = {}
-    for case, launch, arch in tasks:
+    for task in tasks:
+        _, launch, arch, _ = task
         args = tuple(
             (arg.dtype, arg.data_ptr() % 16 == 0) if hasattr(arg, "data_ptr") else arg
             for arg in launch.args
         )
         constants = tuple(map(str, launch.constants.items()))
         key = (launch.kernel.fn.__qualname__, args, constants, launch.warps, arch)
-        kinds.setdefault(key, (case, launch, arch))
+        kinds.setdefault(key, task)
     return list(kinds.values())
 
 
@@ -275,10 +302,12 @@ def compile_share(tasks: Sequence[Task], instructions: Collection[str] | None, q
 
 
 def compile_or_say(
-    case: str, launch: Any, arch: int, instructions: Collection[str] | None
+    case: str, launch: Any, arch: int, whole: bool, instructions: Collection[str] | None
 ) -> Compiled:
     """Compile a launch; one that cannot be compiled is told by its innermost reason."""
     try:
+        if not whole:
+            return check_types(case, launch, arch)
         return compile_launch(case, launch, arch, instructions)
     except Exception as error:
         reason: BaseException = error
@@ -327,6 +356,22 @@ def in_own_process(*words: str, root: Path) -> list[Compiled]:
     ]
 
 
+def tasks_of(name: str, arguments: argparse.Namespace) -> list[Task]:
+    """Return what is asked for of a module's cases."""
+    module = importlib.import_module(name)
+    variants = getattr(module, "VARIANTS", {})
+    chosen = {n: call for n, call in (module.CASES | variants).items() if arguments.cases in n}
+    tasks: list[Task] = []
+    for case, launch in record(chosen):
+        one = case in variants and not arguments.all
+        some = arguments.some and case not in module.ON_EACH_GPU
+        archs = VARIANTS_ARCH if one or some else arguments.arch
+        whole = not some or case in module.CASES or case in module.KINDS
+        tasks += [(case, launch, arch, whole) for arch in archs]
+    # Where two are alike, the one that is compiled whole stays.
+    return sorted(tasks, key=lambda task: not task[3])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
     parser.add_argument("--json", action="store_true", help="write JSON instead of a table")
@@ -353,17 +398,15 @@ def main() -> None:
     parser.add_argument(
         "--all", action="store_true", help="compile the variants for every GPU, not for one"
     )
+    parser.add_argument(
+        "--some",
+        action="store_true",
+        help="machine code of what differs in kind alone, and of the rest the types",
+    )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
-    tasks: list[Task] = []
-    for module in map(importlib.import_module, arguments.modules):
-        for cases, archs in (
-            (module.CASES, arguments.arch),
-            (getattr(module, "VARIANTS", {}), arguments.arch if arguments.all else VARIANTS_ARCH),
-        ):
-            chosen = {name: call for name, call in cases.items() if arguments.cases in name}
-            tasks += [(*launch, arch) for launch in record(chosen) for arch in archs]
+    tasks = [task for name in arguments.modules for task in tasks_of(name, arguments)]
     kernels = compile_all(tasks, arguments.instructions)
     print(json.dumps([asdict(kernel) for kernel in kernels]) if arguments.json else table(kernels))
 

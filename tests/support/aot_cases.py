@@ -206,3 +206,12 @@ VARIANTS: dict[str, Callable[[], object]] = {
         for name in ("kl", "adversarial_ce", "margin")
     },
 }
+
+# What --some compiles for every GPU: few and large values, and the kernel of the most operations.
+ON_EACH_GPU = ("update", "step l2")
+# The variants that it makes machine code of: other widths, places and numbers of values. What the
+# others could break is the types, which Triton finds before it makes any.
+KINDS = (
+    *("select bf16", "select unaligned", "update of everything", "average fp64"),
+    *("losses of 1000", "augment bf16, 4 channels", "step linf each"),
+)

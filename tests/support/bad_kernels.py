@@ -77,3 +77,4 @@ VARIANTS = {
     "bad rounding": launch_inexact,
     "bad types": launch_two_types,
 }
+ON_EACH_GPU, KINDS = (), ("bad offset", "bad block", "bad rounding")
