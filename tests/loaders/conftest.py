@@ -39,8 +39,11 @@ def ffcv_here() -> None:
 
 @pytest.fixture(scope="session")
 def cache(ffcv_here, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for FFCV files that the tests share, so that each set is written once."""
-    return tmp_path_factory.mktemp("cache")
+    """A folder for FFCV files that the tests share, so that each set is written once.
+
+    Its name has what a path in C must survive.
+    """
+    return tmp_path_factory.mktemp("Ablage für später")
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from io import TextIOWrapper
 
@@ -21,11 +23,12 @@ class Blocker:
         return None
 
 
-def block(name: str) -> None:
-    """Let the package not load in this process, also where it was imported already."""
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+def block(*names: str) -> None:
+    """Let the packages not load in this process, also where they were imported already."""
+    for module in [m for m in sys.modules if m.split(".")[0] in names]:
         del sys.modules[module]
-    sys.meta_path.insert(0, Blocker(name))
+    for name in names:
+        sys.meta_path.insert(0, Blocker(name))
 
 
 def jumping_clock() -> None:
@@ -72,7 +75,24 @@ def broken_pipes() -> None:
             stream.reconfigure(line_buffering=True)
 
 
+def read_by_head() -> None:
+    """Let standard output be a pipe to `head -1`, written to line by line; it keeps its line."""
+    with open("head", "wb") as kept:
+        head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=kept)
+    assert head.stdin is not None
+    sys.stdout.close()
+    os.dup2(head.stdin.fileno(), 1)
+    head.stdin.close()
+    sys.stdout = open(1, "w", buffering=1)
+
+
 def close_streams() -> None:
-    """Close the three standard streams of the program that is about to start."""
+    """Leave the program without its three streams, as Python does that is started without them."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream: TextIOWrapper = getattr(sys, name)
+        stream.close()
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
     for number in range(3):
-        os.close(number)
+        with suppress(OSError):
+            os.close(number)
