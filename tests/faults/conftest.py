@@ -42,3 +42,9 @@ def plain(tmp_path_factory):
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     """The tiny run without a fault, that a run which meets one is compared with."""
     return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture
+def short_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report's pictures take one step of the attack, where they are not looked at."""
+    monkeypatch.setattr("cure_fast.evaluation.results.EXAMPLE_STEPS", 1)

@@ -16,6 +16,8 @@ from cure_fast.training import saving
 from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 def full_disk(*_arguments, **_settings):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -32,14 +34,19 @@ def failing(monkeypatch, name, calls):
     monkeypatch.setattr(saving, name, sometimes)
 
 
-@pytest.fixture
-def whole(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
     """An unbroken run, from scratch so that its stage alone is what saves."""
-    return train(plain(tmp_path, "whole"))
+    return train(plain(tmp_path_factory.mktemp("unbroken"), "whole"))
 
 
 def plain(tmp_path, out, **sections):
-    return tiny(tmp_path, out=out, epochs=3, pretrain={"pretrain_epochs": 0}, **sections)
+    small = {
+        "pretrain": {"pretrain_epochs": 0},
+        "model": {"width": 4},
+        "eval": {"attacks": ("natural",), "limit": 2},
+    }
+    return tiny(tmp_path, out=out, epochs=3, **small, **sections)
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, whole, monkeypatch, capsys):
