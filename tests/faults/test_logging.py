@@ -33,8 +33,8 @@ def base(tmp_path_factory):
 
 def tiny_run(base, out, **run):
     """A run of one epoch: three steps and an epoch, so four calls of a receiver of numbers."""
-    attacked = {"attacks": ("natural",), "limit": 2}
-    return train(tiny(base, "pgd_at", out=out, epochs=1, eval=attacked, run=run))
+    small = {"eval": {"attacks": ("natural",), "limit": 2}, "model": {"width": 4}}
+    return train(tiny(base, "pgd_at", out=out, epochs=1, run=run, **small))
 
 
 @pytest.fixture(scope="module")

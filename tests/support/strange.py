@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import runpy
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from io import TextIOWrapper
+from pathlib import Path
 
 
 class Blocker:
@@ -96,3 +99,27 @@ def close_streams() -> None:
     for number in range(3):
         with suppress(OSError):
             os.close(number)
+
+
+def on_a_small_disk(folder: Path, size: str, script: str) -> None:
+    """Run the program where ``folder`` is a file system of its own, then a shell's script there."""
+    clone_new_mounts, clone_new_user = 0x00020000, 0x10000000
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(clone_new_mounts | clone_new_user):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"0 {user} 1"),
+        ("gid_map", f"0 {group} 1"),
+    ):
+        Path("/proc/self", name).write_text(text)
+    for words in (
+        ["--make-rprivate", "/"],
+        ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+    ):
+        subprocess.run(["mount", *words], check=True)
+    try:
+        runpy.run_module("cure_fast.__main__", run_name="__main__")
+    except SystemExit as end:
+        print(f"exit {end.code}", flush=True)
+    raise SystemExit(subprocess.run(["sh", "-c", script], cwd=folder).returncode)
