@@ -24,6 +24,8 @@ from cure_fast.runs.sinks import TensorBoard, WandB, new_events, open_sinks, wan
 from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
