@@ -110,7 +110,7 @@ def unbroken(trained, digits) -> dict[str, AttackResult]:
 
 @pytest.fixture
 def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten(monkeypatch, targets=1)
+    shorten(monkeypatch, iterations=10, targets=1)
 
 
 def counts(results) -> dict[str, int]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ PHASES = {
     "pictures": ("cure_fast.evaluation.results:adversarial_examples", 1, None, 6),
     "report": ("cure_fast.report:write_report", 1, None, 6),
 }
+
+
+# Only the processes that are started import it, which takes seconds.
+needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 
 
 def check_stopped(run: Running) -> None:
@@ -155,9 +160,9 @@ def test_a_signal_while_another_run_pre_trains_ends_the_wait(tmp_path, unbroken,
     assert differences(unbroken.folder, tmp_path / "run") == []
 
 
+@needs_ffcv
 @pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_while_ffcv_writes_ends_the_writer_too(tmp_path, number):
-    pytest.importorskip("ffcv", reason="FFCV is not installed")
     run = start(tiny_words("--loader", "ffcv"), tmp_path)
     while not writers(tmp_path) and not run.ended():
         time.sleep(0.01)
@@ -169,8 +174,8 @@ def test_a_signal_while_ffcv_writes_ends_the_writer_too(tmp_path, number):
     check_nothing_written(tmp_path)
 
 
+@needs_ffcv
 def test_a_signal_as_the_writer_starts_leaves_no_writer_behind(tmp_path):
-    pytest.importorskip("ffcv", reason="FFCV is not installed")
     at_start = partial(signal_after, "subprocess:Popen._execute_child", signal.SIGTERM)
     run = start(tiny_words("--loader", "ffcv"), tmp_path, prepare=at_start)
     assert run.wait() == 75, run.output()
