@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from short_attacks import shorten
+
 # Images are small enough that an optimum is a sum over 48 pixels and an attack takes milliseconds.
 SIDE = 4
 
@@ -97,3 +99,9 @@ def data() -> Callable[..., tuple[Tensor, Tensor]]:
         return images, labels
 
     return make
+
+
+@pytest.fixture
+def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all of AutoAttack be short, where its strength is not the question."""
+    shorten(monkeypatch)

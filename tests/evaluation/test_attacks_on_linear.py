@@ -23,7 +23,7 @@ CPU: dict[str, Any] = {"device": "cpu", "seed": 0}
 
 
 @settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @example(seed=142, eps=0.296875)
 @given(seed=st.integers(0, 1000), eps=st.floats(0.001, 0.3))
@@ -87,7 +87,7 @@ def test_fgsm_is_one_step_of_pgd_that_crosses_the_ball(linear, data):
     assert results["pgd1"].correct == int((found["adversarial_prediction"] == labels.numpy()).sum())
 
 
-def test_autoattack_finds_the_optimum_over_all_classes(linear, data):
+def test_autoattack_finds_the_optimum_over_all_classes(linear, data, short_square):
     model = linear(4, 1)
     images, labels = data(model, 24, wrong=3)
     eps = 0.03
@@ -119,7 +119,7 @@ def grey(model, count=24, side=4):
 
 
 @settings(
-    deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @example(seed=0, rank=4)
 @given(seed=st.integers(0, 1000), rank=st.integers(0, 22))
@@ -250,7 +250,7 @@ def test_cw_climbs_the_margin_and_pgd_the_cross_entropy(attack, second_pixel):
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd5", "cw5", "aa"])
-def test_eps_zero_is_the_natural_accuracy(linear, data, attack, short_square):
+def test_eps_zero_is_the_natural_accuracy(linear, data, attack, short_autoattack):
     model = linear(4, 2)
     images, labels = data(model, 12, wrong=5)
     results = evaluate(

@@ -68,7 +68,7 @@ def test_each_attack_gets_the_numbers_of_the_standard_version(monkeypatch):
     assert standard.square.n_queries == settings["square_queries"]
 
 
-def test_equals_the_standard_version_of_pyautoattack(conv_net, data):
+def test_equals_the_standard_version_of_pyautoattack(conv_net, data, short_autoattack):
     from pyautoattack import AutoAttack
 
     model = conv_net(4).eval().requires_grad_(False)
@@ -103,7 +103,9 @@ def test_settings_for_few_classes(classes, attacks, targets, version):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_few_classes_reach_the_optimum_and_say_what_is_missing(linear, data, classes):
+def test_few_classes_reach_the_optimum_and_say_what_is_missing(
+    linear, data, short_autoattack, classes
+):
     model = linear(classes, 1)
     images, labels = data(model, 16, wrong=1)
     outcome = run(model, images, labels, eps=0.04, num_classes=classes)
@@ -116,7 +118,7 @@ def test_few_classes_reach_the_optimum_and_say_what_is_missing(linear, data, cla
         assert outcome.warnings == ()
 
 
-def test_nothing_right_is_nothing_robust(linear, data):
+def test_nothing_right_is_nothing_robust(linear, data, short_autoattack):
     model = linear()
     images, labels = data(model, 5, wrong=5)
     outcome = run(model, images, labels, eps=0.04)
@@ -125,7 +127,7 @@ def test_nothing_right_is_nothing_robust(linear, data):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_one_or_two_images(linear, data, count):
+def test_one_or_two_images(linear, data, short_autoattack, count):
     model = linear()
     images, labels = data(model, count)
     outcome = run(model, images, labels, eps=0.04)
@@ -170,7 +172,7 @@ class Dynamic(Around):
         (Dynamic, "dynamic defense"),
     ],
 )
-def test_checks_of_pyautoattack_are_heard(linear, data, kind, message):
+def test_checks_of_pyautoattack_are_heard(linear, data, short_autoattack, kind, message):
     base = linear()
     base.requires_grad_(False)
     images, labels = data(base, 8)
@@ -180,7 +182,7 @@ def test_checks_of_pyautoattack_are_heard(linear, data, kind, message):
     assert run(base, images, labels, eps=0.01).warnings == ()
 
 
-def test_square_that_breaks_what_gradients_cannot_is_told(linear, data):
+def test_square_that_breaks_what_gradients_cannot_is_told(linear, data, short_autoattack):
     model = Quantised(linear())
     images, labels = data(model, 24)
     outcome = run(model, images, labels, eps=0.08, queries=300)
@@ -205,19 +207,19 @@ class Told:
 
 def test_it_tells_how_far_it_is_and_what_it_takes_at_most(linear, data):
     model = linear()
-    images, labels = data(model, 12, wrong=2)
+    images, labels = data(model, 7, wrong=2)
     told = Told()
     outcome = run(model, images, labels, eps=0.02, work=told)
     assert torch.equal(outcome.robust, model.robust(images, labels, 0.02))
-    assert 0 < int(outcome.robust.sum()) < 10
-    words = [": APGD-CE (1 of 4), iteration 1 of 102, images left: 10, "]
+    assert 0 < int(outcome.robust.sum()) < 5
+    words = [": APGD-CE (1 of 4), iteration 1 of 102, images left: 5, "]
     words += [f": APGD-T (2 of 4), target {n} of 3, " for n in (1, 2, 3)]
     words += [f": FAB-T (3 of 4), target {n} of 3, " for n in (1, 2, 3)]
     words += [": Square (4 of 4), query 2 of 30, "]
     places = [[n for n, note in enumerate(told.notes) if note.startswith(word)] for word in words]
     assert all(places) and [found[0] for found in places] == sorted(f[0] for f in places)
     settings = autoattack_settings(eps=0.02, num_classes=4, batch_size=32, seed=0)
-    most = most_passes(10, 10, settings | {"square_queries": 30})
+    most = most_passes(5, 5, settings | {"square_queries": 30})
     # A bound, to what it took; the looks at the model beforehand add a little.
     assert told.done <= told.expected[-1] + 1
     assert told.expected[0] == pytest.approx(told.done, rel=0.1)

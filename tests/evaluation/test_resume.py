@@ -154,7 +154,7 @@ def test_state_of_another_version_is_refused(tmp_path, key):
         read_state(path, identity)
 
 
-def test_identity_holds_the_versions(linear, data, tmp_path, short_square):
+def test_identity_holds_the_versions(linear, data, tmp_path, short_autoattack):
     model = linear()
     images, labels = data(model, 4)
     evaluate(model, images, labels, **COMMON | {"attacks": ["pgd1", "aa"], "state_dir": tmp_path})
@@ -243,7 +243,7 @@ def test_damaged_state_is_refused(linear, data, tmp_path, content):
 
 
 @pytest.fixture
-def autoattack(linear, data):
+def autoattack(linear, data, short_autoattack):
     """Return a function that runs a short AutoAttack in two batches, from and to a progress."""
     model = linear(4).eval().requires_grad_(False)
     images, labels = data(model, 14, wrong=2)
@@ -258,7 +258,6 @@ def autoattack(linear, data):
         seed=0,
     )
     settings = autoattack_settings(eps=0.04, num_classes=4, batch_size=6, seed=0)
-    settings["square_queries"] = 30
 
     def run(progress, save):
         with torch.no_grad():
@@ -295,7 +294,7 @@ def test_autoattack_continues_from_every_point(autoattack):
         assert continued.seconds >= json.loads(text)["seconds"]
 
 
-def test_autoattack_killed_between_attacks_continues(linear, data, tmp_path, short_square):
+def test_autoattack_killed_between_attacks_continues(linear, data, tmp_path, short_autoattack):
     model = linear()
     images, labels = data(model, 16)
     common: dict[str, Any] = COMMON | {"attacks": ["aa"], "batch_size": 16}
@@ -317,7 +316,7 @@ def test_autoattack_killed_between_attacks_continues(linear, data, tmp_path, sho
         evaluate(model, images, labels, state_dir=tmp_path, **dict(common, batch_size=4))
 
 
-def test_limit_of_autoattack_takes_the_first_images(linear, data, tmp_path, short_square):
+def test_limit_of_autoattack_takes_the_first_images(linear, data, tmp_path, short_autoattack):
     model = linear()
     images, labels = data(model, 16, wrong=2)
     common: dict[str, Any] = COMMON | {"attacks": ["natural", "aa"]}

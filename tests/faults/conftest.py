@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from environments import QUICK
-from processes import finish
+from killing import Unbroken, measure_unbroken
+from processes import start
 
 
 @pytest.fixture
@@ -25,8 +26,25 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """A run with nothing strange about it; the others take their natural start from its cache."""
+    """A run with nothing strange about it; the others take their natural start from its cache.
+
+    What it printed is in ``stdout`` and ``stderr`` beside it.
+    """
     base = tmp_path_factory.mktemp("environments")
-    code, output = finish([*QUICK, "--cache", str(base / "cache"), "--out", "plain"], base)
-    assert code == 0, output
+    running = start([*QUICK, "--cache", str(base / "cache"), "--out", "plain"], base)
+    assert running.wait() == 0, running.output()
+    (base / "stdout").write_text(running.stdout(), encoding="utf-8", newline="")
+    (base / "stderr").write_text(running.stderr(), encoding="utf-8", newline="")
     return base / "plain"
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """The tiny run without a fault, that a run which meets one is compared with."""
+    return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture
+def short_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report's pictures take one step of the attack, where they are not looked at."""
+    monkeypatch.setattr("cure_fast.evaluation.results.EXAMPLE_STEPS", 1)

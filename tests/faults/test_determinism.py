@@ -1,11 +1,11 @@
-"""The same seed twice gives the same run, and the evaluation's batch size changes no count."""
+"""Another seed gives another run, and the evaluation's batch size changes no count.
+
+That the same seed gives the same run: the strange machines of test_environments.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,38 +14,13 @@ from cure_fast.training.job import set_determinism
 from processes import finish, start
 from tiny_command import differences, tiny_words
 
-BATCH_SIZES = (1, 7, 128)
+BATCH_SIZES = (7, 128)
 
 
-def test_the_same_seed_in_two_processes_gives_the_same_run(tmp_path):
-    """The second is a fresh interpreter, with other hashes of strings and another locale."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    for cwd in (first, second):
-        cwd.mkdir()
-    run = start(tiny_words(), first)
-    fresh = subprocess.run(
-        [sys.executable, "-m", "cure_fast", *tiny_words()],
-        cwd=second,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "LC_ALL": "C"},
-    )
-    assert fresh.returncode == 0, fresh.stderr
-    assert run.wait() == 0, run.output()
-    assert differences(first / "run", second / "run") == []
-    stored = [(cwd / "run" / "model.safetensors").read_bytes() for cwd in (first, second)]
-    assert stored[0] == stored[1]
-
-
-def test_another_seed_gives_another_run(tmp_path):
-    words = [tiny_words(), tiny_words("--seed", "1")]
-    folders = [tmp_path / name for name in ("zero", "one")]
-    for cwd in folders:
-        cwd.mkdir()
-    runs = [start(w, cwd) for w, cwd in zip(words, folders, strict=True)]
-    assert [run.wait() for run in runs] == [0, 0]
-    found = differences(*(cwd / "run" for cwd in folders))
+def test_another_seed_gives_another_run(tmp_path, unbroken):
+    code, output = finish(tiny_words("--seed", "1"), tmp_path)
+    assert code == 0, output
+    found = differences(unbroken.folder, tmp_path / "run")
     assert "metrics.jsonl" in found and any(f.startswith("model.safetensors") for f in found)
 
 
@@ -78,8 +53,8 @@ def model(tmp_path_factory):
     """A file of weights that is right on some images and robust on fewer."""
     cwd = tmp_path_factory.mktemp("model")
     words = tiny_words(
-        *"--train-images 600 --pretrain-epochs 6 --epochs 2 --attacks natural".split(),
-        method="pgd_at",
+        *"--train-images 600 --pretrain-epochs 0 --epochs 6 --attacks natural".split(),
+        method="natural",
     )
     code, output = finish(words, cwd)
     assert code == 0, output
@@ -87,14 +62,14 @@ def model(tmp_path_factory):
 
 
 def test_the_batch_size_of_an_evaluation_changes_no_count(tmp_path, model):
-    words = f"eval {model} --attacks natural,fgsm,pgd5,cw5 --eps 0.03 --limit 140 --device cpu"
+    words = f"eval {model} --attacks natural,pgd5 --eps 0.03 --limit 140 --device cpu"
     runs = [
         start([*words.split(), "--batch-size", str(size), "--out", str(size)], tmp_path)
         for size in BATCH_SIZES
     ]
-    assert [run.wait() for run in runs] == [0, 0, 0], [run.output() for run in runs]
+    assert [run.wait() for run in runs] == [0, 0], [run.output() for run in runs]
     counts = [counts_in(tmp_path / str(size) / "results.json") for size in BATCH_SIZES]
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] == counts[1]
     # Neither none nor all, which any evaluation would find.
     natural, attacked = counts[0]["natural"][0], counts[0]["pgd5"][0]
     assert 0 < attacked < natural < 140

@@ -42,32 +42,68 @@ def test_a_clock_that_is_set_back_changes_nothing(plain, tmp_path):
 # Locale, paths and home.
 
 
-def test_a_german_machine_with_blanks_and_umlauts(plain, tmp_path):
-    """All at once: locale, TMPDIR, run folder and cache, no HOME, no standard input, no terminal.
+RUN, CACHE = "Lauf-Größe-日本", "Ablage für später"
+COMMANDS = """
+import sys
+from cure_fast.__main__ import main
+for words in COMMANDS:
+    sys.argv = ["cure-fast", *words]
+    print("code", main())
+"""
 
-    The locale itself may not be installed; what a program reads of it (the variables) is there.
+
+@pytest.fixture(scope="module")
+def german(tmp_path_factory):
+    """A fresh interpreter on which all is strange at once: its folder, code and output.
+
+    Locale, TMPDIR, run folder and cache, no HOME, no standard input, no terminal, other hashes of
+    strings; and no optional package can be imported, not even by torch. The locale itself may not
+    be installed; what a program reads of it (the variables) is there.
     """
-    work = tmp_path / "Läufe und Mäuse"
-    for name in (work, work / "tmp mit Leerzeichen"):
-        name.mkdir()
+    work = tmp_path_factory.mktemp("strange") / "Läufe und Mäuse"
+    for folder in (work, work / "tmp mit Leerzeichen"):
+        folder.mkdir()
+    text = f"import strange\nstrange.block(*{OPTIONAL!r})\n"
+    (work / "sitecustomize.py").write_text(text, encoding="utf-8")
+    words = [[*TINY, "--cache", CACHE, "--out", RUN], ["report", RUN], ["list"], ["doctor"]]
+    text = f"COMMANDS = {words!r}{COMMANDS}"
+    (work / "all_commands.py").write_text(text, encoding="utf-8")
     env = {
         **dict.fromkeys(("LC_ALL", "LANG", "LC_NUMERIC"), "de_DE.UTF-8"),
         "TMPDIR": str(work / "tmp mit Leerzeichen"),
         "HOME": None,
         "TERM": "dumb",
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join(
+            filter(
+                None, [str(work), str(Path(strange.__file__).parent), os.environ.get("PYTHONPATH")]
+            )
+        ),
     }
-    words = [*TINY, "--cache", "Ablage für später", "--out", "Lauf-Größe-日本", "--eps", "4/255"]
-    done = fresh(words, work, env, stdin=subprocess.DEVNULL, preexec_fn=partial(os.close, 0))
-    output = (done.stdout + done.stderr).decode()
-    assert done.returncode == 0 and "Traceback" not in output, output
-    run = work / "Lauf-Größe-日本"
+    close = partial(os.close, 0)
+    done = fresh([], work, env, module="all_commands", stdin=subprocess.DEVNULL, preexec_fn=close)
+    return work, done.returncode, (done.stdout + done.stderr).decode()
+
+
+def test_a_german_machine_with_blanks_and_umlauts(plain, german):
+    work, code, output = german
+    # The last one, which looks at the machine, leaves the program with its code.
+    assert code == 0 and output.count("code 0\n") == 3 and "Traceback" not in output, output
+    run = work / RUN
     assert f"report: {run.name}" in output and "\x1b" not in output
     for path in [run / "metrics.jsonl", run / "config.json", run / "results.json"]:
         text = path.read_text(encoding="utf-8")
         assert "0.0" in text and "0,0" not in text.replace(", 0", ""), path
     assert json.loads((run / "config.json").read_text())["attack"]["eps"] == 4 / 255
     assert "4/255" in (run / "report.html").read_text(encoding="utf-8")
-    assert list((work / "Ablage für später").rglob("model.safetensors"))
+    assert list((work / CACHE).rglob("model.safetensors"))
+
+
+def test_the_same_seed_in_two_processes_gives_the_same_run(plain, german):
+    run = german[0] / RUN
+    check_same(run, plain)
+    stored = [(folder / "model.safetensors").read_bytes() for folder in (run, plain)]
+    assert stored[0] == stored[1]
 
 
 def test_a_number_with_a_comma_is_refused_in_any_locale(tmp_path):
@@ -85,21 +121,25 @@ def test_without_a_home_the_default_cache_is_the_accounts(tmp_path):
     assert "home" in output.lower() and "--cache" in output
 
 
-def test_a_temporary_folder_that_is_absent_is_not_needed(plain, tmp_path):
-    code, output = quick_run(plain, tmp_path, env={"TMPDIR": str(tmp_path / "none")})
-    assert code == 0, output
-    check_same(tmp_path / "run", plain)
-
-
 # Packages that are absent or do not load.
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
-def test_a_package_that_does_not_load_changes_nothing(plain, tmp_path, name):
+# What is used together is not absent together; each by itself, too, with --slow.
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ffcv", "matplotlib", "wandb"),
+        ("triton", "timm", "tensorboard"),
+        *(pytest.param((name,), marks=pytest.mark.slow) for name in OPTIONAL),
+    ],
+    ids="+".join,
+)
+def test_packages_that_do_not_load_change_nothing(plain, tmp_path, names):
     # Left to itself the program would take FFCV, whose import needs seconds.
-    words = ["--loader", "auto" if name == "ffcv" else "resident", "--tensorboard"]
+    words = ["--loader", "auto" if "ffcv" in names else "resident", "--tensorboard"]
     words += ["--wandb", "project"]
-    code, output = quick_run(plain, tmp_path, words, prepare=partial(strange.block, name))
+    prepare = partial(strange.block_with_many_images, *names)
+    code, output = quick_run(plain, tmp_path, words, prepare=prepare)
     assert code == 0 and "Traceback" not in output, output
     assert same_weights(tmp_path / "run", plain)
     told = {
@@ -107,31 +147,14 @@ def test_a_package_that_does_not_load_changes_nothing(plain, tmp_path, name):
         "tensorboard": "warning: TensorBoard failed and is off from here",
         "wandb": "warning: Weights & Biases failed and is off from here",
     }
-    assert told.get(name, "loader: ") in output
+    assert all(told.get(name, "loader: ") in output for name in names)
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_a_fresh_program_without_any_of_them(plain, tmp_path):
-    """One interpreter in which no optional package can be imported, not even by torch."""
-    site = tmp_path / "site"
-    site.mkdir()
-    text = f"import strange\nfor name in {OPTIONAL!r}:\n    strange.block(name)\n"
-    (site / "sitecustomize.py").write_text(text, encoding="utf-8")
-    path = os.pathsep.join([str(site), str(Path(strange.__file__).parent)])
-    cache = str(plain.parent / "cache")
-    code = (
-        "from cure_fast.cli.main import main\n"
-        f"codes = [main({TINY!r} + ['--cache', {cache!r}, '--out', 'run'])]\n"
-        "codes += [main(['report', 'run']), main(['list'])]\n"
-        "print('codes', codes)\n"
-        "main(['doctor'])\n"
-    )
-    (site / "all_commands.py").write_text(code, encoding="utf-8")
-    done = fresh([], tmp_path, {"PYTHONPATH": path}, module="all_commands")
-    output = (done.stdout + done.stderr).decode()
-    assert "codes [0, 0, 0]" in output and "Traceback" not in output, output
+def test_a_fresh_program_without_any_of_them(german):
+    output = german[2]
     assert "loader: resident: FFCV" in output and "TensorBoard failed" in output
-    assert done.returncode == 0 and "Ready: training can run" in output
+    assert "Ready: training can run" in output
     for name, told in {
         "FFCV": "is installed but fails" if find_spec("ffcv") else "not installed",
         "Triton": "triton cannot be imported",
@@ -140,7 +163,6 @@ def test_a_fresh_program_without_any_of_them(plain, tmp_path):
     }.items():
         (line,) = [line for line in output.splitlines() if line.split(" ")[0] == name]
         assert told in line
-    assert same_weights(tmp_path / "run", plain)
 
 
 # GPUs that are not there.
@@ -164,7 +186,8 @@ def test_a_gpu_that_is_absent_is_refused_with_advice(plain, tmp_path, device, vi
 
 
 def test_auto_takes_the_processor_where_no_gpu_is_visible(plain, tmp_path):
-    env = {"CUDA_VISIBLE_DEVICES": ""}
+    """And a temporary folder, which is absent here, is not needed."""
+    env = {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "none")}
     code, output = quick_run(plain, tmp_path, ["--device", "auto"], env=env)
     assert code == 0 and "on cpu" in output, output
     check_same(tmp_path / "run", plain)

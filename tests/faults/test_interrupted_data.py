@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -16,10 +16,20 @@ import numpy as np
 import pytest
 
 from cure_fast.errors import InputError
-from cure_fast.loaders import ImageSet, beton, check_beton, ensure_beton, read_dataset, write_beton
+from cure_fast.loaders import (
+    ImageSet,
+    beton,
+    check_beton,
+    ensure_beton,
+    ffcv_writer,
+    read_dataset,
+    write_beton,
+)
 from cure_fast.loaders.beton import manifest_path
 from cure_fast.loaders.ffcv_reader import ffcv_problem
 from cure_fast.loaders.folder import list_folder
+from processes import start
+from signalled_group import signal_all
 
 needs_ffcv = pytest.mark.usefixtures("ffcv_here")
 
@@ -46,84 +56,94 @@ def files_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
 
 
+# A writer that keeps what its file is at each point where it might be killed. It reads nothing
+# back, for which FFCV compiles for seconds: that leaves the file as it is.
 WRITER = """
-import os, signal
-if POINT == "the start":
-    os.kill(os.getpid(), signal.SIGKILL)
+import os, shutil
 from cure_fast.loaders import ffcv_writer
+ffcv_writer.import_ffcv()
+from ffcv.writer import DatasetWriter
 
-class Killing(ffcv_writer.Samples):
-    def __getitem__(self, index):
-        if POINT == "a sample" and index == 150:
-            die()
-        return super().__getitem__(index)
+def keep(point, then):
+    def kept(*arguments, **settings):
+        if point != "a sample" or arguments[1] == 150:
+            shutil.copyfile(OUT, os.path.join(KEPT, point))
+        return then(*arguments, **settings)
+    return kept
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-ffcv_writer.Samples = Killing
-if POINT == "the table":
-    from ffcv.writer import DatasetWriter
-    DatasetWriter.finalize = die
-if POINT == "reading back":
-    ffcv_writer.open_reader = die
-if POINT == "the answer":
-    ffcv_writer.print = die
+samples = ffcv_writer.Samples
+samples.__getitem__ = keep("a sample", samples.__getitem__)
+DatasetWriter.finalize = keep("the table", DatasetWriter.finalize)
+ffcv_writer.compared = keep("reading back", lambda out, images, labels: [images])
+ffcv_writer.print = keep("the answer", print)
 ffcv_writer.main([IMAGES, LABELS, OUT])
+"""
+# One that gets so far, and no further.
+KILLED = """
+import os, shutil, signal
+if POINT != "the start":
+    shutil.copyfile(os.path.join(KEPT, POINT), OUT)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 POINTS = ("the start", "a sample", "the table", "reading back", "the answer")
 
 
+def command_of(
+    text: str, kept: Path, images_file: Path, labels_file: Path, out: Path, point: str = ""
+) -> list[str]:
+    """Return the command of a writer of this text."""
+    names = {"IMAGES": images_file, "LABELS": labels_file, "OUT": out, "KEPT": kept, "POINT": point}
+    return [sys.executable, "-c", "".join(f"{k} = {str(v)!r}\n" for k, v in names.items()) + text]
+
+
+@pytest.fixture(scope="module")
+def written(ffcv_here, tmp_path_factory) -> tuple[ImageSet, Path, Path]:
+    """Images, the folder of what their file was at each point, and the file that came of it."""
+    images, kept = images_of(200), tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beton, "_command", partial(command_of, WRITER, kept))
+        return images, kept, ensure_beton(images, tmp_path_factory.mktemp("good"))
+
+
 @needs_ffcv
-def test_a_writer_killed_at_any_point_leaves_nothing(tmp_path, monkeypatch):
+def test_a_writer_killed_at_any_point_leaves_nothing(written, tmp_path, monkeypatch):
     """FFCV's file looks finished from the table on: its readers take 60,000 samples of garbage."""
-    images = images_of(200)
-    seen: dict[str, bool] = {}
-
-    def command(images_file: Path, labels_file: Path, out: Path) -> list[str]:
-        point = out.parent.parent.name
-        names = {"POINT": point, "IMAGES": images_file, "LABELS": labels_file, "OUT": out}
-        text = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items())
-        return [sys.executable, "-c", text + WRITER]
-
-    def write(point: str) -> str:
+    images, kept, good = written
+    finished = [(kept / point).read_bytes() == good.read_bytes() for point in POINTS[1:]]
+    assert finished == [False, False, True, True]
+    for point in POINTS:
+        monkeypatch.setattr(beton, "_command", partial(command_of, KILLED, kept, point=point))
         path = tmp_path / point / "a.beton"
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"the writer failed \(signal 9"):
             write_beton(images, path)
-        seen[point] = not files_in(path.parent)
-        return str(caught.value)
-
-    monkeypatch.setattr(beton, "_command", command)
-    with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(write, POINTS))
-    assert all("the writer failed (signal 9" in answer for answer in answers), answers
-    assert seen == dict.fromkeys(POINTS, True)
+        assert files_in(path.parent) == [], point
 
 
-@needs_ffcv
-def test_the_writer_ends_with_its_parent(tmp_path):
+def test_the_writer_ends_with_its_parent():
     """Its standard input ends when the parent lets go of it, in whatever way that happens."""
-    np.save(tmp_path / "images.npy", images_of(20).images)
-    np.save(tmp_path / "labels.npy", images_of(20).labels)
-    command = beton._command(*(tmp_path / n for n in ("images.npy", "labels.npy", "a.beton")))
-    assert command[1] == "-m"
-    # Nothing of it is slow enough to be ended: its start waits.
-    script = f"import time\nfrom {command[2]} import end_with_the_parent\nend_with_the_parent()\n"
-    child = subprocess.Popen(
-        [sys.executable, "-c", script + "print('here', flush=True)\ntime.sleep(600)"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert child.stdin and child.stdout
+    held, (told, tell) = os.pipe(), os.pipe()
+
+    def write_for_ever() -> None:
+        os.dup2(held[0], 0)
+        os.close(held[1])
+        ffcv_writer.end_with_the_parent()
+        os.write(tell, b"here")
+        # Nothing of it is slow enough to be ended.
+        time.sleep(600)
+
+    child = multiprocessing.get_context("fork").Process(target=write_for_ever)
+    child.start()
     try:
-        assert child.stdout.readline() == b"here\n"
-        assert child.poll() is None
-        child.stdin.close()
-        assert child.wait(120) == 1
+        assert os.read(told, 4) == b"here"
+        assert child.exitcode is None
+        os.close(held[1])
+        child.join(120)
+        assert child.exitcode == 1
     finally:
         child.kill()
-        child.wait()
-        child.stdout.close()
+        child.join()
+        for number in (held[0], told, tell):
+            os.close(number)
 
 
 # --- A signal's handler raises while data is prepared.
@@ -188,6 +208,8 @@ def test_an_interrupt_while_the_writer_runs_leaves_no_child(tmp_path, monkeypatc
         "_command",
         lambda a, b, out: [sys.executable, "-S", "-c", f"OUT={str(out)!r}\n{script}"],
     )
+    # Where the child is waited for, few functions are entered in each turn.
+    monkeypatch.setattr(beton, "POLL_S", 0.01)
     images, path = images_of(20), tmp_path / "cache" / "a.beton"
     reached = 0
     for at in range(1, 2000, 37):
@@ -207,9 +229,8 @@ def test_an_interrupt_while_the_writer_runs_leaves_no_child(tmp_path, monkeypatc
 
 
 @needs_ffcv
-def test_an_interrupt_while_the_file_is_put_in_place_is_mended(tmp_path, monkeypatch):
-    images = images_of(20)
-    good = ensure_beton(images, tmp_path / "good")
+def test_an_interrupt_while_the_file_is_put_in_place_is_mended(written, tmp_path, monkeypatch):
+    images, _, good = written
 
     def copy(work: Path, temporary: Path, *_: object) -> str:
         temporary.write_bytes(good.read_bytes())
@@ -247,50 +268,10 @@ def test_an_interrupt_while_images_are_read_comes_through(photos):
     assert again.checksum() == whole.checksum()
 
 
-GROUP = """
-import os, signal, sys, time
-sys.path[:0] = {path!r}
-import numpy as np, torch
-from cure_fast.loaders import ImageSet, make_loader, torch_loader
-from cure_fast.signals import SIGNALS
-
-take_signals = torch_loader._leave_signals_to_the_parent
-
-def take_signals_late(worker):
-    time.sleep({late} * worker)
-    take_signals(worker)
-
-torch_loader._leave_signals_to_the_parent = take_signals_late
-came = []
-for number in SIGNALS:
-    signal.signal(number, lambda number, frame: came.append(number))
-rng = np.random.default_rng(0)
-images = rng.integers(0, 256, (900, 8, 8, 3), dtype=np.uint8)
-labels = np.arange(900) % 3
-images = ImageSet("random", images, labels.astype(np.int64), ("a", "b", "c"), "a generator")
-loader = make_loader(
-    "torch", images, batch_size=10, device=torch.device("cpu"), seed=0, crop_padding=0,
-    flip=False, workers=2, cache=None,
-)
-os.setpgid(0, 0)
-count = 0
-with loader.epoch(0) as batches:
-    for batch in batches:
-        count += len(batch)
-        if count == 10:
-            for number in SIGNALS:
-                os.killpg(0, number)
-print(count, sorted(set(came)) == sorted(SIGNALS))
-"""
-
-
 @pytest.mark.parametrize("late", [0, 1])
-def test_signals_to_all_processes_of_a_run_leave_the_loaders_workers(late):
+def test_signals_to_all_processes_of_a_run_leave_the_loaders_workers(tmp_path, late):
     """Terminals and schedulers signal all of them; the step under way still needs its images."""
-    script = GROUP.format(path=sys.path, late=late)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["900", "True"]
-    assert done.stderr == ""
+    running = start([], tmp_path, prepare=partial(signal_all, late))
+    assert running.wait() == 0, running.output()
+    assert running.stdout().split() == ["900", "True"]
+    assert running.stderr() == ""

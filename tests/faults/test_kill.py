@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from killing import Outcome, Unbroken, kill_and_resume, measure_unbroken, same_end
+from killing import Outcome, Unbroken, kill_and_resume, same_end
 from moments import hold_at, signal_after, signal_at, signal_at_change
 from processes import finish, start
 from tiny_command import checkpoints, differences, tiny_words
@@ -20,9 +20,29 @@ from tiny_command import checkpoints, differences, tiny_words
 AT_ONCE = 2
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+# In turn, each in a process that goes on after the one before it, with what the folder shows then.
+# The tiny run takes 3 steps naturally, then twice 3; a call is counted anew in each process.
+MOMENTS = [
+    # The folder is made and locked, and there is nothing to resume yet.
+    ("start", signal_at, "cure_fast.runs.folder:write_json", 1),
+    ("start", signal_at, "cure_fast.files:flush", 1),
+    ("pre-training", signal_at, "cure_fast.engine.eager:train_step", 2),
+    ("saving", signal_at, "cure_fast.runs.checkpoint:_write_manifest", 1),
+    # Trained naturally, and not cleared up.
+    ("pre-training", signal_after, "pathlib:Path.touch"),
+    ("training", signal_at, "cure_fast.engine.eager:train_step", 2),
+    ("training", signal_at, "cure_fast.runs.checkpoint:tidy_checkpoints", 1),
+    ("training", signal_at, "cure_fast.engine.eager:train_step", 2),
+    ("evaluation", signal_at, "cure_fast.evaluation.measurement:Measurement.under_attack", 4),
+    ("report", signal_at, "cure_fast.report:write_report", 1),
+]
+
+
+def test_a_run_killed_in_each_phase_ends_as_an_unbroken_one(tmp_path, unbroken):
+    kills = [partial(act, *place, signal.SIGKILL) for _, act, *place in MOMENTS]
+    outcome = kill_and_resume(tmp_path, unbroken, kills)
+    assert outcome.faults() == []
+    assert outcome.phases == [phase for phase, *_ in MOMENTS]
 
 
 def killed(folder: Path, unbroken: Unbroken, seed: int) -> Outcome:
@@ -38,12 +58,6 @@ def killed(folder: Path, unbroken: Unbroken, seed: int) -> Outcome:
 def kill_all(folder: Path, unbroken: Unbroken, seeds: range) -> dict[int, Outcome]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(seeds, pool.map(partial(killed, folder, unbroken), seeds), strict=True))
-
-
-def test_runs_killed_at_random_moments_end_as_an_unbroken_one(tmp_path, unbroken):
-    outcomes = kill_all(tmp_path, unbroken, range(12))
-    assert {s: o.faults() for s, o in outcomes.items() if o.faults()} == {}
-    assert len({phase for o in outcomes.values() for phase in o.phases}) >= 3
 
 
 @pytest.mark.slow
@@ -68,7 +82,7 @@ def test_a_run_killed_at_any_change_of_its_files_ends_as_an_unbroken_one(tmp_pat
         cwd = tmp_path / f"change-{number}"
         cwd.mkdir()
         killed = partial(signal_at_change, number, signal.SIGKILL)
-        return kill_and_resume(cwd, unbroken, [60.0], prepare=killed)
+        return kill_and_resume(cwd, unbroken, [killed])
 
     faults, killed = {}, [True]
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -81,14 +95,18 @@ def test_a_run_killed_at_any_change_of_its_files_ends_as_an_unbroken_one(tmp_pat
     assert faults == {} and killed.index(False) > 100
 
 
-def test_a_run_killed_before_its_natural_stage_was_cleared_up_clears_it_up(tmp_path, unbroken):
-    when_done = partial(signal_after, "pathlib:Path.touch", signal.SIGKILL)
-    outcome = kill_and_resume(tmp_path, unbroken, [60.0], prepare=when_done)
-    assert outcome.phases == ["pre-training"] and outcome.faults() == []
-
-
-# With state of each kind: a second network, a bank by image, an average, a strategy that learns.
-@pytest.mark.parametrize("method", ["cure", "cure_eff", "piat_nmse", "te", "cfa_at", "las_at"])
+# With state of each kind: an average, a bank by image, a strategy that learns; above, a second
+# network. That each method's state comes back is tested in one process, of tests/training too.
+@pytest.mark.parametrize(
+    "method",
+    [
+        "te",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("cure_eff", "piat_nmse", "cfa_at", "las_at")
+        ),
+    ],
+)
 def test_methods_end_the_same_after_a_kill_while_training(tmp_path, method):
     words = tiny_words("--pretrain-epochs", "0", method=method)
     broken, whole = tmp_path / "broken", tmp_path / "whole"
@@ -105,7 +123,10 @@ def test_methods_end_the_same_after_a_kill_while_training(tmp_path, method):
     assert same_end(whole / "run", broken / "run")
 
 
-@pytest.mark.parametrize("method", ["cure_paper", "cure_eff", "pgd_at"])
+@pytest.mark.parametrize(
+    "method",
+    ["cure_eff", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cure_paper", "pgd_at"))],
+)
 def test_a_run_killed_after_it_went_on_in_mid_epoch_ends_the_same(tmp_path, method):
     words = tiny_words("--pretrain-epochs", "0", method=method)
     broken, whole = tmp_path / "broken", tmp_path / "whole"
@@ -125,19 +146,6 @@ def test_a_run_killed_after_it_went_on_in_mid_epoch_ends_the_same(tmp_path, meth
     assert unbroken.wait() == 0, unbroken.output()
     assert differences(whole / "run", broken / "run") == []
     assert same_end(whole / "run", broken / "run")
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_kill_before_the_configuration_is_written_leaves_a_name_to_use(tmp_path, number):
-    """The folder is made and locked by then, but there is nothing yet to resume."""
-    place = ("cure_fast.runs.folder:write_json", "cure_fast.files:flush")[number - 1]
-    killed = start(tiny_words(), tmp_path, prepare=partial(signal_at, place, 1, signal.SIGKILL))
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "run" / "config.json").exists()
-    refused = start(tiny_words("--resume"), tmp_path)
-    assert refused.wait() == 2 and len(refused.stderr().splitlines()) == 1, refused.output()
-    code, output = finish(tiny_words(), tmp_path)
-    assert code == 0, output
 
 
 def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, unbroken):

@@ -24,6 +24,8 @@ from cure_fast.runs.sinks import TensorBoard, WandB, new_events, open_sinks, wan
 from cure_fast.training.job import train
 from tiny_job import same_weights, stable_rows, tiny
 
+pytestmark = pytest.mark.usefixtures("short_pictures")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -33,8 +35,8 @@ def base(tmp_path_factory):
 
 def tiny_run(base, out, **run):
     """A run of one epoch: three steps and an epoch, so four calls of a receiver of numbers."""
-    attacked = {"attacks": ("natural",), "limit": 2}
-    return train(tiny(base, "pgd_at", out=out, epochs=1, eval=attacked, run=run))
+    small = {"eval": {"attacks": ("natural",), "limit": 2}, "model": {"width": 4}}
+    return train(tiny(base, "pgd_at", out=out, epochs=1, run=run, **small))
 
 
 @pytest.fixture(scope="module")

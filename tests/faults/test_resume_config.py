@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,17 +21,52 @@ from cure_fast.runs.environment import environment
 from cure_fast.runs.folder import check_position, check_same_run, load_config, start_record
 from cure_fast.runs.log import read_rows
 from cure_fast.step.state import TrainState
-from cure_fast.training import job
+from cure_fast.training import job, stages
 
 # A run of the code that wrote format 1, stopped in the middle of its second epoch of two.
 FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
+
+
+pytestmark = pytest.mark.usefixtures("short_pictures")
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A copy of the stopped run, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(FORMAT_1, tmp_path / "run")).relative_to(tmp_path)
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "run")).relative_to(tmp_path)
+    # Two threads wait for one another longer than its layers take.
+    change_environment(folder, threads=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The stopped run and what it becomes when it is finished: code, output and error."""
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path_factory.mktemp("ended") / "run"))
+    change_environment(folder, threads=1)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        patch.chdir(folder.parent)
+        with redirect_stderr(StringIO()) as error:
+            code = resume()
+    return folder, code, output.getvalue(), error.getvalue()
+
+
+@pytest.fixture
+def finished(ended, tmp_path, monkeypatch):
+    """A copy of the run that has been finished, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(ended[0], tmp_path / "run", symlinks=True)).relative_to(tmp_path)
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    """End each training where its first step would be, when it has been taken up and recorded."""
+
+    def enough(*_arguments, **_settings):
+        raise InputError("far enough")
+
+    monkeypatch.setattr(stages, "fit", enough)
 
 
 def resume(*words):
@@ -45,10 +82,10 @@ def epochs(run):
     return [r["epoch"] for r in rows if r["event"] == "epoch" and r["stage"] == "train"]
 
 
-def test_a_run_of_the_first_format_is_finished_by_resume(run, capsys):
+def test_a_run_of_the_first_format_is_finished_by_resume(ended):
+    run, code, output, error = ended
+    assert code == 0
     before = read_weights(run / "start.safetensors")
-    assert resume() == 0
-    output, error = capsys.readouterr()
     assert "resumed after step 3" in output and "skipped" not in output + error and "2/2" in output
     assert epochs(run) == [1, 2] and (run / "report.html").exists()
     newest = run / "checkpoints/checkpoint-000000004"
@@ -79,11 +116,12 @@ def test_a_newer_format_is_skipped_with_the_way_out(run, capsys):
     assert error.count(told) == 2 and error.count("\n") == 1
 
 
-def test_an_older_checkpoint_is_taken_where_the_newest_is_of_a_newer_format(run, capsys):
+def test_an_older_checkpoint_is_taken_where_the_newest_is_of_a_newer_format(run, capsys, no_steps):
     path = run / "checkpoints/checkpoint-000000003/manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
-    assert resume() == 0
-    output = capsys.readouterr().out
+    assert resume() == 2
+    output, error = capsys.readouterr()
+    assert "far enough" in error
     assert "skipped checkpoint-000000003: format 99" in output and "after step 2" in output
 
 
@@ -141,7 +179,7 @@ def test_override_goes_on_with_the_changed_configuration_and_records_it(run, cap
     assert "changes" not in json.loads((run / "environment.json").read_text())["resumed"][-1]
 
 
-def test_overridden_settings_of_the_optimiser_take_effect(run, monkeypatch):
+def test_overridden_settings_of_the_optimiser_take_effect(run, monkeypatch, no_steps):
     seen = []
     real = TrainState.load_state_dict
 
@@ -150,7 +188,7 @@ def test_overridden_settings_of_the_optimiser_take_effect(run, monkeypatch):
         seen.append({k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"})
 
     monkeypatch.setattr(TrainState, "load_state_dict", load)
-    assert resume("--override", "--momentum", "0.5", "--weight-decay", "0.25") == 0
+    assert resume("--override", "--momentum", "0.5", "--weight-decay", "0.25") == 2
     assert (seen[0]["momentum"], seen[0]["weight_decay"]) == (0.5, 0.25)
 
 
@@ -241,9 +279,9 @@ def test_an_override_before_the_first_checkpoint_is_recorded_at_once(run, monkey
     assert seen == [0.2] and load_config(run).optim.lr == 0.2
 
 
-def test_a_run_with_other_batches_between_two_epochs_keeps_its_schedule(run, capsys):
+def test_a_run_with_other_batches_between_two_epochs_keeps_its_schedule(finished):
     """Four epochs of four smaller steps each, two of them behind it after only four large steps."""
-    assert resume() == 0
+    run = finished
     flags = ["--epochs", "4", "--batch-size", "10", "--schedule", "cosine", "--log-every", "1"]
     assert resume("--override", *flags) == 0
     rows = [r for r in read_rows(run / "metrics.jsonl") if r["stage"] == "train"]
@@ -267,7 +305,7 @@ def change_environment(run, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_run_of_another_type_of_device_is_left_as_it_is(run, capsys):
+def test_a_run_of_another_type_of_device_is_left_as_it_is(run, capsys, no_steps):
     change_environment(run, device="cuda")
     before = record_of(run)
     assert resume() == 2
@@ -275,20 +313,23 @@ def test_a_run_of_another_type_of_device_is_left_as_it_is(run, capsys):
     assert "this run was trained on cuda" in error and "there" in error and error.count("\n") == 1
     assert record_of(run) == before
     change_environment(run, resumed=[{"device": "cpu"}])
-    assert resume() == 0
+    assert resume() == 2
+    assert "far enough" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["torch", "cure_fast"])
-def test_another_version_is_told_of(run, capsys, name):
+def test_another_version_is_told_of(run, capsys, no_steps):
     here = environment()
-    change_environment(run, **{"torch": here["torch"], "cure_fast": here["cure_fast"]})
-    change_environment(run, **{name: "0.0.1"}, gpu="another, which this run does not use")
-    assert resume() == 0
+    change_environment(run, torch="0.0.1", cure_fast="0.0.2")
+    change_environment(run, gpu="another, which this run does not use")
+    assert resume() == 2
     error = capsys.readouterr().err
-    assert f"{name} 0.0.1 then and {here[name]} now" in error and "last bits" in error
-    assert error.count("goes on with") == 1 and "gpu" not in error
-    assert resume() == 0
-    assert "last bits" not in capsys.readouterr().err
+    for name, then in (("torch", "0.0.1"), ("cure_fast", "0.0.2")):
+        assert f"{name} {then} then and {here[name]} now" in error
+    assert "last bits" in error and error.count("goes on with") == 1 and "gpu" not in error
+    # Recorded by now.
+    assert resume() == 2
+    error = capsys.readouterr().err
+    assert "far enough" in error and "last bits" not in error
 
 
 def test_batches_may_change_between_two_epochs_alone():
@@ -359,8 +400,8 @@ def test_a_damaged_record_of_the_environment(run, capsys, text):
     assert "environment.json" in error and "Delete the file" in error and error.count("\n") == 1
 
 
-def test_a_run_that_has_ended_takes_no_other_settings(run, capsys):
-    assert resume() == 0
+def test_a_run_that_has_ended_takes_no_other_settings(finished, capsys):
+    run = finished
     before = (run / "config.json").read_bytes()
     leftover = run / "checkpoints/.tmp-latest"
     leftover.symlink_to("checkpoint-000000001")
@@ -372,8 +413,8 @@ def test_a_run_that_has_ended_takes_no_other_settings(run, capsys):
     assert resume() == 0 and not leftover.is_symlink()
 
 
-def test_another_radius_chooses_the_best_epoch_anew(run, capsys):
-    assert resume() == 0
+def test_another_radius_chooses_the_best_epoch_anew(finished, capsys):
+    run = finished
     config = load_config(run)
     more = str(config.optim.epochs + 1)
     assert resume("--override", "--eps", "1e-6", "--step-size", "1e-6", "--epochs", more) == 0

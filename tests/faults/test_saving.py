@@ -6,15 +6,19 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
+from functools import partial
 
 import pytest
 
+import strange
 from cure_fast.errors import InputError, StoppedError
 from cure_fast.signals import StopSignals
 from cure_fast.training import saving
 from cure_fast.training.job import train
+from processes import start
 from tiny_job import same_weights, stable_rows, tiny
+
+pytestmark = pytest.mark.usefixtures("short_pictures")
 
 
 def full_disk(*_arguments, **_settings):
@@ -32,14 +36,19 @@ def failing(monkeypatch, name, calls):
     monkeypatch.setattr(saving, name, sometimes)
 
 
-@pytest.fixture
-def whole(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
     """An unbroken run, from scratch so that its stage alone is what saves."""
-    return train(plain(tmp_path, "whole"))
+    return train(plain(tmp_path_factory.mktemp("unbroken"), "whole"))
 
 
 def plain(tmp_path, out, **sections):
-    return tiny(tmp_path, out=out, epochs=3, pretrain={"pretrain_epochs": 0}, **sections)
+    small = {
+        "pretrain": {"pretrain_epochs": 0},
+        "model": {"width": 4},
+        "eval": {"attacks": ("natural",), "limit": 2},
+    }
+    return tiny(tmp_path, out=out, epochs=3, **small, **sections)
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, whole, monkeypatch, capsys):
@@ -126,15 +135,14 @@ def test_a_really_full_disk(tmp_path):
         f"--loader resident --no-tensorboard --device cpu --batch-size 32 --cache {tmp_path} "
         f"--out {disk}/run"
     )
-    script = (
-        f"mount -t tmpfs -o size=492k tmpfs {disk} && {sys.executable} -m cure_fast {words}; "
-        f"echo exit $?; cd {disk}/run/checkpoints && ls -A; "
-        f"sha256sum checkpoint-*/state.pt; cat checkpoint-*/manifest.json"
+    script = "cd run/checkpoints && ls -A && sha256sum checkpoint-*/state.pt && "
+    script += "cat checkpoint-*/manifest.json"
+    done = start(
+        words.split(), tmp_path, prepare=partial(strange.on_a_small_disk, disk, "492k", script)
     )
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240
-    )
-    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert "exit 0" in done.stdout and ".tmp" not in done.stdout
-    digest = done.stdout.split("  checkpoint-")[0].split()[-1]
-    assert done.stdout.count(digest) == 2
+    assert done.wait() == 0, done.output()
+    output, error = done.stdout(), done.stderr()
+    assert "No space left on device" in error and "Traceback" not in error
+    assert "exit 0" in output and ".tmp" not in output
+    digest = output.split("  checkpoint-")[0].split()[-1]
+    assert output.count(digest) == 2

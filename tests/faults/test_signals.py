@@ -10,39 +10,46 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from cure_fast.files import locked
 from cure_fast.runs.checkpoint import check_checkpoint
-from killing import Unbroken, measure_unbroken, pretraining
+from killing import pretraining
 from moments import quick_autoattack, signal_after, signal_and_sleep_at, signal_at
 from processes import Running, finish, start
 from tiny_command import checkpoints, differences, stable_results, tiny_words
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What happens after a signal has come is the same for each; in a run's phases all of them come.
+ONE_SIGNAL = [
+    signal.SIGTERM,
+    *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGTERM),
+]
 # How long a signalled process may take, a slow machine's tiny step included.
 SOON_S = 120.0
 # Where the signal comes, the number of the call, and the checkpoint that is there afterwards: of
-# the natural pre-training, and of the run. The tiny run takes 3 steps naturally, then twice 3.
+# the natural pre-training, and of the run. The tiny run takes 3 steps naturally, then twice 3. In a
+# run that goes on, calls are counted from there.
 PHASES = {
     "reading data": ("cure_fast.loaders.datasets:_read_digits", 1, None, None),
     "pre-training": ("cure_fast.engine.eager:train_step", 2, 2, None),
-    "training step": ("cure_fast.engine.eager:train_step", 5, None, 2),
+    # One step was left naturally.
+    "training step": ("cure_fast.engine.eager:train_step", 2, None, 1),
     # Two of the calls are those of the step whose passes are counted at the start.
-    "inside the attack": ("cure_fast.attacks:pgd_step_", 5, None, 2),
-    "saving": ("cure_fast.training.saving:save_checkpoint", 2, None, 4),
-    "validation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 3, None, 3),
-    "evaluation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 7, None, 6),
+    "inside the attack": ("cure_fast.attacks:pgd_step_", 3, None, 2),
+    "validation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 1, None, 3),
+    "saving": ("cure_fast.training.saving:save_checkpoint", 1, None, 4),
+    "evaluation": ("cure_fast.evaluation.measurement:Measurement.under_attack", 4, None, 6),
     "pictures": ("cure_fast.evaluation.results:adversarial_examples", 1, None, 6),
     "report": ("cure_fast.report:write_report", 1, None, 6),
 }
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    return measure_unbroken(tmp_path_factory.mktemp("unbroken"))
+# Only the processes that are started import it, which takes seconds.
+needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 
 
 def check_stopped(run: Running) -> None:
@@ -53,30 +60,23 @@ def check_stopped(run: Running) -> None:
     assert told.count("continue with:") + told.count("the same command") <= 1
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_stops_the_run_within_a_step(tmp_path, unbroken, phase):
-    place, call, natural_step, step = PHASES[phase]
-    folders = [tmp_path / number.name for number in SIGNALS]
-    for cwd in folders:
-        cwd.mkdir()
-    stopped = [
-        start(tiny_words(), cwd, prepare=partial(signal_at, place, call, number))
-        for cwd, number in zip(folders, SIGNALS, strict=True)
-    ]
-    for run in stopped:
+def test_a_signal_in_each_phase_stops_within_a_step_and_the_run_goes_on(tmp_path, unbroken):
+    """One run, stopped by each of the signals in turn."""
+    words = tiny_words()
+    for number, (phase, (place, call, natural_step, step)) in enumerate(PHASES.items()):
+        name = SIGNALS[number % len(SIGNALS)]
+        run = start(words, tmp_path, prepare=partial(signal_at, place, call, name))
         check_stopped(run)
-    begun = phase != "reading data"
-    for cwd, run in zip(folders, stopped, strict=True):
-        assert (cwd / "run").exists() == begun
-        assert ("continue with: cure-fast train run --resume" in run.stderr()) == begun
-        assert checkpoints(cwd / "run")[-1:] == ([step] if step else [])
+        begun = phase != "reading data"
+        assert (tmp_path / "run").exists() == begun, phase
+        assert ("continue with: cure-fast train run --resume" in run.stderr()) == begun, phase
+        assert checkpoints(tmp_path / "run")[-1:] == ([step] if step else []), phase
         if natural_step:
-            assert checkpoints(pretraining(cwd))[-1:] == [natural_step]
-    # All three stand at the same place, so one of them goes on, another one in each phase.
-    cwd = folders[list(PHASES).index(phase) % len(SIGNALS)]
-    code, output = finish(tiny_words(*(["--resume"] if begun else [])), cwd)
+            assert checkpoints(pretraining(tmp_path))[-1:] == [natural_step], phase
+        words = tiny_words("--resume") if begun else tiny_words()
+    code, output = finish(words, tmp_path)
     assert code == 0, output
-    assert differences(unbroken.folder, cwd / "run") == []
+    assert differences(unbroken.folder, tmp_path / "run") == []
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, unbroken):
@@ -112,7 +112,7 @@ def test_a_signal_between_two_others_is_no_second_interrupt(tmp_path):
 AUTOATTACK = ["--attacks", "natural,aa", "--aa-limit", "24", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_in_autoattack_stops_and_goes_on_later(tmp_path, unbroken, number):
     for name in ("whole", "broken"):
         shutil.copytree(unbroken.folder, tmp_path / name)
@@ -145,7 +145,7 @@ def evaluations(folder: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_while_another_run_pre_trains_ends_the_wait(tmp_path, unbroken, number):
     shutil.copytree(unbroken.folder.parent / "cache", tmp_path / "cache")
     cached = pretraining(tmp_path)
@@ -160,9 +160,9 @@ def test_a_signal_while_another_run_pre_trains_ends_the_wait(tmp_path, unbroken,
     assert differences(unbroken.folder, tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@needs_ffcv
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_while_ffcv_writes_ends_the_writer_too(tmp_path, number):
-    pytest.importorskip("ffcv", reason="FFCV is not installed")
     run = start(tiny_words("--loader", "ffcv"), tmp_path)
     while not writers(tmp_path) and not run.ended():
         time.sleep(0.01)
@@ -174,8 +174,8 @@ def test_a_signal_while_ffcv_writes_ends_the_writer_too(tmp_path, number):
     check_nothing_written(tmp_path)
 
 
+@needs_ffcv
 def test_a_signal_as_the_writer_starts_leaves_no_writer_behind(tmp_path):
-    pytest.importorskip("ffcv", reason="FFCV is not installed")
     at_start = partial(signal_after, "subprocess:Popen._execute_child", signal.SIGTERM)
     run = start(tiny_words("--loader", "ffcv"), tmp_path, prepare=at_start)
     assert run.wait() == 75, run.output()
@@ -205,7 +205,10 @@ def writers(cwd: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Of Python's own, SIGINT alone would leave a traceback.
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_while_torch_is_imported_ends_the_program(tmp_path, number):
     program = subprocess.Popen(
         [sys.executable, "-m", "cure_fast", *tiny_words()],

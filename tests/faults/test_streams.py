@@ -1,14 +1,12 @@
 """Streams that nobody reads, that are closed, full or no terminal.
 
-What Python makes of its streams at its start is tested in a fresh interpreter, the rest in
-processes forked from one that has imported torch already.
+Most of it is tested in processes forked from one that has imported torch already.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -18,35 +16,16 @@ import pytest
 import strange
 from cure_fast.cli.main import main
 from environments import QUICK, check_same, fresh, quick_run
-from processes import finish, start
-
-
-def test_a_reader_that_leaves_does_not_end_training(plain, tmp_path):
-    """What `cure-fast train ... | head -1` does to the program."""
-    code, output = quick_run(plain, tmp_path, prepare=strange.broken_pipe)
-    assert code == 0 and "Traceback" not in output, output
-    assert output.count("standard output failed") == 1
-    check_same(tmp_path / "run", plain)
-    assert (tmp_path / "run/report.html").exists()
+from processes import finish
 
 
 def test_head_reads_a_line_and_the_run_is_finished(plain, tmp_path):
-    """In a shell, where Python writes each line at once."""
-    cache = str(plain.parent / "cache")
-    program = shlex.join([sys.executable, "-m", "cure_fast"])
-    words = shlex.join([*QUICK, "--cache", cache, "--out", "run"])
-    done = subprocess.run(
-        ["bash", "-c", f"{program} {words} | head -1; echo ${{PIPESTATUS[0]}}"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        timeout=240,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    first, code = done.stdout.splitlines()
-    assert first.startswith("cure-fast 0.1.0: resnet-small on digits") and code == "0", done.stderr
-    assert done.stderr.count("standard output failed") == 1 and "Traceback" not in done.stderr
+    """What `cure-fast train ... | head -1` does to the program."""
+    code, output = quick_run(plain, tmp_path, prepare=strange.read_by_head)
+    assert code == 0 and "Traceback" not in output, output
+    (first,) = (tmp_path / "head").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("cure-fast 0.1.0: resnet-small on digits")
+    assert output.count("standard output failed") == 1
     check_same(tmp_path / "run", plain)
     assert (tmp_path / "run/results.json").exists() and (tmp_path / "run/report.html").exists()
 
@@ -60,7 +39,7 @@ def test_commands_that_nobody_reads_do_their_work(plain, tmp_path):
     (tmp_path / "run/report.html").unlink()
     assert finish(["report", "run"], tmp_path, prepare=prepare) == (0, "")
     assert (tmp_path / "run/report.html").exists()
-    words = ["eval", "run", "--attacks", "natural,fgsm", "--device", "cpu"]
+    words = ["eval", "run", "--attacks", "natural,fgsm", "--limit", "20", "--device", "cpu"]
     assert finish(words, tmp_path, prepare=prepare) == (0, "")
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert "fgsm" in results["models"]["trained"]["attacks"]
@@ -96,15 +75,17 @@ def test_output_into_a_full_disk_is_an_error_where_output_is_all(tmp_path):
 
 def test_closed_streams_do_not_end_training(plain, tmp_path):
     """What `cure-fast train ... <&- >&- 2>&-` does: the descriptors are free for other files."""
-    cache = str(plain.parent / "cache")
-    words = [*QUICK, "--cache", cache, "--out", "run"]
-    done = fresh(
-        words, tmp_path, preexec_fn=strange.close_streams, stdout=None, stderr=None,
-        capture_output=False,
-    )  # fmt: skip
-    assert done.returncode == 0
+    code, output = quick_run(plain, tmp_path, prepare=strange.close_streams)
+    assert code == 0 and not output
     check_same(tmp_path / "run", plain)
     assert (tmp_path / "run/report.html").exists()
+
+
+def test_python_has_no_streams_where_there_are_none():
+    """So a process that closes them is what a fresh interpreter would be."""
+    text = "import sys; sys.exit(not (sys.stdin is sys.stdout is sys.stderr is None))"
+    words = shlex.join([sys.executable, "-S", "-c", text])
+    assert subprocess.run(["sh", "-c", f"{words} <&- >&- 2>&-"], check=False).returncode == 0
 
 
 def test_list_into_a_reader_that_leaves(tmp_path):
@@ -112,8 +93,7 @@ def test_list_into_a_reader_that_leaves(tmp_path):
     assert code == 0 and not output
 
 
-def test_a_run_without_a_terminal_draws_no_bar(plain, tmp_path):
-    running = start([*QUICK, "--cache", str(plain.parent / "cache"), "--out", "run"], tmp_path)
-    assert running.wait() == 0
-    assert running.stderr() == "" and "\r" not in running.stdout()
-    assert "\x1b" not in running.stdout()
+def test_a_run_without_a_terminal_draws_no_bar(plain):
+    printed = (plain.parent / "stdout").read_bytes().decode()
+    assert "report: plain" in printed and "\r" not in printed and "\x1b" not in printed
+    assert (plain.parent / "stderr").read_bytes() == b""

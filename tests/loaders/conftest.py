@@ -50,8 +50,8 @@ def ffcv_here() -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `cache`."""
-    return tmp_path_factory.mktemp("cache")
+    """The folder of `cache`, whose name has what a path in C must survive."""
+    return tmp_path_factory.mktemp("Ablage für später")
 
 
 @pytest.fixture(scope="session")

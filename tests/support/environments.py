@@ -11,8 +11,8 @@ from tiny_job import same_weights, stable_rows
 
 TINY = (
     "train quickstart --train-images 60 --val-images 20 --width 4 --pretrain-epochs 1 --epochs 1 "
-    "--batch-size 30 --attack-steps 1 --step-size 0.15 --attacks natural,pgd2 --eval-step-size 0.1 "
-    "--limit 20 --val-attack-steps 1 --device cpu --log-every 1"
+    "--batch-size 30 --eps 4/255 --attack-steps 1 --step-size 4/255 --attacks natural,pgd2 "
+    "--eval-step-size 0.1 --limit 20 --val-attack-steps 1 --device cpu --log-every 1"
 ).split()
 QUICK = [*TINY, "--loader", "resident", "--no-tensorboard"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cure_fast.runs.checkpoint import load_checkpoint
-from processes import Running, finish, start
+from processes import PATIENCE_S, Running, finish, start
 from tiny_command import STEPS_PER_EPOCH, checkpoints, differences, tiny_words
 
 
@@ -79,20 +79,19 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def kill_and_resume(
-    cwd: Path,
-    unbroken: Unbroken,
-    delays: Sequence[float],
-    prepare: Callable[[], object] | None = None,
+    cwd: Path, unbroken: Unbroken, kills: Sequence[float | Callable[[], object]]
 ) -> Outcome:
-    """Kill a run after each of the delays in seconds, continue it to its end, and judge it.
+    """Kill a run again and again, continue it each time and at last to its end, and judge it.
 
-    ``prepare`` is called in each process that is to be killed, and may kill it earlier.
+    A kill comes after some seconds, or is placed by what is called in the process beforehand, which
+    may also leave it alone: the run then ends before its time.
     """
     outcome = Outcome()
     words = tiny_words()
-    for delay in delays:
-        running = start(words, cwd, prepare=prepare)
-        running.join(delay)
+    for kill in kills:
+        expected = to_resume_from(cwd)
+        running = start(words, cwd, prepare=kill if callable(kill) else None)
+        running.join(PATIENCE_S if callable(kill) else kill)
         code = running.kill()
         if code == 0:
             words = tiny_words("--resume")
@@ -100,6 +99,7 @@ def kill_and_resume(
         if code != -signal.SIGKILL:
             outcome.refused.append(f"exit code {code}: {running.output()}")
             return outcome
+        note_resumed(running.output(), expected, outcome, whole=False)
         note_kill(cwd, running, outcome)
         words = words_to_go_on(cwd, outcome)
     expected = to_resume_from(cwd)
@@ -107,9 +107,7 @@ def kill_and_resume(
     if code != 0:
         outcome.refused.append(f"exit code {code}: {output}")
         return outcome
-    found = re.findall(r"\w+: resumed after step \d+", output)
-    if found != expected:
-        outcome.lost.append(f"expected {expected}, came {found}")
+    note_resumed(output, expected, outcome, whole=True)
     outcome.different = differences(unbroken.folder, cwd / "run")
     if not same_end(unbroken.folder, cwd / "run"):
         outcome.different.append("the last checkpoint")
@@ -119,6 +117,16 @@ def kill_and_resume(
         tree(cwd) - {name for name in tree(unbroken.folder.parent) if "checkpoint-" not in name}
     )
     return outcome
+
+
+def note_resumed(output: str, expected: list[str], outcome: Outcome, *, whole: bool) -> None:
+    """Note where a process took up other checkpoints than those on the disk at its start.
+
+    One that was killed, which is no ``whole`` one, may not have come to it.
+    """
+    found = re.findall(r"\w+: resumed after step \d+", output)
+    if found != (expected if whole or found else []):
+        outcome.lost.append(f"expected {expected}, came {found}")
 
 
 def kept(run: Path) -> tuple[list[int], str]:

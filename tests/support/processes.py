@@ -47,6 +47,12 @@ PRELOADED = (
     "cure_fast.cli.evaluate",
     "cure_fast.report",
     "cure_fast.cli.listing",
+    "cure_fast.cli.configure",
+    "cure_fast.training.choices",
+    "warmed",
+    "numpy.ma",
+    "PIL.PngImagePlugin",
+    "safetensors.torch",
     "pyautoattack",
     "rich.progress",
     "rich.table",
@@ -217,6 +223,8 @@ def _become(
     import faulthandler
 
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    # Not the server's way to start further processes, such as a loader's workers.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)
