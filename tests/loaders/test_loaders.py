@@ -254,9 +254,7 @@ def absent() -> str:
     return "FFCV is not installed (pip install 'cure-fast[ffcv]')"
 
 
-def test_auto_takes_ffcv_where_there_are_many_images(
-    make, make_images, cache, monkeypatch
-) -> None:
+def test_auto_takes_ffcv_where_there_are_many_images(make, make_images, cache, monkeypatch) -> None:
     images = make_images(67)
     few = make("auto", images)
     assert few.kind == "resident" and few.reason.startswith("resident: so few images")
