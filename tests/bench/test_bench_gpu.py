@@ -148,6 +148,7 @@ def test_nothing_that_is_written_names_the_machine_or_its_folders(
         assert not [name for name, text in texts.items() if private in text]
 
 
+@pytest.mark.slow
 def test_kernels_rehearsed_on_the_cpu_leave_their_record_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "require_green_tests", lambda plan: None)
     monkeypatch.setattr(kernel_part, "REHEARSED", "mask and sort")

@@ -211,6 +211,7 @@ def test_a_summary_of_earlier_figures_claims_no_tests_that_do_not_hold(
     assert "tests passed" not in page and "| **changed since** |" in page
 
 
+@pytest.mark.slow
 def test_an_interrupted_gate_says_one_line_and_no_more(tmp_path) -> None:
     """Ctrl-C as a terminal sends it, to all processes in the foreground."""
     root = tmp_path / "root"

@@ -24,6 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bench import fake_cuda, launches, lowered
 from networks import Plain, network
 
+# Inductor lowers for half a minute what a bench alone counts.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # Images of 16 channels and of 32, and weights between them, all bf16.
 SHAPE, WIDE, WEIGHT = (8, 16, 8, 8), (8, 32, 8, 8), (32, 16, 3, 3)

@@ -174,6 +174,7 @@ def test_wrong_flags_are_told_in_a_line(
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_script_counts_without_being_told_of_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

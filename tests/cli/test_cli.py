@@ -310,6 +310,7 @@ def test_training_works_without_torchvision(folder):
     assert code == 0 and "Traceback" not in output, output
 
 
+@pytest.mark.slow  # FFCV compiles; each loader's batches are compared in the loaders' tests
 def test_data_write_makes_the_file_from_which_the_same_weights_are_trained(folder, capsys):
     pytest.importorskip("ffcv", reason="FFCV is not installed")
     words = "--train-images 60 --val-images 20 --cache kept".split()
@@ -320,6 +321,24 @@ def test_data_write_makes_the_file_from_which_the_same_weights_are_trained(folde
     assert list(Path("kept/ffcv").glob("*.beton")) == [path]
     assert main(["train", "quickstart", "--out", "resident", *TINY, *words]) == 0
     assert same_weights(Path("run"), Path("resident"))
+
+
+def test_data_write_makes_the_file_that_training_asks_for(folder, monkeypatch, capsys):
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    from cure_fast.errors import StoppedError
+    from cure_fast.training import job
+
+    def stopped(*arguments):
+        raise StoppedError("stopped by a signal")
+
+    words = "--train-images 60 --val-images 20 --cache kept".split()
+    assert main(["data", "write", "digits", *words]) == 0
+    (path,) = Path("kept/ffcv").glob("*.beton")
+    assert str(path) in capsys.readouterr().out
+    monkeypatch.setattr(job, "run_stages", stopped)
+    assert main(["train", "quickstart", "--out", "run", *TINY, "--loader", "ffcv", *words]) == 75
+    assert str(path) in capsys.readouterr().out
+    assert list(Path("kept/ffcv").glob("*.beton")) == [path]
 
 
 def test_a_closed_stop_names_the_command_that_continues(folder, monkeypatch, capsys):

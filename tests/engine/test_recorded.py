@@ -45,7 +45,18 @@ def is_recorded(run):
 # Methods and networks.
 
 
-@pytest.mark.parametrize("method", [*METHODS, "guided", "derived", "hooked"])
+# Losses that differ in kind: of others' terms, weights and networks these are made.
+KINDS = ("natural", "trades", "mart", "alp", "cure", "cure_eff", "gairat", "te", "lbgat", "las_at")
+KINDS += ("iad2", "rat", "ap_mart", "guided", "derived", "hooked")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in KINDS else pytest.mark.slow)
+        for method in [*METHODS, "guided", "derived", "hooked"]
+    ],
+)
 def test_a_recorded_step_is_the_eager_one(method):
     """With stilled statistics, trained second networks, and gradients inside the loss."""
     settings = {"natural_share": 0.5} if method.startswith("cure_eff") else {}

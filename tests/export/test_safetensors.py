@@ -30,7 +30,7 @@ def test_the_file_says_all_that_the_network_needs(exported: Path) -> None:
     told = read_metadata(exported)
     expected = {
         "model": "resnet-small",
-        "width": "16",
+        "width": "4",
         "stem": "cifar",
         "num_classes": "10",
         "data": "digits",

@@ -77,7 +77,7 @@ def run(program: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("place", ["root", "elsewhere"])
+@pytest.mark.parametrize("place", ["root", pytest.param("elsewhere", marks=pytest.mark.slow)])
 def test_bare_names_stay_free(place: str, tmp_path: Path) -> None:
     assert run(IMPORT_ALL, ROOT if place == "root" else tmp_path) == "[]"
 

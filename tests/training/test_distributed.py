@@ -31,7 +31,7 @@ TRAINED = {
         # Gradients at other weights, averages, statistics estimated anew.
         "policies": ("trades", 4, "awp", "swa"),
         # What is kept of each image or class, where another process had it.
-        "te": ("te", 8),
+        "te": ("te", 4),
         "fgsm_pgi": ("fgsm_pgi", 4),
         "cfa_at": ("cfa_at", 4),
         # Means over the batch that are in no loss.
@@ -40,7 +40,7 @@ TRAINED = {
         # Decided on the device; with gradients at other weights, and in the middle of an attack.
         "fast cure": ("cure", 4),
         "fast policies": ("trades", 4, "awp", "swa"),
-        "fast te": ("te", 8),
+        "fast te": ("te", 4),
         # An attack in training mode, with two starts per image.
         "st_at": ("st_at", 4),
     }.items()
@@ -216,7 +216,7 @@ ANALYSES = {
 }
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", ["eps-sweep", pytest.param("classes", marks=pytest.mark.slow)])
 def test_an_analysis_by_two_processes_is_that_of_one(tmp_path, unbroken, name):
     words = ["analyze", name, str(unbroken), *ANALYSES[name].split()]
     words += ["--limit", "30", "--device", "cpu", "--out"]
