@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 KINDS = ("natural", "attacked")
 
 
+# How the legend calls what the errors are of.
+WORDS = {"natural": "natural", "attacked": "attacked"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceSettings(Settings):
     """Settings of ``confidence``."""
@@ -124,7 +128,6 @@ def draw(numbers: Numbers) -> Figure:
     for place, kind in enumerate(KINDS):
         above, below = axes[place], axes[2 + place]
         above.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=":")
-        handles = []
         for subject, style in zip(subjects, line_styles(subjects), strict=True):
             name = subject["name"]
             own = [b for b in numbers["bins"] if (b["model"], b["on"]) == (name, kind)]
@@ -132,10 +135,9 @@ def draw(numbers: Numbers) -> Figure:
                 [each[key] for each in own] for key in ("confidence", "accuracy", "middle", "share")
             )
             # Whole markers where all or nothing is right.
-            handles += above.plot(sure, right, label=name, clip_on=False, **style)
+            both = (f"{errors[name, k]:.1f} % {word}" for k, word in WORDS.items())
+            above.plot(sure, right, label=f"{name}, ECE {', '.join(both)}", clip_on=False, **style)
             below.plot(middles, shares, clip_on=False, **style)
-        told = [f"ECE {errors[subject['name'], kind]:.1f}%" for subject in subjects]
-        above.legend(handles, told, loc="upper left")
         above.set_title(titles[kind])
         for panel in (above, below):
             panel.set_xlim(0, 100)
@@ -143,7 +145,7 @@ def draw(numbers: Numbers) -> Figure:
         below.set_xlabel("confidence in %")
     axes[0].set_ylabel("accuracy in %")
     axes[2].set_ylabel("share of images in %")
-    outside_legend(figure, axes[:1], columns=4)
+    outside_legend(figure, axes[:1], columns=2)
     return figure
 
 

@@ -26,7 +26,7 @@ from cure_fast.config.checks import check
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RADII = (0.25, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
+RADII = (0.25, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class EpsSweepSettings(Settings):
     """Settings of ``eps-sweep``."""
 
     radii: tuple[float, ...] | None = None
-    """Radii in pixel units, above 0, with commas between; None takes 0.25/255 to 64/255, and in L2
+    """Radii in pixel units, above 0, with commas between; None takes 0.25/255 to 128/255, and in L2
     shares and multiples of --eps."""
     attack: str = "pgd20"
     """What attacks: pgdK, cwK or fgsm, or aa (AutoAttack, for each radius anew)."""

@@ -152,7 +152,7 @@ def draw(numbers: Numbers) -> Figure:
         (axes[2], "norm", "L2 norm"),
     ):
         draw_epochs(ax, numbers, key, label)
-    draw_layers(axes[3], numbers, "nonzero", "weights updated in %")
+    draw_layers(axes[3], numbers, "nonzero", "weights with a gradient in %")
     draw_layers(axes[4], numbers, "prominent", "weights above the common\npercentile in %")
     draw_masks(axes[5], numbers)
     outside_legend(figure, axes, columns=4)
@@ -226,7 +226,11 @@ def draw_masks(ax: Axes, numbers: Numbers) -> None:
     if absent(ax, numbers["masks"], "never_updated", "masks"):
         return
     shown = {"overlap": "-", "energy": (0, (5, 1.5)), "never_updated": (0, (1.5, 1.5))}
-    names = ("overlap with the epoch before", "gradient energy masked", "weights never updated")
+    names = (
+        "overlap with the epoch before",
+        "gradient energy masked",
+        "masked in each epoch's last step",
+    )
     subjects = numbers["subjects"]
     for subject, colour in zip(subjects, colours(subjects), strict=True):
         own = [row for row in numbers["masks"] if row["model"] == subject["name"]]

@@ -205,6 +205,8 @@ class Analysis(Generic[S]):
         """Return what the analysis finds; see :meth:`__call__` for the way from Python."""
         count = len(task.subjects)
         self.check_count(count)
+        if self.of_runs:
+            check_same_images(task.subjects)
         if not self.of_runs and not len(task.images):
             raise InputError(f"{self.name}: expected at least one image, got none.")
         found = self.compute(task, settings)
@@ -357,6 +359,19 @@ class Result:
         with replacing(path) as temporary:
             temporary.write_text(csv_text(self.rows), encoding="utf-8")
         return [*written, place / f"{self.analysis.name}.json", path]
+
+
+def check_same_images(subjects: Sequence[Subject]) -> None:
+    """Raise ``InputError`` for runs of different images."""
+    found = {}
+    for subject in subjects:
+        if subject.folder is not None:
+            data = load_config(subject.folder).data
+            size = "" if data.image_size is None else f" of {data.image_size} pixels"
+            found.setdefault(f"{data.data}{size}", subject.folder)
+    if len(found) > 1:
+        told = ", ".join(f"{folder} {images}" for images, folder in found.items())
+        raise InputError(f"expected runs of the same images, got {told}. Leave some of them out.")
 
 
 def subject_of(path: Path, model: nn.Module | None) -> Subject:

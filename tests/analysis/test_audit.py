@@ -260,6 +260,19 @@ def test_counts_of_a_run_are_held_against_its_images(run, digits, tmp_path, chan
         assert told in result.failed["counts"].lower()
 
 
+def test_a_record_under_attack_is_held_against_the_same_attack(run, digits, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    path = copied / "results.json"
+    record = json.loads(path.read_text())
+    attacks = record["models"]["trained"]["attacks"]
+    assert attacks["pgd2"]["correct"] < 30
+    attacks["pgd2"].update(correct=90, by_class=[])
+    path.write_text(json.dumps(record))
+    result = cure_fast.audit(copied, *digits, checks=["counts"], steps=4)
+    assert "Accuracy under PGD-2 is 25.0 %" in result.failed["counts"]
+
+
 def test_a_run_is_audited_from_the_command_line(run, capsys):
     words = ["audit", str(run), "--limit", "24", "--steps", "4", "--queries", "5", "--planted", "2"]
     assert main(words) == 0

@@ -43,6 +43,16 @@ def test_best_last_and_their_difference(folder):
     assert len(result.figure().axes) == 2
 
 
+def test_runs_of_different_images_are_refused(folder, capsys):
+    made_up_run(folder / "a", "trades-cifar10-resnet18", right=RIGHT, rows=rows())
+    made_up_run(folder / "b", "svhn-resnet18", right=RIGHT, rows=rows())
+    before = sorted(folder.rglob("*"))
+    assert main(["analyze", "overfitting", "a", "b"]) == 2
+    error = capsys.readouterr().err
+    assert "runs of the same images, got a cifar10, b svhn" in error and error.count("\n") == 1
+    assert [p for p in sorted(folder.rglob("*")) if p.name != "run.lock"] == before
+
+
 def test_an_epoch_that_collapsed_is_not_the_best(folder):
     made = rows()
     made[3]["collapsed"] = True
