@@ -5,8 +5,6 @@
 
 BIN := .venv/bin
 ARGS ?=
-# Processes that test: one more than cores where those are few, as tests wait for what they start.
-TESTING := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 # Waiting threads that spin for long slow down whatever shares the machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 10000
 
@@ -24,7 +22,7 @@ train: setup  ## Set up, train CURE on the quickstart recipe and write its repor
 	$(BIN)/cure-fast train quickstart $(ARGS)
 
 test: setup  ## Set up and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTING) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup  ## Check style, formatting and types
 	$(BIN)/ruff check .
