@@ -31,8 +31,9 @@ A row is *reproduced* by runs of its method, data set and model, trained with th
 recipe METHOD-DATA-MODEL, which are its authors' (epochs, schedule, attack and the method's own),
 and evaluated within L-inf 8/255 on all test images under every attack that the row has a figure
 of, if the mean over seeds lies within {WITHIN:.1f} points of each figure, or within two standard
-deviations over seeds where these are more, up to {MOST:.1f} points. It is *not reproduced* if such runs lie farther away.
-It is *not run* if there are none; where a run of it is not such a run, the last column says why.
+deviations over seeds where these are more, up to {MOST:.1f} points. It is *not reproduced* if such
+runs lie farther away. It is *not run* if there are none; where a run of it is not such a run, the
+last column says why.
 PGD-20 and C&W are as this project runs them: papers do not say all of their settings. Weights are
 the first 12 digits of the SHA-256 of its weights. Differences are measured - published, in
 points.
