@@ -80,10 +80,11 @@ def make_loader(
     if kind == "auto" and image_set.images.nbytes < FEW_BYTES:
         kind, why = "resident", "so few images are read before FFCV would have compiled"
     if kind in ("auto", "ffcv"):
-        problem = ffcv_problem()
         if mix is not None and process[1] > 1:
             # Generated images fall to processes as they come.
             problem = "with --aux a process reads more or fewer images per batch, and FFCV as many"
+        else:
+            problem = ffcv_problem()
         if not problem:
             return FfcvLoader(image_set, settings, workers=workers, cache=cache)
         if kind == "ffcv":

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 KINDS = ("natural", "attacked")
 
 
-# How the legend calls what the errors are of.
-WORDS = {"natural": "natural", "attacked": "attacked"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceSettings(Settings):
     """Settings of ``confidence``."""
@@ -135,7 +131,7 @@ def draw(numbers: Numbers) -> Figure:
                 [each[key] for each in own] for key in ("confidence", "accuracy", "middle", "share")
             )
             # Whole markers where all or nothing is right.
-            both = (f"{errors[name, k]:.1f} % {word}" for k, word in WORDS.items())
+            both = (f"{errors[name, on]:.1f} % {on}" for on in KINDS)
             above.plot(sure, right, label=f"{name}, ECE {', '.join(both)}", clip_on=False, **style)
             below.plot(middles, shares, clip_on=False, **style)
         above.set_title(titles[kind])

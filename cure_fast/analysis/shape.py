@@ -207,7 +207,7 @@ class Analysis(Generic[S]):
         self.check_count(count)
         if self.of_runs:
             check_same_images(task.subjects)
-        if not self.of_runs and not len(task.images):
+        elif not len(task.images):
             raise InputError(f"{self.name}: expected at least one image, got none.")
         found = self.compute(task, settings)
         header = {

@@ -15,18 +15,17 @@ import torch
 from cure_fast import distributed
 from cure_fast.analysis import Analysis, Settings
 from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of
-from cure_fast.cli.evaluate import TIMEOUT_S, Opened, opened_file, opened_folder, threads_asked
+from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, stoppable, threads_asked
 from cure_fast.config.arguments import AnalyzeArgs
 from cure_fast.config.checks import flag_of
 from cure_fast.console import say
-from cure_fast.errors import InputError, StoppedError
+from cure_fast.errors import InputError
 from cure_fast.evaluation.record import main_settings
 from cure_fast.files import user_path
 from cure_fast.progress import Progress
 from cure_fast.runs.environment import choose_device
 from cure_fast.runs.folder import held, load_config
 from cure_fast.runs.threads import threads
-from cure_fast.signals import StopSignals
 
 BUSY = "Wait for its end, or name another folder with --out."
 DENIED = "Change that, or name another folder with --out."
@@ -65,43 +64,24 @@ def run_analysis(
         InputError: for runs, files or settings that do not fit, before anything is written.
         StoppedError: after a signal; the same command goes on from there.
     """
-    try:
-        with distributed.joined(timeout_s=TIMEOUT_S):
-            return run_joined(analysis, paths, settings, args, opened)
-    except (StoppedError, distributed.LostError) as error:
-        raise StoppedError(f"{analysis.name} {error}; the same command continues it.") from error
-
-
-def run_joined(
-    analysis: Analysis[Any],
-    paths: Sequence[Path],
-    settings: Settings,
-    args: AnalyzeArgs,
-    opened: Sequence[Opened],
-) -> Result:
-    """Do what :func:`run_analysis` does, in each of the processes that share it."""
     analysis.check_count(len(paths))
-    if analysis.of_runs:
-        task, threads_wanted = runs_alone(analysis, paths, args)
-    else:
-        found = opened or [open_one(path, args) for path in paths]
-        task, threads_wanted = networks(analysis, found, args)
-    out, first = folder_for(paths[0], args), task.subjects[0].folder
-    # A run's own folder is written to by one process at a time.
-    own = first is not None and out.resolve().is_relative_to(first.resolve())
-    with (
-        StopSignals() as stop,
-        distributed.first_in(partial(held, first, busy=BUSY, denied=DENIED))
-        if own and first
-        else nullcontext(),
-        threads(threads_wanted),
-        Progress() as progress,
-    ):
-        kept = kept_for(out, analysis, settings, task, stop=stop, progress=progress)
-        result = analysis.run(replace(task, kept=kept), settings)
-        written = distributed.first(lambda: save(result, out, first if own else None))
-    for path in written:
-        say(f"{'report' if path.suffix == '.html' else analysis.name}: {path}")
+    if not analysis.of_runs:
+        opened = opened or [open_one(path, args) for path in paths]
+    with stoppable(analysis.name, kept=True) as stop:
+        if analysis.of_runs:
+            task, threads_wanted = runs_alone(analysis, paths, args)
+        else:
+            task, threads_wanted = networks(analysis, opened, args)
+        out, first = folder_for(paths[0], args), task.subjects[0].folder
+        # A run's own folder is written to by one process at a time.
+        own = first if first and out.resolve().is_relative_to(first.resolve()) else None
+        alone = partial(held, own, busy=BUSY, denied=DENIED) if own else nullcontext
+        with distributed.first_in(alone), threads(threads_wanted), Progress() as progress:
+            kept = kept_for(out, analysis, settings, task, stop=stop, progress=progress)
+            result = analysis.run(replace(task, kept=kept), settings)
+            written = distributed.first(lambda: save(result, out, own))
+        for path in written:
+            say(f"{'report' if path.suffix == '.html' else analysis.name}: {path}")
     return result
 
 

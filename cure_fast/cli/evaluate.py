@@ -100,8 +100,8 @@ class Saved:
 
 
 @contextmanager
-def stoppable(*, kept: bool) -> Iterator[StopSignals]:
-    """Catch signals in the block; where one stops it, say what the same command will do then.
+def stoppable(what: str = "evaluation", *, kept: bool) -> Iterator[StopSignals]:
+    """Catch signals in the block; where one stops ``what``, say what the same command does then.
 
     Processes that a launcher has started share the work of the block.
     """
@@ -113,7 +113,7 @@ def stoppable(*, kept: bool) -> Iterator[StopSignals]:
             how = (
                 "continues it" if kept else "starts anew, and --out FOLDER would keep what is done"
             )
-            raise StoppedError(f"evaluation {error}; the same command {how}.") from error
+            raise StoppedError(f"{what} {error}; the same command {how}.") from error
 
 
 def evaluate_folder(folder: Path, args: EvalArgs) -> None:

@@ -151,9 +151,7 @@ class Loss:
         run = self.run
         trained = self._leaves_of(run.trained_parameters)
         with self._standing_in():
-            terms = loss_of(run, batch)
-            if batch.part is not None:
-                terms = {name: weighed(term, batch.part) for name, term in terms.items()}
+            terms = {name: weighed(t, batch.part) for name, t in loss_of(run, batch).items()}
             for name, (of, parameters) in wanted_gradients(run).items():
                 run.gradients[name] = self.within(of(terms), parameters)
             grads = torch.autograd.grad(terms["total"], trained, allow_unused=True)

@@ -20,12 +20,6 @@ ALL_PACKAGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ffcv_here() -> tuple[bool, str]:
-    """State of FFCV in this environment, found once: the probe takes seconds."""
-    return doc.check_ffcv()
-
-
 @pytest.mark.parametrize("works", [True, False])
 def test_report_of_this_machine(
     works: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -132,10 +126,10 @@ def test_the_mending_line(
 
 
 @pytest.mark.slow  # the set-up has tried the same
-def test_ffcv_works_where_it_is_installed(ffcv_here: tuple[bool, str]) -> None:
+def test_ffcv_works_where_it_is_installed() -> None:
     if doc.package_version("ffcv") is None:
         pytest.skip("ffcv is not installed")
-    works, detail = ffcv_here
+    works, detail = doc.check_ffcv()
     assert works, detail
 
 

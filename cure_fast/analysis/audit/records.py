@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from cure_fast.analysis.audit.attacking import of_record
 from cure_fast.analysis.audit.case import Case, Finding, absent, found
 from cure_fast.analysis.audit.published import highest_for
-from cure_fast.config.attack_names import attack_name
+from cure_fast.config.attack_names import attack_name, parse_attack
 from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
@@ -27,8 +26,8 @@ from cure_fast.runs.folder import load_config
 SURE = 3
 # Percentage points by which attacks other than AutoAttack may leave more right than it does.
 WEAKER_ATTACK = 5.0
-# Attacks of a record that are made again: without restarts or targets.
-SINGLE = re.compile(r"fgsm|(pgd|cw)[0-9]+")
+# Attacks of a record that it is held against: AutoAttack leaves no more than PGD does.
+FAMILIES = ("natural", "fgsm", "pgd", "cw", "aa")
 # Share of test images that may be training images too: CIFAR-10's own duplicates are fewer.
 FEW_SHARED = 1e-3
 
@@ -84,14 +83,14 @@ def wrong_sums(name: str, result: AttackResult, whole: int, test: ImageSet | Non
 def unlike(case: Case, results: Mapping[str, AttackResult]) -> list[str]:
     """Return where the record differs from what is measured here, by more than chance.
 
-    Under attack only more that are right speak against it; AutoAttack leaves no more than PGD does.
+    Under attack only more that are right speak against it.
     """
     failed = []
-    known = {"natural": results["natural"]} if "natural" in results else {}
-    for name, told in (known | recorded(case)).items():
-        measured = case.strongest[0] if name == "aa" else name
-        if name not in ("natural", "aa") and not SINGLE.fullmatch(name):
+    known = {name: results[name] for name in results.keys() & {"natural"}} | recorded(case)
+    for name, told in known.items():
+        if parse_attack(name).family not in FAMILIES:
             continue
+        measured = case.strongest[0] if name == "aa" else name
         here = case.measure(measured).result
         share = (told.correct + here.correct) / (told.count + here.count)
         noise = 100 * SURE * math.sqrt(share * (1 - share) * (1 / told.count + 1 / here.count))
