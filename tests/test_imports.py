@@ -17,7 +17,7 @@ ROOMS = (
     *("errors", "console", "progress", "signals", "losses", "batch", "classifier", "kernels"),
     "distributed",
     "plugins",
-    *("attacks", "files", "loaders", "config"),
+    *("attacks", "files", "figures", "loaders", "config"),
     *("models", "step"),
     "policies",
     "methods",
@@ -32,6 +32,7 @@ ROOMS = (
 NARROW = {
     "batch": set(),
     "distributed": set(),
+    "figures": {"files"},
     "kernels": set(),
     "plugins": set(),
     "config": {"errors", "plugins"},

@@ -28,12 +28,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from cure_fast.analysis.figures import COLUMN, PAGE, new_figure
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name, parse_single
 from cure_fast.config.checks import MOST, Bounds, check, nearest, shown
 from cure_fast.errors import InputError
 from cure_fast.evaluation.evaluate import measuring
+from cure_fast.figures import COLUMN, PAGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
+from cure_fast.config.attack_names import attack_name, parse_single
+from cure_fast.figures import (
     NATURAL,
     PAGE,
     ROBUST,
@@ -22,9 +24,7 @@ from cure_fast.analysis.figures import (
     outside_legend,
     percent_axis,
 )
-from cure_fast.analysis.panels import bar_style, grouped_bars, heat_map
-from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.attack_names import attack_name, parse_single
+from cure_fast.figures.panels import bar_style, grouped_bars, heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from cure_fast.analysis.figures import INK, PAGE, line_styles, new_figure, outside_legend
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name, parse_single
 from cure_fast.config.checks import Bounds
+from cure_fast.figures import INK, PAGE, line_styles, new_figure, outside_legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,17 +25,17 @@ from cure_fast.analysis.corrupting import (
     corrupt,
     made,
 )
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
+from cure_fast.config.checks import check, find
+from cure_fast.errors import InputError
+from cure_fast.figures import (
     PAGE,
     line_styles,
     new_figure,
     outside_legend,
     percent_axis,
 )
-from cure_fast.analysis.panels import bar_styles, grouped_bars
-from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.checks import check, find
-from cure_fast.errors import InputError
+from cure_fast.figures.panels import bar_styles, grouped_bars
 from cure_fast.files import user_path
 
 if TYPE_CHECKING:

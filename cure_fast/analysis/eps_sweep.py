@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
+from cure_fast.config.attack_names import attack_name, parse_attack
+from cure_fast.config.checks import check
+from cure_fast.figures import (
     COLUMN,
     MARK,
     line_styles,
@@ -19,9 +22,6 @@ from cure_fast.analysis.figures import (
     outside_legend,
     percent_axis,
 )
-from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.attack_names import attack_name, parse_attack
-from cure_fast.config.checks import check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

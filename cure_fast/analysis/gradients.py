@@ -14,7 +14,10 @@ from fnmatch import fnmatch
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Analysis, Numbers, Settings, Task
+from cure_fast.config.checks import Bounds
+from cure_fast.errors import InputError
+from cure_fast.figures import (
     FAINT,
     GRID,
     MARKERS,
@@ -25,9 +28,6 @@ from cure_fast.analysis.figures import (
     new_figure,
     outside_legend,
 )
-from cure_fast.analysis.shape import Analysis, Numbers, Settings, Task
-from cure_fast.config.checks import Bounds
-from cure_fast.errors import InputError
 from cure_fast.runs.epochs import Curves, Epoch, read_curves
 
 if TYPE_CHECKING:

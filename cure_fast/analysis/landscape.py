@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cure_fast.analysis.figures import PAGE, PAPER
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name, parse_single
 from cure_fast.config.checks import POSITIVE, Bounds
 from cure_fast.evaluation.evaluate import measuring
+from cure_fast.figures import PAGE, PAPER
 from cure_fast.losses import cross_entropy
 
 if TYPE_CHECKING:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
+from cure_fast.config.attack_names import attack_name
+from cure_fast.errors import InputError
+from cure_fast.evaluation.record import stored_record
+from cure_fast.figures import (
     FAINT,
     MARKERS,
     PAGE,
@@ -19,10 +23,6 @@ from cure_fast.analysis.figures import (
     outside_legend,
     percent_axis,
 )
-from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
-from cure_fast.config.attack_names import attack_name
-from cure_fast.errors import InputError
-from cure_fast.evaluation.record import stored_record
 from cure_fast.runs.epochs import Curves, Epoch, read_curves
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def draw(numbers: Numbers) -> Figure:
     # What dashes and markers say, in no run's colour.
     axes[0].plot([], [], VALIDATION, color=FAINT, label="validation (large mark: best epoch)")
     if numbers["settings"]["training"]:
-        axes[0].plot([], [], linestyle=TRAINING, color=FAINT, label="training batches")
+        told = "training batches, under the method's own attack"
+        axes[0].plot([], [], linestyle=TRAINING, color=FAINT, label=told)
     outside_legend(figure, axes, columns=4)
     return figure
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from cure_fast.analysis.figures import PAGE, line_styles, percent_axis
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.attacks import pgd
 from cure_fast.config.checks import Bounds, Count, check, format_pixel
@@ -27,6 +26,7 @@ from cure_fast.errors import InputError
 from cure_fast.evaluation.evaluate import measuring
 from cure_fast.evaluation.measurement import start_in_ball, uniform_start
 from cure_fast.evaluation.trust import Guard, check_perturbation
+from cure_fast.figures import PAGE, line_styles, percent_axis
 from cure_fast.losses import cross_entropy, margin
 
 if TYPE_CHECKING:

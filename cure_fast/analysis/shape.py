@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cure_fast.analysis.figures import drawn, plain, save_figure
 from cure_fast.analysis.kept import Kept, identity_of
 from cure_fast.analysis.opening import opened
-from cure_fast.config import Norm
+from cure_fast.config import Config, Norm
 from cure_fast.config.checks import Checked, check
 from cure_fast.config.steps import STEP_SHARE
 from cure_fast.config.values import from_dict
@@ -24,8 +23,11 @@ from cure_fast.evaluation.attack_result import AttackResult
 from cure_fast.evaluation.evaluate import adversarial_images, evaluate, measuring
 from cure_fast.evaluation.given import as_images, as_labels, as_number, device_of
 from cure_fast.evaluation.model_state import layers_hash, state_hashes
+from cure_fast.evaluation.record import main_settings
 from cure_fast.evaluation.trust import Guard
+from cure_fast.figures import drawn, plain, save_figure
 from cure_fast.files import csv_text, replacing, write_json
+from cure_fast.loaders import ImageSet
 from cure_fast.methods import labels
 from cure_fast.runs.folder import load_config
 
@@ -180,7 +182,8 @@ class Analysis(Generic[S]):
         about: how the figure is read and made, one to three sentences, for its caption.
         settings: its settings at their defaults.
         compute: from (task, settings) to numbers, with ``rows`` among them.
-        draw: from numbers to a figure of matplotlib; :mod:`.figures` has what figures share.
+        draw: from numbers to a figure of matplotlib; :mod:`cure_fast.figures` has what all
+            figures share.
         depends: from settings to what else decides what it finds, such as files that they name.
         of_runs: whether it reads the files of runs alone, and needs neither network nor images.
         most: subjects that it takes; None for any number.
@@ -359,6 +362,27 @@ class Result:
         with replacing(path) as temporary:
             temporary.write_text(csv_text(self.rows), encoding="utf-8")
         return [*written, place / f"{self.analysis.name}.json", path]
+
+
+def task_of(
+    subjects: Sequence[Subject], test: ImageSet, config: Config, device: torch.device
+) -> Task:
+    """Return the task of looking at networks on images as a run is evaluated."""
+    settings, evaluated = main_settings(config), config.eval
+    return Task(
+        subjects=subjects,
+        images=torch.from_numpy(test.images),
+        labels=torch.from_numpy(test.labels).long(),
+        classes=test.classes,
+        data=config.data.data,
+        eps=settings["eps"],
+        norm=settings["norm"],
+        step_size=evaluated.eval_step_size,
+        step_share=evaluated.eval_step_share,
+        batch_size=evaluated.eval_batch_size,
+        device=device,
+        seed=settings["seed"],
+    )
 
 
 def check_same_images(subjects: Sequence[Subject]) -> None:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cure_fast.analysis.figures import COLUMN, PAGE, new_figure
-from cure_fast.analysis.panels import heat_map
 from cure_fast.analysis.shape import Analysis, Numbers, Settings, Subject, Task
 from cure_fast.config.attack_names import attack_name, parse_single
 from cure_fast.config.checks import Whole
@@ -22,6 +20,8 @@ from cure_fast.evaluation.autoattack import autoattack_settings
 from cure_fast.evaluation.evaluate import measuring
 from cure_fast.evaluation.measurement import Measurement
 from cure_fast.evaluation.trust import Guard
+from cure_fast.figures import COLUMN, PAGE, new_figure
+from cure_fast.figures.panels import heat_map
 from cure_fast.progress import Progress
 
 if TYPE_CHECKING:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cure_fast import distributed
 from cure_fast.analysis import Analysis, Settings
-from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of
+from cure_fast.analysis.shape import Result, Task, distinct, kept_for, subject_of, task_of
 from cure_fast.cli.evaluate import Opened, opened_file, opened_folder, stoppable, threads_asked
 from cure_fast.config.arguments import AnalyzeArgs
-from cure_fast.config.checks import flag_of
 from cure_fast.console import say
 from cure_fast.errors import InputError
 from cure_fast.evaluation.record import main_settings
@@ -34,7 +32,7 @@ DENIED = "Change that, or name another folder with --out."
 def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
     """Return what an analysis does with words and flags, as the command line takes it."""
 
-    def analyze(*targets: str, settings: Settings, args: AnalyzeArgs) -> None:
+    def of_networks(*targets: str, settings: Settings, args: AnalyzeArgs) -> None:
         """Write the figure as SVG, PNG and PDF, and its numbers as JSON and CSV.
 
         Args:
@@ -44,6 +42,18 @@ def analyze_function(analysis: Analysis[Any]) -> Callable[..., None]:
         """
         run_analysis(analysis, [Path(target) for target in targets], settings, args)
 
+    def of_runs(*targets: str, settings: Settings, out: str | None = None) -> None:
+        """Write the figure as SVG, PNG and PDF, and its numbers as JSON and CSV.
+
+        Args:
+            targets: Run folders.
+            settings: Settings of the analysis.
+            out: Folder for figure and numbers; None takes the folder analysis of the first run,
+                whose report shows them too.
+        """
+        run_analysis(analysis, [Path(target) for target in targets], settings, AnalyzeArgs(out=out))
+
+    analyze = of_runs if analysis.of_runs else of_networks
     # Its own settings are its own flags.
     analyze.__annotations__["settings"] = type(analysis.settings)
     return analyze
@@ -69,7 +79,7 @@ def run_analysis(
         opened = opened or [open_one(path, args) for path in paths]
     with stoppable(analysis.name, kept=True) as stop:
         if analysis.of_runs:
-            task, threads_wanted = runs_alone(analysis, paths, args)
+            task, threads_wanted = runs_alone(paths), 1
         else:
             task, threads_wanted = networks(analysis, opened, args)
         out, first = folder_for(paths[0], args), task.subjects[0].folder
@@ -102,21 +112,12 @@ def folder_for(path: Path, args: AnalyzeArgs) -> Path:
     return path / "analysis" if path.is_dir() else path.with_name(f"{path.stem}-analysis")
 
 
-def runs_alone(
-    analysis: Analysis[Any], paths: Sequence[Path], args: AnalyzeArgs
-) -> tuple[Task, int]:
-    """Return the task of an analysis that reads the files of runs, and threads to compute with."""
-    usual = vars(AnalyzeArgs())
-    given = [flag_of(k) for k, v in vars(args).items() if k != "out" and v != usual[k]]
-    if given:
-        raise InputError(
-            f"{', '.join(given)}: expected none with {analysis.name}, which reads what runs "
-            "recorded. Leave it out."
-        )
+def runs_alone(paths: Sequence[Path]) -> Task:
+    """Return the task of an analysis that reads the files of runs."""
     for path in paths:
         # Says what is wrong with a folder that is no run's.
         load_config(path)
-    return Task(subjects=distinct([subject_of(path, None) for path in paths])), 1
+    return Task(subjects=distinct([subject_of(path, None) for path in paths]))
 
 
 def networks(
@@ -146,22 +147,9 @@ def networks(
         first.test.subset(np.arange(min(count, len(first.test)))),
         choose_device(distributed.device_name(args.device)),
     )
-    settings, evaluated = main_settings(first.config), first.config.eval
-    task = Task(
-        subjects=distinct([subject_of(o.path, o.model.to(device).eval()) for o in opened]),
-        images=torch.from_numpy(test.images),
-        labels=torch.from_numpy(test.labels).long(),
-        classes=test.classes,
-        data=first.config.data.data,
-        eps=settings["eps"],
-        norm=settings["norm"],
-        step_size=evaluated.eval_step_size,
-        step_share=evaluated.eval_step_share,
-        batch_size=evaluated.eval_batch_size,
-        device=device,
-        seed=settings["seed"],
-    )
-    return task, threads_asked(args, first.model, test, evaluated)
+    subjects = distinct([subject_of(o.path, o.model.to(device).eval()) for o in opened])
+    task = task_of(subjects, test, first.config, device)
+    return task, threads_asked(args, first.model, test, first.config.eval)
 
 
 def open_one(path: Path, args: AnalyzeArgs) -> Opened:

@@ -230,7 +230,10 @@ def app_of(
 def options(field: str, flag: Flag) -> cyclopts.Parameter:
     """Return how cyclopts reads and shows a flag."""
     name = flag_of(field)
-    told = {"name": name, "group": flag.group, "help": flag.help, "allow_repeating": True}
+    told: dict[str, Any] = {"name": name, "help": flag.help, "allow_repeating": True}
+    if flag.group is not None:
+        # Without a group given help has a panel of its own; with None it leaves the flag out.
+        told["group"] = flag.group
     if flag.hint is bool:
         return cyclopts.Parameter(negative=f"--no-{name[2:]}", **told)
     return cyclopts.Parameter(

@@ -89,7 +89,8 @@ def compare(recipe: str, *, methods: str, seeds: int = 3, jobs: int | None = Non
     """Train methods under one recipe with several seeds, and write tables of what they reached.
 
     Takes the flags of train too, for all of them. Called again it goes on where it stopped.
-    `cure-fast compare RUN RUN ...` writes tables of runs that are finished, without --methods.
+    `cure-fast compare RUN RUN ... [--out DIR]` writes tables of runs that are finished, without
+    --methods; with `--reproducibility FILE` a page of the papers' rows that they reproduce.
 
     Args:
         recipe: Name of a recipe (see `cure-fast list`), a run folder or a configuration file.

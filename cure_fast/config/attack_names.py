@@ -56,17 +56,14 @@ class AttackSpec:
 
 def parse_attack(text: str) -> AttackSpec:
     """Return the attack that ``text`` names; raise ``InputError`` with the valid forms if none."""
-    if text in ("natural", "fgsm", "aa"):
-        return AttackSpec(text, text, 1 if text == "fgsm" else 0)
-    found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,2}|1000)(-t)?", text)
-    if found and (found[1] == "pgd" or not found[3]):
-        family = "cw" if found[1] == "cw" else "pgd-t" if found[3] else "pgd"
-        return AttackSpec(text, family, int(found[2]))
-    examples = ("natural", "fgsm", "pgd20", "cw20", "aa")
-    raise InputError(
-        f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to 1000 (such as pgd20), "
-        f"with commas between, got {shown(text)}.{nearest(text, examples)}"
-    )
+    spec = known_attack(text)
+    if spec is None:
+        examples = ("natural", "fgsm", "pgd20", "cw20", "aa")
+        raise InputError(
+            f"--attacks: expected {', '.join(ATTACKS)} with K from 1 to 1000 (such as pgd20), "
+            f"with commas between, got {shown(text)}.{nearest(text, examples)}"
+        )
+    return spec
 
 
 def parse_single(text: str) -> AttackSpec:
@@ -74,7 +71,19 @@ def parse_single(text: str) -> AttackSpec:
 
     That is ``fgsm``, ``pgdK`` or ``cwK``; another raises ``InputError``.
     """
-    spec = parse_attack(text)
-    if spec.family not in ("fgsm", "pgd", "cw"):
-        raise InputError(f"--attack: expected fgsm, pgdK or cwK, got {shown(text)}.")
+    spec = known_attack(text)
+    if spec is None or spec.family not in ("fgsm", "pgd", "cw"):
+        near = nearest(text, ("fgsm", "pgd20", "cw20"))
+        raise InputError(f"--attack: expected fgsm, pgdK or cwK, got {shown(text)}.{near}")
     return spec
+
+
+def known_attack(text: str) -> AttackSpec | None:
+    """Return the attack that ``text`` names, or None."""
+    if text in ("natural", "fgsm", "aa"):
+        return AttackSpec(text, text, 1 if text == "fgsm" else 0)
+    found = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,2}|1000)(-t)?", text)
+    if found is None or (found[1] == "cw" and found[3]):
+        return None
+    family = "cw" if found[1] == "cw" else "pgd-t" if found[3] else "pgd"
+    return AttackSpec(text, family, int(found[2]))

@@ -207,9 +207,16 @@ def result_of(config: Config) -> str:
 
 
 def paper_row(config: Config) -> PaperRow | None:
-    """Return what is published of the method and its policies with this data set and model."""
+    """Return what is published of the method and its policies with this data set and model.
+
+    A method without a part of its own, such as CURE with ``--no-rgp``, is not what was published;
+    other numbers of its settings leave it the method.
+    """
     method = find_method(config.method)
-    usual = method.preset(replace(config, policies={})).policies
-    if config.policies.keys() != usual.keys():
+    usual = method.preset(replace(config, policies={}, settings=method.settings))
+    if config.policies.keys() != usual.policies.keys():
+        return None
+    own, switches = vars(config.settings), vars(usual.settings)
+    if any(own[name] != on for name, on in switches.items() if isinstance(on, bool)):
         return None
     return method.rows.get((config.data.data, config.model.model))

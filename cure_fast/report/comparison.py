@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
-from itertools import cycle, product
 from pathlib import Path
 from statistics import mean, stdev
 
 from cure_fast.config import Config
-from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.checks import format_radius
 from cure_fast.errors import InputError
 from cure_fast.evaluation.attack_result import AttackResult
@@ -19,7 +16,7 @@ from cure_fast.evaluation.record import main_settings
 from cure_fast.files import csv_text, replacing
 from cure_fast.methods import paper_row
 from cure_fast.report.record import Record
-from cure_fast.report.svg import Point, linear_axis, scatter
+from cure_fast.report.scatter import Mark, write_scatter
 from cure_fast.report.text import attack_name, data_name
 from cure_fast.step.method import PaperRow
 
@@ -27,7 +24,6 @@ from cure_fast.step.method import PaperRow
 PAPERS = {"natural": "natural", "pgd20": "PGD-20", "cw20": "C&W", "aa": "AutoAttack"}
 # Settings of an attack in which two runs may differ: the seed, and what is a result.
 OF_THE_RUN = {"seed", "robust_after", "natural_correct"}
-STYLES = [*product(("circle", "square"), ("c1", "c2", "c3", "c4", "c5", "c0"))]
 SIGN = "\N{PLUS-MINUS SIGN}"
 
 
@@ -75,6 +71,12 @@ class Entrant:
         return several(s.get("gpu" if s.get("device") == "cuda" else "cpu") for s in starts)
 
     @property
+    def mark(self) -> Mark:
+        """Its point in the scatter."""
+        attacks = self.config.eval.attacks
+        return Mark(self.name, self.config.method, {a: self.accuracies(a) for a in attacks})
+
+    @property
     def published(self) -> PaperRow | None:
         """What is published for its data set and model, else for CIFAR-10 and ResNet-18."""
         data = replace(self.config.data, data="cifar10")
@@ -100,7 +102,7 @@ def spread(values: Sequence[float], sign: str) -> str:
 
 
 def write_comparison(folder: Path, entrants: Sequence[Entrant], command: str) -> None:
-    """Write ``comparison.md``, ``.csv`` and ``.tex``, and ``scatter.svg``, each whole or not.
+    """Write ``comparison.md``, ``.csv`` and ``.tex``, and the scatter, each file whole or not.
 
     Raises:
         InputError: if two runs were evaluated differently, and cannot stand in one table.
@@ -113,33 +115,32 @@ def write_comparison(folder: Path, entrants: Sequence[Entrant], command: str) ->
         "comparison.csv": table_csv(attacks, entrants),
         "comparison.tex": table_tex(attacks, entrants),
     }
-    if len(attacks) > 1 and "natural" in attacks:
-        written["scatter.svg"] = picture(entrants, robust_attack(attacks))
     for name, text in written.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    write_scatter(folder, [entrant.mark for entrant in entrants], attacks)
 
 
 def check_alike(attack: str, entrants: Sequence[Entrant]) -> None:
     """Raise ``InputError`` unless all results of an attack are of the same images and settings."""
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, dict[str, object]]] = {}
     for entrant in entrants:
         for seed, result in entrant.results(attack).items():
-            own = {k: v for k, v in result.settings.items() if k not in OF_THE_RUN}
-            seen.setdefault(f"{result.count} images, {own}", f"{entrant.name}, seed {seed}")
+            own = {"images": result.count, **result.settings}
+            own = {k: v for k, v in own.items() if k not in OF_THE_RUN}
+            seen.setdefault(f"{own}", (f"{entrant.name}, seed {seed}", own))
     if len(seen) > 1:
-        told = "; ".join(f"{who} with {what}" for what, who in seen.items())
-        raise InputError(
-            f"expected all runs evaluated alike under {attack}, got {told}. Delete results.json "
-            "and the folder evaluation of those that differ, and compare again."
+        (_, first), *others = seen.values()
+        differing = {k for _, own in others for k in {*own, *first} if own.get(k) != first.get(k)}
+        told = "; ".join(
+            f"{who} with {', '.join(f'{k} {own.get(k)}' for k in sorted(differing))}"
+            for who, own in seen.values()
         )
-
-
-def robust_attack(attacks: Sequence[str]) -> str:
-    """Return the attack whose accuracy the scatter shows: the longest PGD, else the last."""
-    pgd = [name for name in attacks if name.startswith("pgd")]
-    others = [name for name in attacks if name != "natural"]
-    return max(pgd, key=lambda name: parse_attack(name).steps) if pgd else others[-1]
+        raise InputError(
+            f"expected all runs evaluated alike under {attack}, got {told}. Put results.json and "
+            "the folder evaluation of those that differ aside, and evaluate them again: cure-fast "
+            "eval RUN."
+        )
 
 
 def scores(row: PaperRow) -> list[str]:
@@ -276,34 +277,3 @@ def escaped(text: str) -> str:
         return f"${text}$"
     text = re.sub(r"([\\{}&%$#_])", r"\\\1", text).replace(r"\\", r"\textbackslash ")
     return text.replace("--", "-{}-")
-
-
-def picture(entrants: Sequence[Entrant], attack: str) -> str:
-    """Return natural against robust accuracy with deviations, as a file of its own."""
-    points = []
-    for entrant, (marker, style) in zip(entrants, cycle(STYLES), strict=False):
-        natural, robust = entrant.accuracies("natural"), entrant.accuracies(attack)
-        if natural and robust:
-            told = f"{entrant.name}: {spread(natural, SIGN)} natural, {spread(robust, SIGN)} robust"
-            place = mean(natural), mean(robust), deviation(natural) or 0.0, deviation(robust) or 0.0
-            points.append(Point(entrant.name, told, style, *place, marker=marker))
-    across = [p.x + side * p.x_error for p in points for side in (-1, 1)] or [0, 100]
-    up = [p.y + side * p.y_error for p in points for side in (-1, 1)] or [0, 100]
-    robust_title = f"accuracy in % under {attack_name(attack)}"
-    return scatter(
-        points,
-        linear_axis(max(across), "natural accuracy in %", low=min(across)),
-        linear_axis(max(up), robust_title, low=min(up)),
-        label=f"Natural accuracy against {robust_title}",
-        style=chart_style(),
-    )
-
-
-def chart_style() -> str:
-    """Return the rules of the page's style sheet for charts, in the light colours themselves."""
-    sheet = files("cure_fast.report").joinpath("templates/style.css").read_text(encoding="utf-8")
-    colours = dict(re.findall(r"--([\w-]+): ([^;]+);", sheet.partition("}")[0]))
-    rules = re.findall(
-        r"^\.(?:chart text|grid|axis|line (?:path|circle)|c\d)\b.*$", sheet, re.MULTILINE
-    )
-    return re.sub(r"var\(--([\w-]+)\)", lambda found: colours[found[1]], "\n".join(rules))

@@ -30,13 +30,12 @@ from cure_fast.report.comparison import (
     images,
     notes,
     of_seeds,
-    picture,
     pipes,
-    robust_attack,
     spread,
 )
 from cure_fast.report.record import read_record
 from cure_fast.report.rivals import rivals_of
+from cure_fast.report.scatter import Mark, write_scatter
 from cure_fast.report.text import attack_name, data_name
 from cure_fast.runs.folder import bound_fields, load_config
 
@@ -196,7 +195,7 @@ def summed(
 
 
 def write_run_tables(folder: Path, entrants: Sequence[Entrant], command: str) -> list[Path]:
-    """Write ``comparison.md``, ``.csv`` and ``.tex``, and ``scatter.svg``; return the files.
+    """Write ``comparison.md``, ``.csv`` and ``.tex``, and the scatter; return the files.
 
     Raises:
         InputError: for runs that cannot stand in one table, before anything is written.
@@ -215,13 +214,20 @@ def write_run_tables(folder: Path, entrants: Sequence[Entrant], command: str) ->
         "comparison.csv": as_csv(rows, names),
         "comparison.tex": tex(rows, names),
     }
-    if len(attacks) > 1:
-        written["scatter.svg"] = picture(entrants, robust_attack(attacks))
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [folder / name for name in written]
+    methods = {entrant.name: entrant.config.method for entrant in entrants}
+    marks = [
+        Mark(
+            row.name if row.kind == "run" else f"{row.name}, {row.model}, published",
+            methods[row.name] if row.kind == "run" else "",
+            row.values,
+        )
+        for row in rows
+    ]
+    return [*(folder / name for name in written), *write_scatter(folder, marks, attacks)]
 
 
 def heading(name: str) -> str:

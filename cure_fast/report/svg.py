@@ -16,8 +16,6 @@ from cure_fast.report.html import element, join
 # Size of a line chart in its own units; small, so that its text stays legible on a telephone.
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 16, 40
-# Width of a letter in them, by estimate.
-LETTER = 6.6
 # Above this many points a line carries no markers.
 MOST_MARKERS = 60
 # Dark blue, teal, yellow: lightness rises steadily, so it reads without colour vision too.
@@ -43,29 +41,6 @@ class Line:
     dash: str = ""
     marker: str = "circle"
     faint: bool = False
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a scatter with error bars.
-
-    Attributes:
-        name: what the legend says.
-        title: what a browser shows at the point.
-        style: CSS class that gives the colour.
-        x_error: half the length of the horizontal bar, 0 for none, and
-        y_error: of the vertical one.
-        marker: ``circle`` or ``square``.
-    """
-
-    name: str
-    title: str
-    style: str
-    x: float
-    y: float
-    x_error: float = 0.0
-    y_error: float = 0.0
-    marker: str = "circle"
 
 
 @dataclass(frozen=True)
@@ -201,48 +176,6 @@ def _marker(marker: str, x: float, y: float, text: str) -> Markup:
     if marker == "square":
         return element("rect", title, x=x - 3, y=y - 3, width=6, height=6)
     return element("circle", title, cx=x, cy=y, r=3.2)
-
-
-def scatter(points: list[Point], x_axis: Axis, y_axis: Axis, *, label: str, style: str) -> Markup:
-    """Return a picture of points, numbered, with a legend at its right; a file of its own.
-
-    The label is as in :func:`line_chart`; the style is the rules for all classes.
-    """
-    places = [(_x(x_axis, point.x), _y(y_axis, point.y)) for point in points]
-    taken, parts = list(places), []
-    for number, (point, (x, y)) in enumerate(zip(points, places, strict=True), start=1):
-        (left, right), (low, high) = (
-            (value - error, value + error)
-            for value, error in ((point.x, point.x_error), (point.y, point.y_error))
-        )
-        bars = f"M{_x(x_axis, left):.1f} {y:.1f}H{_x(x_axis, right):.1f}"
-        bars += f"M{x:.1f} {_y(y_axis, low):.1f}V{_y(y_axis, high):.1f}"
-        # The number stands where it is farthest from all points and numbers so far.
-        beside = [(x + dx, y + dy) for dx in (-11, 11) for dy in (-9, 9)]
-        at = max(beside, key=lambda place: min(math.dist(place, other) for other in taken))
-        taken.append(at)
-        drawn = [element("path", d=bars), _marker(point.marker, x, y, point.title)]
-        drawn.append(element("text", str(number), x=at[0], y=at[1] + 4, text_anchor="middle"))
-        row = TOP + 18.0 * number - 10
-        drawn.append(_marker(point.marker, WIDTH + 10.0, row, point.title))
-        drawn.append(element("text", f"{number}  {point.name}", x=WIDTH + 20, y=row + 4))
-        parts.append(element("g", *drawn, class_=f"line {point.style}"))
-    width = WIDTH + 46 + LETTER * max((len(point.name) for point in points), default=0)
-    height = max(HEIGHT, TOP + 18 * len(points) + 10)
-    return element(
-        "svg",
-        element("style", Markup(style)),
-        element("rect", width=width, height=height, fill="white"),
-        _grid(x_axis, y_axis),
-        *parts,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width:.0f} {height}",
-        font_family="sans-serif",
-        font_size=12,
-        role="img",
-        aria_label=label,
-        class_="chart",
-    )
 
 
 def legend(lines: list[Line]) -> Markup:

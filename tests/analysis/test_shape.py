@@ -11,11 +11,11 @@ import torch
 
 import cure_fast
 from cure_fast.analysis import ANALYSES
-from cure_fast.analysis.figures import PAPER, colour_of, colours
 from cure_fast.analysis.kept import Kept
 from cure_fast.analysis.shape import Subject, distinct
 from cure_fast.cli.main import main
 from cure_fast.errors import InputError, StoppedError
+from cure_fast.figures import PAPER, colour_of, colours
 from cure_fast.methods import METHODS
 from cure_fast.report.analyses import as_image
 from tiny_command import tiny_words
@@ -123,7 +123,9 @@ def test_a_method_has_its_colour_its_runs_shades_of_it_and_others_free_ones():
     assert found[1] == colour_of("cure") and found[5] == colour_of("trades")
     assert len({*found}) == len(found)
     clash = next(m for m in METHODS if m[:4] != "cure" and colour_of(m) == colour_of("cure"))
-    assert colours([{"method": "cure"}, {"method": clash}])[1] != colour_of("cure")
+    together = [{"method": "cure"}, {"method": clash}]
+    own, other = colours(together)
+    assert own == colour_of("cure") != other and colours(together[::-1]) == [other, own]
 
 
 @pytest.mark.parametrize("name", ["a$b_{$", "_hidden"])

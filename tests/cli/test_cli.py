@@ -6,14 +6,17 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
 
 import strange
 from cure_fast.cli.configure import read_config
-from cure_fast.cli.main import main
+from cure_fast.cli.flags import flags_of, parameters
+from cure_fast.cli.main import COMMANDS, main
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from processes import finish, start
@@ -33,23 +36,25 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["train", "quickstart", "--help"],
-        ["eval", "--help"],
-        ["report", "--help"],
-        ["data", "--help"],
-        ["list", "--help"],
-        ["show", "--help"],
-        ["doctor", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_help(words, capsys):
-    assert main(words) == 0 and "Usage: cure-fast" in capsys.readouterr().out
+@pytest.mark.parametrize("command", ["", *COMMANDS, "train quickstart"])
+def test_help(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage: cure-fast" in text
+    flags = {}
+    for name, kind in parameters(COMMANDS[command]).items() if command in COMMANDS else ():
+        flags |= flags_of(kind) if is_dataclass(kind) else {name: kind}
+    given = signature(COMMANDS[command]).parameters if flags else {}
+    words = {name for name, one in given.items() if one.kind is not Parameter.KEYWORD_ONLY}
+    assert not [name for name in flags.keys() - words if f"--{name.replace('_', '-')}" not in text]
+
+
+@pytest.mark.parametrize("name", ["overfitting", "cka"])
+def test_help_of_an_analysis_has_its_flags_and_where_to_write(name, capsys):
+    assert main(["analyze", name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--out" in text and ("--limit" in text) == (name == "cka")
+    assert ("--training" if name == "overfitting" else "--layers") in text
 
 
 def test_every_flag_has_help(capsys):

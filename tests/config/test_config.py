@@ -288,6 +288,8 @@ def test_a_paper_row_is_of_the_same_method_with_the_same_policies():
     assert row("") == "CURE, ResNet-18, CIFAR-10 (Table 1)" == row("--method cure_official")
     assert row("--policies awp") is None and row("--method natural") is None
     assert row("--data digits") is None and row("--model resnet34") is None
+    assert row("--no-rgp") is None and row("--no-revision") is None
+    assert row("--alpha 0.5") == row("")
     assert row("--method trades").startswith("TRADES, ") and "CURE's" in row("--method trades")
     assert row("--method cure_eff").startswith("CURE_Eff, ")
     assert row("--method piat_nmse").startswith("PIAT + NMSE, ")

@@ -37,7 +37,10 @@ def test_runs_of_several_seeds_are_a_row_beside_papers_and_rivals(folder):
     made_up_run(folder / "t1", RECIPE, seed=1, right=HIGH)
     made_up_run(folder / "c", "cifar10-resnet18", right={**NEAR, "natural": 8600})
     assert main(["compare", "t0", "t1", "c", "--out", "out"]) == 0
-    assert {p.suffix for p in (folder / "out").iterdir()} == {".md", ".csv", ".tex", ".svg"}
+    endings = {".md", ".csv", ".tex", ".svg", ".png", ".pdf"}
+    assert {p.suffix for p in (folder / "out").iterdir()} == endings
+    picture = (folder / "out/scatter.svg").read_text()
+    assert all(name in picture for name in ("TRADES, resnet18, published", "DAJAT", "AutoAttack"))
     rows = table(folder / "out")
     trades, cure = (row for row in rows if row["kind"] == "run")
     assert (trades["name"], trades["source"]) == ("TRADES", "seeds 0, 1")

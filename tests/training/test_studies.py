@@ -16,16 +16,19 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from cure_fast.analysis.figures import NATURAL, ROBUST, colour_of, new_figure
+import cure_fast.analysis
 from cure_fast.analysis.kept import Kept
 from cure_fast.cli.main import main
 from cure_fast.cli.study import read_study
 from cure_fast.errors import DivergedError, InputError, StoppedError
 from cure_fast.evaluation.attack_result import AttackResult
-from cure_fast.training import side_by_side
+from cure_fast.figures import NATURAL, ROBUST, colour_of, new_figure
+from cure_fast.loaders import read_dataset
+from cure_fast.report.record import read_record
+from cure_fast.training import job, side_by_side
 from cure_fast.training.choices import starting_point
 from cure_fast.training.compare import check_comparison
-from cure_fast.training.studies import STUDIES
+from cure_fast.training.studies import STUDIES, layerwise
 from cure_fast.training.studies.drawing import epoch_lines
 from cure_fast.training.studies.shape import Found, collected, shown_attack
 from cure_fast.training.studies.toy import (
@@ -38,6 +41,7 @@ from cure_fast.training.studies.toy import (
     summary,
     train,
 )
+from tiny_job import tiny
 
 OF_RUNS = [name for name, study in STUDIES.items() if study.entries is not None]
 
@@ -140,7 +144,11 @@ def record_of(shift):
 
 
 @pytest.mark.parametrize("name", OF_RUNS)
-def test_a_figure_is_drawn_of_what_runs_recorded(name, tmp_path):
+def test_a_figure_is_drawn_of_what_runs_recorded(name, tmp_path, monkeypatch):
+    layers = {"conv1": 0.9, "linear": None}
+    monkeypatch.setattr(
+        layerwise, "similarity", lambda found: dict.fromkeys(("ST", *found.records), layers)
+    )
     comparison, base = read(name, "--attacks", "natural,pgd20", recipe="cifar10-resnet18")
     records = {entry.name: [record_of(0), record_of(3)] for entry in comparison.entries}
     result = STUDIES[name].run(Found(records=records, config=base, seeds=2))
@@ -153,6 +161,31 @@ def test_a_figure_is_drawn_of_what_runs_recorded(name, tmp_path):
             "epochs": [1, 2, 3],
             "values": [32.5, 33.5, 34.5],
         }
+
+
+def test_the_layer_wise_studys_similarity_is_that_of_the_analysis(tmp_path):
+    folders = []
+    for seed in range(2):
+        config = tiny(tmp_path, "pgd_at", out=f"run{seed}", run={"seed": seed})
+        folders.append(job.train(config))
+    records = {layerwise.WHOLE: [read_record(folder) for folder in folders]}
+    kept = Kept(tmp_path / "kept.json")
+    own = layerwise.similarity(Found(records=records, config=config, seeds=2, kept=kept))
+    assert [*own] == ["ST", "full AT"] and kept.computed == 4
+    test = read_dataset("digits", tmp_path, "test")
+    count = min(256, len(test))
+    for name, file in ("ST", "start.safetensors"), ("full AT", "model.safetensors"):
+        values = []
+        for seed, folder in enumerate(folders):
+            rows = cure_fast.analysis.cka(
+                folder / file, test.images[:count], test.labels[:count], seed=seed, step_size=0.1
+            ).rows
+            values.append(
+                {r["natural"]: r["cka"] for r in rows if r["natural"] == r["adversarial"]}
+            )
+        for layer, value in own[name].items():
+            assert value == pytest.approx(mean(each[layer] for each in values), abs=1e-9)
+    assert own["ST"] != own["full AT"]
 
 
 def test_runs_that_are_missing_are_refused(tmp_path):

@@ -6,8 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from cure_fast.analysis.audit.case import ABSENT, DOUBTFUL, FAILED, PASSED
-from cure_fast.analysis.figures import COLOURS, GRID, INK, MARK, PAGE, PAPER, percent_axis
 from cure_fast.config.attack_names import attack_name
+from cure_fast.figures import COLOURS, GRID, INK, MARK, PAGE, PAPER, percent_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

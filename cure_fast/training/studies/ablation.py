@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import COLUMN, new_figure, outside_legend
 from cure_fast.analysis.shape import Numbers
 from cure_fast.config import Config
+from cure_fast.figures import COLUMN, new_figure, outside_legend
 from cure_fast.training.studies.drawing import like_the_paper, paired_bars
 from cure_fast.training.studies.shape import PRINTED, Found, Study, begins_naturally
 

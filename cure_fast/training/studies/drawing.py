@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import (
+from cure_fast.config.attack_names import attack_name
+from cure_fast.figures import (
     COLOURS,
     DASHES,
     INK,
@@ -16,7 +17,6 @@ from cure_fast.analysis.figures import (
     epoch_axis,
     percent_axis,
 )
-from cure_fast.config.attack_names import attack_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,21 +74,28 @@ def diamonds(axes: Axes, places: Sequence[float], values: Sequence[float | None]
 def epoch_lines(
     axes: Axes, curves: Mapping[str, Mapping[str, Sequence[float]]], label: str, **more: Any
 ) -> None:
-    """Draw a line over epochs for each entry, told apart by colour, dashes and markers.
+    """Draw a line over epochs for each entry; see :func:`entry_lines`."""
+    entry_lines(axes, {k: (c["epochs"], c["values"]) for k, c in curves.items()}, **more)
+    epoch_axis(axes)
+    axes.set_ylabel(label)
+
+
+def entry_lines(
+    axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], **more: Any
+) -> None:
+    """Draw a line for each entry, told apart by colour, dashes and markers.
 
     The colours of natural and robust accuracy are left to bars.
     """
     left = COLOURS[2:]
-    for place, (name, curve) in enumerate(curves.items()):
+    for place, (name, (x, y)) in enumerate(lines.items()):
         axes.plot(
-            curve["epochs"],
-            curve["values"],
+            x,
+            y,
             label=name,
             color=left[place % len(left)],
             linestyle=DASHES[(place // len(left) + place) % len(DASHES)],
             marker=MARKERS[place % len(MARKERS)],
-            markevery=max(1, len(curve["epochs"]) // 6),
+            markevery=max(1, len(x) // 6),
             **more,
         )
-    epoch_axis(axes)
-    axes.set_ylabel(label)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cure_fast.analysis.figures import COLOURS, PAGE, new_figure, outside_legend, percent_axis
 from cure_fast.analysis.shape import Numbers
 from cure_fast.config import Config
 from cure_fast.config.attack_names import attack_name
+from cure_fast.figures import COLOURS, PAGE, new_figure, outside_legend, percent_axis
 from cure_fast.training.studies.drawing import WIDTH, bars, diamonds, like_the_paper
 from cure_fast.training.studies.shape import PRINTED, Found, Study, begins_naturally
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cure_fast.analysis.figures import PAGE, new_figure, outside_legend
 from cure_fast.analysis.shape import Numbers
 from cure_fast.config import Config
+from cure_fast.figures import PAGE, new_figure, outside_legend
 from cure_fast.training.studies.drawing import epoch_lines, paired_bars
 from cure_fast.training.studies.shape import Found, Study, begins_naturally
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Numbers
+from cure_fast.config import Config
+from cure_fast.config.attack_names import attack_name
+from cure_fast.figures import (
     MARK,
     NATURAL,
     PAGE,
@@ -15,9 +18,6 @@ from cure_fast.analysis.figures import (
     outside_legend,
     percent_axis,
 )
-from cure_fast.analysis.shape import Numbers
-from cure_fast.config import Config
-from cure_fast.config.attack_names import attack_name
 from cure_fast.training.studies.drawing import diamonds, like_the_paper
 from cure_fast.training.studies.shape import Found, Study, begins_naturally
 

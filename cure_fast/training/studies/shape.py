@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.kept import Kept
+from cure_fast.analysis.kept import Kept, identity_of
 from cure_fast.analysis.shape import Numbers, Result, Settings
 from cure_fast.config import Config
 from cure_fast.config.attack_names import parse_attack
 from cure_fast.config.values import to_dict
 from cure_fast.errors import InputError, StoppedError
+from cure_fast.files import file_hash
+from cure_fast.models.weights import WEIGHTS_FILE
+from cure_fast.progress import Progress
 from cure_fast.runs.folder import changes_to, is_free
 from cure_fast.signals import StopSignals
 from cure_fast.training.compare import Comparison, compare, is_finished
@@ -38,7 +41,7 @@ class Found:
         config: what all entries share; None for a study without runs.
         settings: the study's own.
         seeds: how many seeds there are, from 0.
-        kept: where finished parts are, of a study that computes its own.
+        kept: where finished parts are of what the study itself computes.
     """
 
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
@@ -162,10 +165,16 @@ def run_study(study: Study, comparison: Comparison, base: Config) -> Result:
         DivergedError, MemoryExhaustedError: if a run ended so; then there is no figure.
     """
     shown_attack(base)
-    with StopSignals() as stop:
+    with StopSignals() as stop, Progress() as progress:
         compare(comparison, stop)
-    records = collected(comparison)
-    return study.run(Found(records=records, config=base, seeds=len(comparison.seeds)))
+        records = collected(comparison)
+        runs = [record.folder for own in records.values() for record in own]
+        weights = [file_hash(folder / WEIGHTS_FILE) for folder in runs]
+        identity = identity_of({"study": study.name, "config": to_dict(base), "weights": weights})
+        path = comparison.folder / "parts" / f"{study.name}-{identity}.json"
+        kept = Kept(path, stop=stop, progress=progress)
+        found = Found(records=records, config=base, seeds=len(comparison.seeds), kept=kept)
+        return finished(study, found)
 
 
 def collected(comparison: Comparison) -> dict[str, list[Record]]:
@@ -193,7 +202,12 @@ def collected(comparison: Comparison) -> dict[str, list[Record]]:
 def run_alone(study: Study, settings: Settings, seeds: int, kept: Kept) -> Result:
     """Compute a study without runs; raise ``StoppedError`` after a signal."""
     with StopSignals() as stop:
-        try:
-            return study.run(Found(settings=settings, seeds=seeds, kept=replace(kept, stop=stop)))
-        except StoppedError as error:
-            raise StoppedError(f"{study.name} {error}; the same command continues it.") from error
+        return finished(study, Found(settings=settings, seeds=seeds, kept=replace(kept, stop=stop)))
+
+
+def finished(study: Study, found: Found) -> Result:
+    """Return what the study finds; raise ``StoppedError``, with what helps, after a signal."""
+    try:
+        return study.run(found)
+    except StoppedError as error:
+        raise StoppedError(f"{study.name} {error}; the same command continues it.") from error

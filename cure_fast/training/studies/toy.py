@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure_fast.analysis.figures import (
+from cure_fast.analysis.shape import Numbers, Settings
+from cure_fast.config.checks import Bounds, Count, Weight
+from cure_fast.errors import DivergedError
+from cure_fast.figures import (
     INK,
     MARK,
     PAGE,
@@ -30,9 +33,6 @@ from cure_fast.analysis.figures import (
     new_figure,
     outside_legend,
 )
-from cure_fast.analysis.shape import Numbers, Settings
-from cure_fast.config.checks import Bounds, Count, Weight
-from cure_fast.errors import DivergedError
 from cure_fast.losses import cross_entropy
 from cure_fast.policies.piat import PiatSettings
 from cure_fast.training.studies.shape import Found, Study
@@ -49,8 +49,6 @@ METHODS = {
     "PIAT": ("at", True, "piat"),
     "PIAT + NMSE": ("nmse", True, "piat_nmse"),
 }
-# Whose boundaries are drawn.
-SHOWN = ("PGD-AT", "PIAT")
 RADII = (1.0, 2.0)
 # Of each circle, in training and test.
 POINTS = 500
@@ -169,13 +167,11 @@ def train(method: str, seed: int, settings: ToySettings) -> dict[str, Any]:
         for images, name in ((x_test, "clean"), (x_adv, "robust")):
             logits = finite(model(images).detach(), "logits", place)
             found[name].append(float((logits.argmax(1) == y_test).double().mean()))
-    drop = largest_drop(found["robust"])
-    if method in SHOWN:
-        found["planes"] = []
-        for state in states[drop - 1 : drop + 1]:
-            model.load_state_dict(state)
-            found["planes"].append(plane_of(model))
-    return found | {"drop": drop}
+    drop, planes = largest_drop(found["robust"]), []
+    for state in states[drop - 1 : drop + 1]:
+        model.load_state_dict(state)
+        planes.append(plane_of(model))
+    return found | {"drop": drop, "planes": planes}
 
 
 def network(generator: torch.Generator) -> nn.Sequential:
@@ -248,14 +244,14 @@ def compute(found: Found) -> Numbers:
         "subjects": [{"name": n, "method": own, "origin": ""} for n, (*_, own) in METHODS.items()],
         "rows": rows,
         "robust": {method: run["robust"] for method, run in first.items()},
-        "drop": {method: first[method]["drop"] for method in SHOWN},
-        "planes": {method: first[method]["planes"] for method in SHOWN},
+        "drop": {method: run["drop"] for method, run in first.items()},
+        "planes": {method: run["planes"] for method, run in first.items()},
     }
 
 
 def draw(numbers: Numbers) -> Figure:
     """Return robust accuracy by epoch, and boundaries before and after the largest drop."""
-    figure, panels = new_figure(1, 3, width=PAGE, height=2.6, width_ratios=[1.5, 1, 1])
+    figure, panels = new_figure(2, 3, width=PAGE, height=4.9)
     axes, *planes = panels
     styles = line_styles(numbers["subjects"])
     for (method, robust), style in zip(numbers["robust"].items(), styles, strict=True):
@@ -264,7 +260,7 @@ def draw(numbers: Numbers) -> Figure:
         axes.plot(epochs, percent, label=method, markevery=7, linewidth=1.1, **style)
     axes.set_xlabel("epoch")
     axes.set_ylabel("robust accuracy in %, seed 0")
-    for each, method in zip(planes, SHOWN, strict=True):
+    for each, method in zip(planes, METHODS, strict=True):
         draw_plane(each, numbers, method)
     outside_legend(figure, [axes, planes[0]], columns=5)
     return figure
@@ -294,8 +290,9 @@ TOY = Study(
     title="Oscillation of adversarial training on two circles, and PIAT against it",
     source="PIAT, Fig. 2 to 5",
     about=(
-        "A network 3-64-2 trained by five methods; circles in grey. Radii, noise, eps and steps "
-        "are chosen here, as the paper's are not legible."
+        "A network 3-64-2 trained by five methods, and its boundary before and after the epoch "
+        "that cost most; circles in grey. Radii, noise, eps and steps are chosen here, as the "
+        "paper's are not legible."
     ),
     compute=compute,
     draw=draw,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cure_fast.analysis.figures import PAPER, ROBUST, colours
+from cure_fast.figures import PAPER, ROBUST, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -110,20 +110,23 @@ def colours(subjects: Sequence[Mapping[str, str]]) -> list[str]:
 
     The first of a method has the method's colour, which is the same in all figures; runs of one
     method are shades of it. Where no method is known, or another one has its colour, one is taken
-    that nobody has.
+    that nobody has. Methods of :data:`OF_METHODS` have theirs first, then the others by name, so
+    that no colour hangs on the order of arguments.
     """
-    own = [colour_of(subject["method"]) for subject in subjects]
-    free = cycle([colour for colour in COLOURS if colour not in own] or COLOURS)
-    owners: dict[str, tuple[str, int]] = {}
+    families = [family_of(subject["method"]) for subject in subjects]
+    named = sorted({*families} - {""}, key=lambda name: (name not in OF_METHODS, name))
+    owners: dict[str | None, str] = {}
+    for family in named:
+        owners.setdefault(colour_of(family), family)
+    free = cycle([colour for colour in COLOURS if colour not in owners] or COLOURS)
+    first = {family: colour for colour, family in owners.items() if colour is not None}
+    for family in named:
+        if family not in first:
+            first[family] = next(free)
     found = []
-    for subject, colour in zip(subjects, own, strict=True):
-        family = family_of(subject["method"])
-        owner, count = owners.get(colour or "", (family, 0))
-        if colour is None or owner != family:
-            found.append(next(free))
-            continue
-        owners[colour] = (family, count + 1)
-        found.append(shade(colour, SHADES[count % len(SHADES)]))
+    for place, family in enumerate(families):
+        shading = SHADES[families[:place].count(family) % len(SHADES)]
+        found.append(shade(first[family], shading) if family else next(free))
     return found
 
 
