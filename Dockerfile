@@ -15,5 +15,5 @@ RUN apt-get update \
 WORKDIR /cure-fast
 COPY . .
 ARG SKIP_FFCV
-RUN PIP_NO_CACHE_DIR=1 make setup && rm -rf /var/lib/apt/lists/*
+RUN PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 make setup && rm -rf /var/lib/apt/lists/*
 CMD ["make", "train"]

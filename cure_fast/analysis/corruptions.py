@@ -145,6 +145,10 @@ def reading(task: Task, names: Sequence[str], folder: str) -> Source:
     their labels [5 N].
     """
     place = user_path(folder, "--corrupted")
+    if not place.is_dir():
+        raise InputError(
+            f"--corrupted: expected a folder of CIFAR-10-C's arrays, such as fog.npy, got {place}."
+        )
     labels = array(place, "labels")
     check_stored(place, "labels", labels, labels.ndim == 1 and len(labels) % 5 == 0, "[5 N]")
     images, count = len(labels) // 5, len(task.labels)

@@ -94,6 +94,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     refused("Perhaps you meant weather", corruptions=["wether"])
     refused("--corruptions frost: expected one that can be made", corruptions=["frost"])
     folder = str(stored)
+    refused("--corrupted: expected a folder of CIFAR-10-C's arrays", corrupted=f"{folder}/none")
     refused("saturate.npy: expected an array", corrupted=folder, corruptions=["saturate"])
     np.save(stored / "fog.npy", np.zeros((150, 5, 5, 3), np.uint8))
     refused(r"fog.npy: expected uint8 \[150, 4, 4, 3\], got", corrupted=folder)

@@ -18,12 +18,17 @@ TOOLS = (
 )
 DEV, FFCV, ROBUSTBENCH = ".[dev]", ".[ffcv]", "robustbench"
 
-# A Python that makes .venv out of itself and writes down pip's calls; all else it really runs.
+# A Python that makes .venv out of itself and writes down pip's and uv's calls; all else it runs.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
     "-m venv "*)
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
         echo "command = python3 -m venv $(pwd -P)/$3" >"$3/pyvenv.cfg" ;;
+    "-m pip config list") printf '%s\\n' "${{PIP_CONFIG:-}}" ;;
+    "-m uv "*)
+        echo "uv ${{@: -1}}" >>"$LOG"
+        echo "${{UV_DEFAULT_INDEX:-}}|${{UV_INDEX:-}}|${{UV_FIND_LINKS:-}}" >"$HOME/settings"
+        exit "${{UV_FAILS:-0}}" ;;
     "-m pip "*)
         echo "pip ${{@: -1}}" >>"$LOG"
         echo "WARNING: pip warns of something" >&2
@@ -130,7 +135,9 @@ def installs(calls: list[str]) -> list[str]:
 
 
 def pip_calls(calls: list[str]) -> list[str]:
-    return [call.removeprefix("pip ") for call in calls if call.startswith("pip ")]
+    """What pip and uv installed, but for uv itself."""
+    made = [call.split() for call in calls if call.startswith(("pip ", "uv "))]
+    return [words[-1] for words in made if words[-1] != "uv"]
 
 
 def test_a_fresh_machine_gets_everything(machine: Machine) -> None:
@@ -140,6 +147,29 @@ def test_a_fresh_machine_gets_everything(machine: Machine) -> None:
     assert installs(calls) == ["g++ libopencv-dev"]
     assert "MEND" not in output
     assert machine.stamp.is_file()
+
+
+def test_uv_is_given_what_pip_is_configured_with(machine: Machine) -> None:
+    told = (
+        "global.index-url='https://mirror/simple'\n"
+        r":env:.extra-index-url='\nfile:///a/simple\nfile:///b/simple'"
+        "\nglobal.find-links='/opt/a /opt/b'\nglobal.default-timeout='60'"
+    )
+    code, _, _ = machine.setup(PIP_CONFIG=told)
+    settings = (machine.home / "settings").read_text(encoding="utf-8").strip().split("|")
+    assert code == 0 and settings[0] == "https://mirror/simple"
+    assert settings[1].split() == ["file:///a/simple", "file:///b/simple"]
+    assert settings[2].split(",") == ["/opt/a", "/opt/b"]
+    machine.stamp.unlink()
+    machine.setup(PIP_CONFIG=told, UV_DEFAULT_INDEX="https://own/simple")
+    assert (machine.home / "settings").read_text(encoding="utf-8").startswith("https://own/simple|")
+
+
+@pytest.mark.parametrize("fails", [{"PIP_FAILS": "uv"}, {"UV_FAILS": "2"}])
+def test_pip_does_what_uv_cannot(machine: Machine, fails: dict[str, str]) -> None:
+    code, output, calls = machine.setup(**fails)
+    assert code == 0, output
+    assert "pip " + DEV in calls and machine.stamp.is_file()
 
 
 def test_little_is_shown_and_the_rest_kept(machine: Machine) -> None:
@@ -202,7 +232,7 @@ def test_a_half_made_environment_is_made_again(machine: Machine) -> None:
 
 
 def test_a_network_failure_says_so_and_leaves_no_stamp(machine: Machine) -> None:
-    code, output, _ = machine.setup(PIP_FAILS=DEV)
+    code, output, _ = machine.setup(PIP_FAILS=DEV, UV_FAILS="1")
     assert code == 1
     assert "no route to host" in output
     assert "mend the network and run the same command again" in output
@@ -216,7 +246,7 @@ def test_a_network_failure_says_so_and_leaves_no_stamp(machine: Machine) -> None
 def test_a_failed_renewal_loses_the_old_stamp(machine: Machine) -> None:
     machine.setup()
     (machine.checkout / "constraints.txt").write_text("torch==2.11.0\n", encoding="utf-8")
-    assert machine.setup(PIP_FAILS=DEV)[0] == 1
+    assert machine.setup(PIP_FAILS=DEV, UV_FAILS="1")[0] == 1
     assert not machine.stamp.exists()
 
 
@@ -227,7 +257,7 @@ def test_without_rights_it_says_what_to_install_and_goes_on(machine: Machine, su
         machine.put("sudo", SUDO)
     code, output, calls = machine.setup(MISSING="libopencv-dev", SUDO_ASKS="1")
     assert code == 0
-    assert calls == ["pip " + DEV, "pip " + ROBUSTBENCH]
+    assert calls == ["pip uv", "uv " + DEV, "pip " + ROBUSTBENCH]
     assert "\nMEND libopencv-dev\n" in output
     assert machine.stamp.is_file()
     assert machine.setup() == (0, "", [])
@@ -278,12 +308,12 @@ def test_another_distribution_is_told_the_names(machine: Machine) -> None:
 def test_complete_system_packages_need_no_apt(machine: Machine) -> None:
     machine.uid = 1000
     code, _, calls = machine.setup()
-    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH, "pip " + FFCV])
+    assert (code, calls) == (0, ["pip uv", "uv " + DEV, "pip " + ROBUSTBENCH, "pip " + FFCV])
 
 
 def test_ffcv_is_skipped_on_request_and_added_later(machine: Machine) -> None:
     code, output, calls = machine.setup(SKIP_FFCV="1", MISSING="libopencv-dev")
-    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])
+    assert (code, calls) == (0, ["pip uv", "uv " + DEV, "pip " + ROBUSTBENCH])
     assert "System packages" not in output
     assert "MEND" not in output
     assert machine.setup(SKIP_FFCV="1") == (0, "", [])
@@ -348,7 +378,7 @@ def test_the_real_doctor_names_what_is_missing(machine: Machine) -> None:
         shutil.copy(ROOT / f"cure_fast/{name}.py", machine.checkout / f"cure_fast/{name}.py")
     machine.uid = 1000
     code, output, calls = machine.setup()
-    assert (code, calls) == (0, ["pip " + DEV, "pip " + ROBUSTBENCH])
+    assert (code, calls) == (0, ["pip uv", "uv " + DEV, "pip " + ROBUSTBENCH])
     line = next(line for line in output.splitlines() if "libopencv-dev" in line)
     assert "apt-get install -y --no-install-recommends g++ pkg-config" in line
     assert "libturbojpeg0-dev libopencv-dev" in line
