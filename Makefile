@@ -7,6 +7,8 @@ BIN := .venv/bin
 ARGS ?=
 # Waiting threads that spin for long slow down whatever shares the machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 10000
+# Where it is set, as in many containers, each process compiles all that it imports anew: 4 s of torch.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint docs bench bench-gpu first-light bench-kernels clean
