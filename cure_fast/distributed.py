@@ -221,10 +221,11 @@ class DifferentiableSum(torch.autograd.Function):
 def joint(rows: Tensor, *, first: int, whole: int) -> Tensor:
     """Return the rows [whole, ...] of all processes, of which this one has [n, ...] from ``first``.
 
-    Of bool, integer or floating type.
+    Of bool, integer or floating type, and laid out as this process's are.
     """
     kind = torch.uint8 if rows.dtype == torch.bool else rows.dtype
-    found = torch.zeros((whole, *rows.shape[1:]), dtype=kind, device=rows.device)
+    shape, strides = (whole, *rows.shape[1:]), (rows[0].numel(), *rows.stride()[1:])
+    found = torch.empty_strided(shape, strides, dtype=kind, device=rows.device).zero_()
     found[first : first + len(rows)] = rows
     sum_([found])
     return found.to(rows.dtype)

@@ -30,8 +30,6 @@ class Mix(Policy):
     """
 
     moves_weights = False
-    # An image's partner may be another process's.
-    alone = True
 
     def __init__(self, prob: float) -> None:
         super().__init__()
@@ -45,9 +43,12 @@ class Mix(Policy):
             cut = random.random() < SWITCH
             alpha = CUTMIX if cut else MIXUP
             share = random.beta(alpha, alpha)
-            x, share = cutmix(x, share, random) if cut else mixup(x, share)
+            # An image's partner may be another process's.
+            whole = run.of_all(x)
+            mixed, share = cutmix(whole, share, random) if cut else mixup(whole, share)
+            x = run.own_of(mixed)
         noted = {
-            "partner": batch.y.flip(0),
+            "partner": run.own_of(run.of_all(batch.y).flip(0)),
             "share": torch.full_like(batch.y, share, dtype=x.dtype),
         }
         return replace(batch, x=x, notes=batch.notes | noted)

@@ -181,6 +181,18 @@ class Run:
         rows = torch.empty_strided(shape, strides, dtype=own.dtype, device=own.device)
         return fill(rows)[each * first : each * (first + count)]
 
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Return the rows [N, ...] of all images of the step, of which ``rows`` [n, ...] are here."""
+        if self.part is None:
+            return rows
+        return distributed.joint(rows, first=self.part.first, whole=self.part.whole)
+
+    def own_of(self, rows: Tensor) -> Tensor:
+        """Return the rows of this process's images among those [N, ...] of all images."""
+        if self.part is None:
+            return rows
+        return rows[self.part.first : self.part.first + self.part.number]
+
     def mean(self, rows: Tensor) -> Tensor:
         """Return the mean, 0-d, of a number for each image [n] over all images of the step."""
         if self.part is None:

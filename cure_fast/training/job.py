@@ -326,8 +326,8 @@ def device_name(device: torch.device) -> str:
     """Return what a device is, in words."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"the CPU with {threads} thread{'s' if threads != 1 else ''}"
+    # How many threads it takes is measured later, and said then.
+    return "the CPU"
 
 
 def set_determinism(deterministic: bool) -> None:

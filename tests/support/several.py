@@ -103,6 +103,27 @@ def trained(method: str, steps: int, *policies: str, engine: str = "eager") -> l
     return [{k: float(v) for k, v in terms.items()} for terms in [*found, ends]]
 
 
+def mixed() -> list[list[list[float]]]:
+    """Return what a process has of mixed batches: pixels, labels of partners, and shares."""
+    import engine_runs as runs
+    from cure_fast.models import build_model
+    from cure_fast.policies.mix import Mix
+
+    torch.manual_seed(1)
+    model = build_model("resnet-small", num_classes=CLASSES, width=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FixedLoader", PartLoader)
+        run = runs.make_run("trades", "eager", model=model, data=runs.batches(2, size=5, last=4))
+    found = []
+    for run.step in range(8):
+        with run.loader.epoch(0) as batches:
+            for batch in batches:
+                run.part = batch.part
+                own = Mix(0.7).before(run, batch)
+                found.append([t.flatten().tolist() for t in (own.x, *own.notes.values())])
+    return found
+
+
 def bright_ones_fall(guard: Any, attack: str, x: Any, y: Any, settings: Any) -> Any:
     """Stand for an attack of AutoAttack, which takes minutes."""
     dark = {"apgd-ce": 0.53, "apgd-t": 0.52, "fab-t": 0.51, "square": 0.505}[attack]

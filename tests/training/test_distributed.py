@@ -16,7 +16,7 @@ from cure_fast.runs.checkpoint import load_checkpoint
 from cure_fast.runs.log import read_rows
 from moments import signal_at
 from processes import start
-from several import evaluated, results_of, start_together, trained
+from several import evaluated, mixed, results_of, start_together, trained
 from tiny_command import checkpoints, tiny_words
 
 # Sums in another order, in float64, after 20 steps.
@@ -45,7 +45,8 @@ TRAINED = {
         "st_at": ("st_at", 4),
     }.items()
 }
-CASES = {**TRAINED, "evaluation": evaluated, "alone": partial(trained, "las_at", 2)}
+ALONE = partial(trained, "las_at", 2)
+CASES = {**TRAINED, "evaluation": evaluated, "mixed": mixed, "alone": ALONE}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,13 @@ def test_two_processes_count_as_one(found):
     # Some of the images that are right fall.
     assert one["natural"]["correct"] > one["pgd3"]["correct"]
     assert len({*one["aa"]["settings"]["robust_after"].values()}) > 1
+
+
+def test_images_of_two_processes_are_mixed_as_those_of_one(found):
+    one, first, second = (each["mixed"] for each in found)
+    for alone, *shared in zip(one, first, second, strict=True):
+        assert alone == [start + end for start, end in zip(*shared, strict=True)]
+    assert len({share for _, _, shares in one for share in shares}) > 5
 
 
 def test_what_needs_a_whole_batch_is_refused(found):
