@@ -182,7 +182,7 @@ class Run:
         return fill(rows)[each * first : each * (first + count)]
 
     def of_all(self, rows: Tensor) -> Tensor:
-        """Return the rows [N, ...] of all images of the step, of which ``rows`` [n, ...] are here."""
+        """Return the rows [N, ...] of all the step's images; ``rows`` [n, ...] are those here."""
         if self.part is None:
             return rows
         return distributed.joint(rows, first=self.part.first, whole=self.part.whole)
