@@ -153,13 +153,13 @@ def test_uv_is_given_what_pip_is_configured_with(machine: Machine) -> None:
     told = (
         "global.index-url='https://mirror/simple'\n"
         r":env:.extra-index-url='\nfile:///a/simple\nfile:///b/simple'"
-        "\nglobal.find-links='/opt/a /opt/b'\nglobal.default-timeout='60'"
+        "\nglobal.find-links='/wheels/a /wheels/b'\nglobal.default-timeout='60'"
     )
     code, _, _ = machine.setup(PIP_CONFIG=told)
     settings = (machine.home / "settings").read_text(encoding="utf-8").strip().split("|")
     assert code == 0 and settings[0] == "https://mirror/simple"
     assert settings[1].split() == ["file:///a/simple", "file:///b/simple"]
-    assert settings[2].split(",") == ["/opt/a", "/opt/b"]
+    assert settings[2].split(",") == ["/wheels/a", "/wheels/b"]
     machine.stamp.unlink()
     machine.setup(PIP_CONFIG=told, UV_DEFAULT_INDEX="https://own/simple")
     assert (machine.home / "settings").read_text(encoding="utf-8").startswith("https://own/simple|")
