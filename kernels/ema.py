@@ -18,7 +18,7 @@ from .in_place import check_in_place
 from .philox import COIN, check_key, philox_uniform
 
 # Elements of what a CPU averages at once, which stay in its cache from one pass to the next.
-PIECE = 2**15
+PIECE = 2**18
 # What kernels move and copy.
 DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
