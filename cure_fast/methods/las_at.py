@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure_fast.batch import Batch
+from cure_fast.batch import Batch, weighed
 from cure_fast.classifier import ImageClassifier, attack_mode
 from cure_fast.config import MethodSettings
 from cure_fast.config.checks import POSITIVE, Bounds, Count, check
@@ -87,8 +87,6 @@ class Strategist(Policy):
     """Plans the attack of each step, and teaches the strategy what the trained network needs."""
 
     moves_weights = False
-    # A lesson's reward is of a whole batch.
-    alone = True
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -120,11 +118,11 @@ class Strategist(Policy):
     def plan(self, run: Run, batch: Batch, scores: list[Tensor]) -> Tensor:
         """Draw a plan, leave it as notes, and return its log-probability, the mean over images."""
         unit, log_p = run.config.attack.eps / 8, torch.zeros((), device=run.device)
-        drawn = []
+        source, drawn = run.generators["attack"], []
         for values, score in zip(self.choices, scores, strict=True):
             # A draw by the probabilities, without a look at them.
-            noise = torch.empty(score.shape, device=run.device)
-            noise.exponential_(generator=run.generators["attack"])
+            like = torch.empty(score.shape, device=run.device)
+            noise = run.drawn(like, partial(Tensor.exponential_, generator=source))
             place = (score.detach().exp() / noise).argmax(dim=1)
             log_p = log_p + score.gather(1, place[:, None]).mean()
             drawn.append(values[place])
@@ -141,7 +139,8 @@ class Strategist(Policy):
         with attack_mode(run.model, "eval"):
             trial = trial.attacked(attack(run, trial))
         reward = reward_of(run, trial)
-        (-reward * log_p).backward()
+        weighed(-reward * log_p, run.part).backward()
+        add_up_gradients(run, self.strategy)
         norm = nn.utils.clip_grad_norm_(self.strategy.parameters(), 1.0)
         if norm.isfinite():
             self.optimizer.step()
@@ -189,16 +188,22 @@ def loss(run: Run, batch: Batch) -> Terms:
 def reward_of(run: Run, batch: Batch) -> Tensor:
     """Return how far x' fools the network, and how good a step on x' makes a copy of it."""
     with torch.no_grad(), attack_mode(run.model, "eval"):
-        fooled = cross_entropy(run.model(batch.x_adv), batch.y).mean().clamp(max=10)
+        fooled = run.mean(cross_entropy(run.model(batch.x_adv), batch.y)).clamp(max=10)
     student, decay = copy.deepcopy(run.model), run.config.optim.weight_decay
-    smoothed(run, student(batch.x_adv), batch.y).backward()
+    weighed(smoothed(run, student(batch.x_adv), batch.y), run.part).backward()
+    add_up_gradients(run, student)
     torch.optim.SGD(student.parameters(), lr=run.lr, weight_decay=decay).step()
     images = strongest(run, batch, student)
     with torch.no_grad(), attack_mode(student, "eval"):
         robust, natural = (
-            (student(x).argmax(dim=1) == batch.y).float().mean() for x in (images, batch.x)
+            run.mean((student(x).argmax(dim=1) == batch.y).float()) for x in (images, batch.x)
         )
     return fooled + 4 * robust + 2 * natural
+
+
+def add_up_gradients(run: Run, network: nn.Module) -> None:
+    """Give a network of the whole batch's loss its gradients."""
+    run.add_up([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def strongest(run: Run, batch: Batch, student: ImageClassifier) -> Tensor:

@@ -39,7 +39,6 @@ class Policy:
     Attributes:
         moves_weights: whether :meth:`around` or :meth:`on_step` changes weights of the trained
             network, of which the fast engine then makes its copies anew.
-        alone: whether it needs all images of a step in one process.
         period: after how many steps it has done once all that it does.
         networks: its own networks by name, which checkpoints store and no optimiser moves.
         state: its own tensors by name, changed in place, which checkpoints store.
@@ -47,7 +46,6 @@ class Policy:
     """
 
     moves_weights: bool = True
-    alone: bool = False
     period: int = 1
 
     def __init__(self) -> None:

@@ -181,6 +181,15 @@ class Run:
         rows = torch.empty_strided(shape, strides, dtype=own.dtype, device=own.device)
         return fill(rows)[each * first : each * (first + count)]
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put sums over the processes of the step in the place of tensors, which each of them has.
+
+        Gradients of means are those of the whole batch where the mean was weighed by
+        :func:`cure_fast.batch.weighed` before.
+        """
+        if self.part is not None:
+            distributed.sum_(tensors)
+
     def of_all(self, rows: Tensor) -> Tensor:
         """Return the rows [N, ...] of all the step's images; ``rows`` [n, ...] are those here."""
         if self.part is None:

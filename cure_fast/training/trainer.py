@@ -60,10 +60,10 @@ def build_run(
         generators={"attack": torch.Generator(device).manual_seed(config.run.seed * 2)},
     )
     run.networks = {name: net.to(device) for name, net in run.method.networks(run).items()}
-    if config.run.sync_batchnorm and distributed.processes() > 1:
-        # Before policies copy networks.
-        for network in run.all_networks.values():
-            synchronise(network)
+    synchronised = config.run.sync_batchnorm and distributed.processes() > 1
+    # Before policies copy networks; those that they make themselves below.
+    for network in run.all_networks.values() if synchronised else ():
+        synchronise(network)
     # Before the policies, whose networks no optimiser moves.
     taking_gradients = (net.parameters() for net in run.all_networks.values())
     trained = [p for parameters in taking_gradients for p in parameters if p.requires_grad]
@@ -80,11 +80,8 @@ def build_run(
                 f"{', '.join(twice)}. Leave out the policy that has it."
             )
         run.networks |= {name: net.to(device) for name, net in policy.networks.items()}
-        if policy.alone and (several := distributed.processes()) > 1:
-            raise InputError(
-                f"--method {config.method}: expected one process, as its {type(policy).__name__} "
-                f"needs all images of a step, got {several}. Start it without torchrun."
-            )
+        for network in policy.networks.values() if synchronised else ():
+            synchronise(network)
     assert run.result in run.all_networks, f"the run has no network {run.result}"
     taken = {"model", "raw", "start", "last"} & run.networks.keys()
     assert not taken, f"files of the run folder have the names of its networks {taken}"
@@ -113,10 +110,10 @@ def next_step(run: TrainState, batch: Batch) -> tuple[float, Terms | None]:
         group["lr"] = lr
         if "momentum" in group:
             group["momentum"] = momentum_at(optim, *place)
+    run.part = batch.part
     for policy in run.policies:
         other = policy.before(run, batch)
         batch = batch if other is None else other
-    run.part = batch.part
     terms = run.engine.step(batch)
     run.part = None
     run.batch += 1

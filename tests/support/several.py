@@ -72,6 +72,7 @@ def trained(method: str, steps: int, *policies: str, engine: str = "eager") -> l
 
     torch.manual_seed(1)
     model = build_model("resnet-small", num_classes=CLASSES, width=4).double()
+    settings = {"strategy_every": 2} if method == "las_at" else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FixedLoader", PartLoader)
         # Users' weights are float32, in which signs of gradients differ between sums; the fused
@@ -85,7 +86,10 @@ def trained(method: str, steps: int, *policies: str, engine: str = "eager") -> l
             policies={name: find_policy(name).settings for name in policies},
             optim={"epochs": steps // 2, "batch_size": 13},
             run={"sync_batchnorm": True, "engine_without": ("fuse",) if engine == "fast" else ()},
+            **settings,
         )
+    for network in run.networks.values():
+        network.double()
     found = []
     while run.epoch < steps // 2:
         with run.loader.epoch(run.epoch) as batches:
@@ -108,19 +112,25 @@ def mixed() -> list[list[list[float]]]:
     import engine_runs as runs
     from cure_fast.models import build_model
     from cure_fast.policies.mix import Mix
+    from cure_fast.step.policy import Policy
+    from cure_fast.training.trainer import next_step
+
+    found = []
+
+    class Watch(Policy):
+        def before(self, run: Any, batch: Batch) -> None:
+            found.append([t.flatten().tolist() for t in (batch.x, *batch.notes.values())])
 
     torch.manual_seed(1)
     model = build_model("resnet-small", num_classes=CLASSES, width=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FixedLoader", PartLoader)
-        run = runs.make_run("trades", "eager", model=model, data=runs.batches(2, size=5, last=4))
-    found = []
-    for run.step in range(8):
+        run = runs.make_run("natural", "eager", model=model, data=runs.batches(2, size=5, last=4))
+    run.policies = (Mix(0.7), Watch())
+    for _ in range(4):
         with run.loader.epoch(0) as batches:
             for batch in batches:
-                run.part = batch.part
-                own = Mix(0.7).before(run, batch)
-                found.append([t.flatten().tolist() for t in (own.x, *own.notes.values())])
+                next_step(run, batch)
     return found
 
 

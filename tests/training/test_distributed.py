@@ -43,10 +43,11 @@ TRAINED = {
         "fast te": ("te", 4),
         # An attack in training mode, with two starts per image.
         "st_at": ("st_at", 4),
+        # A second network that is taught, and tries steps on a copy of the first.
+        "las_at": ("las_at", 4),
     }.items()
 }
-ALONE = partial(trained, "las_at", 2)
-CASES = {**TRAINED, "evaluation": evaluated, "mixed": mixed, "alone": ALONE}
+CASES = {**TRAINED, "evaluation": evaluated, "mixed": mixed}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +84,6 @@ def test_images_of_two_processes_are_mixed_as_those_of_one(found):
     for alone, *shared in zip(one, first, second, strict=True):
         assert alone == [start + end for start, end in zip(*shared, strict=True)]
     assert len({share for _, _, shares in one for share in shares}) > 5
-
-
-def test_what_needs_a_whole_batch_is_refused(found):
-    assert isinstance(found[0]["alone"], list)
-    assert "expected one process, as its Strategist needs all images" in found[1]["alone"]
 
 
 def loader_of(process, *, batch_size=10, count=27, **settings):
