@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from cure_fast.files import file_hash
 from cure_fast.models.weights import WEIGHTS_FILE
 from cure_fast.runs.checkpoint import has_checkpoints
 from cure_fast.runs.environment import choose_device
-from cure_fast.runs.folder import changes_to, held, is_free
+from cure_fast.runs.folder import LOCK, changes_to, held, is_free
 from cure_fast.runs.log import read_rows
 from cure_fast.signals import StopSignals
 from cure_fast.training.job import check_network, train
@@ -90,16 +91,21 @@ def compare(comparison: Comparison, stop: StopSignals | None = None) -> None:
             return compare(comparison, stop)
     check_comparison(comparison)
     folder = comparison.folder
+    anew = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}.") from error
-    with held(
-        folder,
-        busy="Wait for its end, or name another folder with --out.",
-        denied="Change that, or name another folder with --out.",
-    ):
-        failures = train_all(comparison, stop)
+    busy = "Wait for its end, or name another folder with --out."
+    denied = "Change that, or name another folder with --out."
+    try:
+        with held(folder, busy=busy, denied=denied):
+            failures = train_all(comparison, stop)
+    except InputError:
+        # What is wrong with its first run is seen when that begins, and leaves nothing either.
+        if anew and [path.name for path in folder.iterdir()] == [LOCK]:
+            shutil.rmtree(folder)
+        raise
     if failures:
         told = [f"{name} with seed {seed}" for name, seed in failures]
         raise type(next(iter(failures.values())))(

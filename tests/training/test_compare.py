@@ -227,3 +227,12 @@ def test_a_run_in_another_process_stops_the_comparison(folder, trained, capsys):
     with locked(folder / "compared" / "run.lock"):
         assert main(words()) == 2
     assert "another process is running in it" in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_leaves_no_folder(folder, capsys):
+    found = ["compare", "quickstart", "--methods", "cure", "--data", "folder:nowhere"]
+    assert main([*found, "--out", "new"]) == 2
+    assert "nowhere/train: expected a folder" in capsys.readouterr().err
+    assert not (folder / "new").exists()
+    (folder / "old").mkdir()
+    assert main([*found, "--out", "old"]) == 2 and (folder / "old").is_dir()
