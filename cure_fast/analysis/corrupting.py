@@ -31,8 +31,9 @@ GROUPS = ("blur", "digital", "weather", "noise", "extra")
 BLOCK = 256
 SMALLEST = 4
 # Weights of red, green and blue in an image's grey (ITU-R BT.601).
-GREY = np.array([0.299, 0.587, 0.114])
-WATER, MUD = np.array([175, 238, 238]) / 255, np.array([63, 42, 20]) / 255
+GREY = (0.299, 0.587, 0.114)
+# Colours, 0 to 255.
+WATER, MUD = (175, 238, 238), (63, 42, 20)
 # Rounding must not take a whole number down to the one below.
 TINY = 1e-6
 
@@ -287,7 +288,7 @@ def snow(x: Pixels, constants: tuple[float, ...], random: Sequence[Random]) -> P
     flakes = as_bytes(np.where(layer < threshold, 0, layer)) / 255.0
     flakes = smear(flakes, radius, sigma, each(random, lambda r: r.uniform(-135, -45)))
     flakes = as_bytes(flakes) / 255.0
-    grey = x @ GREY[:, None] if x.shape[3] == 3 else x
+    grey = x @ np.array(GREY)[:, None] if x.shape[3] == 3 else x
     white = np.maximum(x, 1.5 * grey + 0.5)
     return mix * x + (1 - mix) * white + flakes + np.rot90(flakes, 2, axes=(1, 2))
 
@@ -300,10 +301,10 @@ def spatter(x: Pixels, constants: tuple[float, ...], random: Sequence[Random]) -
     if muddy:
         cover = gaussian_blur(np.where(layer > threshold, 1.0, 0.0), strength, random)
         cover[cover < 0.8] = 0
-        return x * (1 - cover) + cover * MUD
+        return x * (1 - cover) + cover * (np.array(MUD) / 255)
     drops = np.where(layer < threshold, 0, layer)
     largest = drops.max(axis=(1, 2, 3), keepdims=True)
-    return x + strength * WATER * drops / np.where(largest > 0, largest, 1)
+    return x + strength * (np.array(WATER) / 255) * drops / np.where(largest > 0, largest, 1)
 
 
 def contrast(x: Pixels, share: float, _: Sequence[Random]) -> Pixels:

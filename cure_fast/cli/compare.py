@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cure_fast.cli.configure import base_config, read_config
-from cure_fast.cli.flags import pointing_to, split_flags
+from cure_fast.cli.flags import OF_EACH, pointing_to, split_flags
 from cure_fast.config.checks import check, shown
 from cure_fast.console import say
 from cure_fast.errors import InputError
@@ -26,7 +26,7 @@ from cure_fast.training.compare import Comparison, Entry
 # A stretch without commas, but for those in quotes.
 ENTRY = re.compile(r"""(?:[^,"']|"[^"]*"|'[^']*')+""")
 # Flags that a comparison gives each of its runs, and their types.
-GIVEN = {"method": str, "policies": str, "seed": str}
+GIVEN = dict.fromkeys(OF_EACH["compare"], str)
 
 
 def read_comparison(recipe: str, words: Sequence[str], switches: Mapping[str, Any]) -> Comparison:
@@ -50,6 +50,11 @@ def read_comparison(recipe: str, words: Sequence[str], switches: Mapping[str, An
 
 def given_to_all(command: str, words: Sequence[str], switches: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is given of the command's own flags, and of those that it gives each run."""
+    if any(word.partition("=")[0] in ("--resume", "--no-resume") for word in words):
+        raise InputError(
+            f"--resume: expected none, as the same {command} goes on where it stopped. Leave it "
+            "out."
+        )
     with pointing_to(command, "it"):
         return split_flags(words, {**GIVEN, **switches, "name": str, "out": str})[0]
 

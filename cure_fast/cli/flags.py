@@ -37,6 +37,12 @@ WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
 PLAIN = {"help_format": "plaintext", "print_error": False, "exit_on_error": False}
 # Groups of flags in help: the first, and those of a configuration's sections in their order.
 MOST_USED = ("data", "model", "method", "policies", "epochs", "eps", "seed", "out")
+# Flags of a run that some commands give each of theirs, and what --out is there.
+OF_EACH = {
+    **dict.fromkeys(("compare", "study"), ("method", "policies", "seed")),
+    "sweep": ("seed",),
+}
+OF_ALL = "Folder for the runs and their tables; None takes one in runs/, after command and recipe."
 TITLES = {
     "data": "Data",
     "model": "Model",
@@ -124,6 +130,9 @@ def application(
 
     if config is not None:
         flags = configured(config, flags)
+        for command in OF_EACH.keys() & set(name.split()):
+            flags = {k: flag for k, flag in flags.items() if k not in OF_EACH[command]}
+            flags["out"] = replace(flags["out"], help=OF_ALL)
     told = "\n\n".join(filter(None, (parse(function.__doc__ or "").description, about)))
     # Lines of a paragraph are as long as the terminal is wide.
     paragraphs = (" ".join(paragraph.split()) for paragraph in told.split("\n\n"))

@@ -38,7 +38,7 @@ from cure_fast.methods.seat import SEAT
 from cure_fast.methods.st_at import ST_AT
 from cure_fast.methods.te import TE, TE_TRADES
 from cure_fast.methods.trades import TRADES
-from cure_fast.plugins.lookup import short
+from cure_fast.plugins.lookup import loaded, short
 from cure_fast.policies import POLICIES, find_policy
 from cure_fast.step.method import Method, PaperRow, SetUp
 
@@ -189,10 +189,11 @@ def given_teachers(config: Config) -> dict[str, str]:
 def labels(method: str, policies: Iterable[str] = ()) -> str:
     """Return what papers call a method with its policies, such as ``TRADES + PIAT + AWP``.
 
-    Names may be from a record: unknown ones stand as they are, those from outside in short.
+    Names may be from a record: unknown ones stand as they are, those from outside in short, where
+    nothing has imported them.
     """
-    told = [METHODS[method].label if method in METHODS else short(method)]
-    told += [POLICIES[name].label if name in POLICIES else short(name) for name in policies]
+    known = {method: METHODS.get(method)} | {name: POLICIES.get(name) for name in policies}
+    told = (getattr(own or loaded(name), "label", short(name)) for name, own in known.items())
     return " + ".join(told)
 
 

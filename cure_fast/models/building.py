@@ -78,7 +78,7 @@ def load_model(
     if is_reference(metadata["model"]) and metadata["model"] != trusted:
         raise InputError(
             f"{path}: its network is made by {metadata['model']}, and no file decides which code "
-            f"is run. Where you trust that function, name it: --model {metadata['model']}"
+            f"is run. Where you trust that function, name it: --model {metadata['model']}."
         )
     numbers: dict[str, int | None] = {}
     for key in ("num_classes", "width", "image_size"):

@@ -64,6 +64,13 @@ def load(kind: Kind, word: str) -> tuple[Any, str]:
         )
 
 
+def loaded(word: str) -> Any:
+    """Return what the name of a method or policy from outside names, None unless it is imported."""
+    reference = installed("methods").get(word) or installed("policies").get(word) or word
+    module, _, name = reference.partition(":")
+    return getattr(sys.modules.get(module), name, None)
+
+
 def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

@@ -25,7 +25,7 @@ POLICIES: dict[str, PolicyInfo] = {
 
 def find_policy(name: str) -> PolicyInfo:
     """Return a policy by its name, a plug-in's, or ``package.module:POLICY``; refuse others."""
-    expected = "none or some of"
+    expected = "none alone, or some of"
     return find_any("--policies", POLICIES, name, plugins="policies", expected=expected)
 
 

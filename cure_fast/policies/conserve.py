@@ -417,7 +417,7 @@ def build_rgp(run: Run, settings: RgpSettings) -> Policy:
 RGP = PolicyInfo(
     name="rgp",
     label="RGP",
-    title="RGP: CURE's mask; weights whose gradient is smallest in their tensor are conserved",
+    title="RGP: a mask as CURE's, but by the gradient that updates: the smallest become zero",
     arxiv="2401.14948",
     paper="Gowda et al., Conserve-Update-Revise to Cure Generalization and Robustness, ICLR 2024",
     settings=RgpSettings(),

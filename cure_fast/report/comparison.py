@@ -56,7 +56,7 @@ class Entrant:
         if self.config.model.init_from is not None:
             return f"weights of {Path(self.config.model.init_from).name}"
         epochs = self.config.pretrain.pretrain_epochs
-        return f"natural, {epochs} epochs" if epochs else "random"
+        return f"natural, {epochs} epoch{'s' if epochs != 1 else ''}" if epochs else "random"
 
     @property
     def engines(self) -> str:

@@ -208,7 +208,8 @@ def tell_end(stage: Stage, results: dict[str, Any], examples: dict[str, np.ndarr
     say(f"took {duration(stage.progress.elapsed)}; next:")
     count, attacks = results["test_images"], results["models"]["trained"]["attacks"]
     if attacks.get("aa", {}).get("count") != count:
-        whole = command("eval", folder, "--attacks", "aa", "--aa-limit", "all")
+        limit = [] if stage.config.eval.limit is None else ["--limit", "all"]
+        whole = command("eval", folder, "--attacks", "aa", *limit, "--aa-limit", "all")
         say(f"  {whole}  # AutoAttack, {count:,} images")
     say(f"  {command('export', folder, '--format', 'onnx')}  # the network for other programs")
     say(f"  {command('report', folder)}  # writes the report again")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cure_fast.config import Config
+from cure_fast.console import warn
 from cure_fast.errors import InputError
 from cure_fast.files import file_hash, user_path
 from cure_fast.methods import find_method, given_teachers
@@ -112,6 +113,8 @@ def read_teachers(config: Config, num_classes: int, folder: Path) -> dict[str, I
                 f"{num_classes}. {remedy(name)}"
             )
         teachers[name] = teacher
+        if (run := user_path(source, "--teacher")).is_dir() and not (run / "results.json").exists():
+            warn(f"teacher {name}: {run} has no results yet; its training may not be finished")
     return teachers
 
 

@@ -28,6 +28,9 @@ ASKED = {
     "compare quickstart --methods cure+pait": True,
     "eval run --batch-size 0": True,
     "export run --format onx": True,
+    "analyze cka --help": True,
+    "study toy --help": True,
+    "analyze nosuch": True,
     "eval nowhere": False,
     "report nowhere": False,
 }

@@ -57,6 +57,14 @@ def test_help_of_an_analysis_has_its_flags_and_where_to_write(name, capsys):
     assert ("--training" if name == "overfitting" else "--layers") in text
 
 
+@pytest.mark.parametrize("command", ["compare", "sweep", "study layerwise"])
+def test_help_lists_no_flag_that_each_run_has_of_its_own(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--seed " not in text and "Folder for the runs" in text and "--epochs" in text
+    assert ("--method " in text) == (command == "sweep")
+
+
 def test_every_flag_has_help(capsys):
     assert main(["train", "quickstart", "--help"]) == 0
     text = capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_the_commands_of_the_page_run(mine, capsys):
     epochs = [r["epoch"] for r in read_rows(run / "metrics.jsonl") if r["event"] == "epoch"]
     assert epochs == [1, 2, 3, 4]
     page = (run / "report.html").read_text()
-    assert "MARGIN_AT" in page and "south-east" in page
+    assert "Margin AT" in page and "south-east" in page
     # A file by itself decides on no code, neither the network's nor the images'.
     words = ["eval", str(run / "model.safetensors"), "--attacks", "natural", "--limit", "8"]
     for given, missing in (

@@ -99,7 +99,7 @@ def test_tables_have_mean_and_deviation_of_the_runs(compared):
 
 def test_tables_say_what_each_entry_was_given_and_what_is_published(compared):
     trades, averaged = rows(compared)
-    assert trades["start"] == "natural, 1 epochs" and trades["epochs"] == "2"
+    assert trades["start"] == "natural, 1 epoch" and trades["epochs"] == "2"
     assert trades["engine"] == "eager" and trades["device"] != "-"
     logged = [
         json.loads(line)

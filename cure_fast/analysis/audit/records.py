@@ -53,11 +53,10 @@ def counts(case: Case) -> Finding:
         )
     for name, result in results.items():
         failed += wrong_sums(name, result, whole, test)
-    part = [f"{attack_name(n)} on {r.count}" for n, r in results.items() if r.count < whole]
-    if len(part) == len(results):
-        failed.append(f"no result is of all {whole} test images: {', '.join(part)}")
     failed += unlike(case, results)
-    doubtful = [f"of {whole} test images: {', '.join(part)}"] if part and not failed else []
+    part = [f"{attack_name(n)} on {r.count}" for n, r in results.items() if r.count < whole]
+    none = "no result is of all" if len(part) == len(results) else "of"
+    doubtful = [f"{none} {whole} test images: {', '.join(part)}"] if part and not failed else []
     told = ", ".join(f"{attack_name(n)} {r.correct} of {r.count}" for n, r in results.items())
     return found(f"{told}; the set has {whole} test images", failed, doubtful)
 
