@@ -76,6 +76,7 @@ ACT = Method(
     name="act",
     label="ACT",
     title="ACT: a natural and a robust network teach each other",
+    arxiv="2008.07015",
     paper="Arani, Sarfraz and Zonooz, Adversarial Concurrent Training, BMVC 2020",
     settings=ActSettings(),
     attack=attack,

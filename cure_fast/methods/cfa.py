@@ -148,6 +148,7 @@ CFA = Method(
     label="CFA",
     title="CFA: PGD-AT with a radius for each class, and the average of fair epochs (--policies "
     "fawa)",
+    arxiv="2303.14460",
     paper="Wei et al., CFA: Class-wise Calibrated Fair Adversarial Training, CVPR 2023",
     settings=CfaSettings(),
     attack=attack,

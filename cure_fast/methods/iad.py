@@ -102,6 +102,7 @@ IAD = replace(
     name="iad",
     label="IAD-I",
     title="IAD-I: ARD whose student trusts itself where the teacher is wrong",
+    arxiv="2106.04928",
     paper="Zhu et al., Reliable Adversarial Distillation with Unreliable Teachers, ICLR 2022",
     settings=IadSettings(temperature=1.0, kl_mean="images"),
     loss=loss,

@@ -43,6 +43,7 @@ IDBH = Method(
     name="idbh",
     label="IDBH",
     title="PGD-AT on images that IDBH augments",
+    arxiv="2301.09879",
     paper="Li and Spratling, Data Augmentation Alone Can Improve Adversarial Training, ICLR 2023",
     attack=attack,
     loss=loss,

@@ -238,6 +238,7 @@ LAS_AT = Method(
     name="las_at",
     label="LAS-AT",
     title="LAS-AT: a second network learns how to attack each image",
+    arxiv="2203.06616",
     paper="Jia et al., LAS-AT: Adversarial Training with Learnable Attack Strategy, CVPR 2022",
     settings=LasSettings(),
     attack=attack,

@@ -86,6 +86,7 @@ LBGAT = Method(
     name="lbgat",
     label="LBGAT",
     title="LBGAT: a natural network, trained along, guides the robust one",
+    arxiv="2011.11164",
     paper="Cui et al., Learnable Boundary Guided Adversarial Training, ICCV 2021",
     settings=LbgatSettings(),
     attack=kl_attack,

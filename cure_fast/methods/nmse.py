@@ -51,6 +51,7 @@ NMSE = Method(
     name="nmse",
     label="NMSE",
     title="NMSE: cross-entropy on PGD images plus distance of normalised logits",
+    arxiv="2303.13955",
     paper="Liu, He et al., Parameter Interpolation Adversarial Training, TIFS 2025",
     settings=NmseSettings(),
     attack=attack,

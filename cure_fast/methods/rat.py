@@ -143,6 +143,7 @@ RAT = Method(
     name="rat",
     label="RAT",
     title="RAT: TRADES on a noisy copy's images, with soft targets from the classifier's gradients",
+    arxiv="2303.10653",
     paper="Jin et al., Randomized Adversarial Training via Taylor Expansion, CVPR 2023",
     settings=RatSettings(),
     attack=attack,

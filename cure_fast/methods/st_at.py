@@ -132,6 +132,7 @@ ST_AT = Method(
     name="st_at",
     label="ST-AT",
     title="ST-AT: squeezes what lies between an adversarial and a collaborative image",
+    arxiv="2205.11156",
     paper="Li et al., Squeeze Training for Adversarial Robustness, ICLR 2023",
     settings=StAtSettings(),
     attack=attack,

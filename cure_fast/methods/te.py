@@ -155,6 +155,7 @@ TE = Method(
     name="te",
     label="TE",
     title="TE: PGD-AT with the predictions of former epochs as further targets",
+    arxiv="2106.01606",
     paper="Dong et al., Exploring Memorization in Adversarial Training, ICLR 2022",
     settings=TeSettings(),
     attack=attack,
