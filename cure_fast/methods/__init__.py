@@ -192,9 +192,8 @@ def labels(method: str, policies: Iterable[str] = ()) -> str:
     Names may be from a record: unknown ones stand as they are, those from outside in short, where
     nothing has imported them.
     """
-    known = {method: METHODS.get(method)} | {name: POLICIES.get(name) for name in policies}
-    told = (getattr(own or loaded(name), "label", short(name)) for name, own in known.items())
-    return " + ".join(told)
+    known = [(method, METHODS.get(method)), *((name, POLICIES.get(name)) for name in policies)]
+    return " + ".join(getattr(own or loaded(name), "label", short(name)) for name, own in known)
 
 
 def result_of(config: Config) -> str:
