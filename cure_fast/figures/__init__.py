@@ -171,6 +171,8 @@ def save_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Pat
     written = []
     with looks():
         figure = draw()
+        # The layout around pictures settles in a first drawing.
+        figure.draw_without_rendering()
         for ending, metadata in (
             ("svg", {"Date": None}),
             ("png", {}),

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -148,7 +147,6 @@ def published(**values: Any) -> dict[str, Any]:
     return dict.fromkeys(("*/vit*", "*/deit*", "*/convit*"), found)
 
 
-results = partial(rows, "A&P")
 TABLE = " (PIAT's Table IV)"
 
 AP_AT = Method(
@@ -164,7 +162,8 @@ AP_AT = Method(
     phase=lambda run: kept(run) < 1,
     needs_attention=True,
     published=published(start="uniform"),
-    rows=results(
+    rows=rows(
+        "A&P",
         ("cifar10", "vit-base", TABLE, 84.64, 53.44, None, 49.67),
         ("cifar10", "deit-small", TABLE, 83.08, 52.28, None, 47.92),
         ("cifar10", "convit-base", TABLE, 85.21, 53.25, None, 49.01),
@@ -180,7 +179,8 @@ AP_TRADES = replace(
     loss=trades.loss,
     policies=lambda run: (),
     published=published(),
-    rows=results(
+    rows=rows(
+        "A&P over TRADES",
         ("cifar10", "vit-base", TABLE, 83.91, 53.52, None, 50.56),
         ("cifar10", "deit-small", TABLE, 82.81, 52.74, None, 49.40),
         ("cifar10", "convit-base", TABLE, 83.51, 53.21, None, 50.11),
@@ -194,7 +194,8 @@ AP_MART = replace(
     settings=ApMartSettings(),
     attack=weakened(pgd_at.attack),
     loss=mart.loss,
-    rows=results(
+    rows=rows(
+        "A&P over MART",
         ("cifar10", "vit-base", TABLE, 78.75, 53.51, None, 49.01),
         ("cifar10", "deit-small", TABLE, 78.43, 52.98, None, 47.94),
         ("cifar10", "convit-base", TABLE, 80.32, 53.11, None, 48.35),

@@ -220,14 +220,19 @@ def write_run_tables(folder: Path, entrants: Sequence[Entrant], command: str) ->
             temporary.write_text(text, encoding="utf-8")
     methods = {entrant.name: entrant.config.method for entrant in entrants}
     marks = [
-        Mark(
-            row.name if row.kind == "run" else f"{row.name}, {row.model}, published",
-            methods[row.name] if row.kind == "run" else "",
-            row.values,
-        )
+        Mark(row.name, methods[row.name], row.values)
+        if row.kind == "run"
+        else Mark(published_name(row, rows), "", row.values)
         for row in rows
     ]
     return [*(folder / name for name in written), *write_scatter(folder, marks, attacks)]
+
+
+def published_name(row: Row, rows: Sequence[Row]) -> str:
+    """Return what the scatter calls a published row: with its source where another is alike."""
+    published = [(each.name, each.model) for each in rows if each.kind != "run"]
+    told = f"{row.name}, {row.model}, published"
+    return told if published.count((row.name, row.model)) == 1 else f"{told} ({row.source})"
 
 
 def heading(name: str) -> str:
@@ -258,16 +263,22 @@ def markdown(
     budget += [
         [e.name, e.start, str(e.config.optim.epochs), e.engines, e.devices] for e in entrants
     ]
+    ratios = " NRR is 2NR / (N + R) of natural and robust accuracy, SUM natural plus AutoAttack."
+    if not SUMMARY.keys() & set(names):
+        ratios = ""
     lines = [
         f"# Runs on {data_name(config.data.data)}\n",
         f"`{command}`\n",
         f"Accuracy in percent on test images ({images(attacks, entrants)}), attacks within "
-        f"{format_radius(main['eps'], main['norm'])}. {of_seeds(entrants)} NRR is 2NR / (N + R) of "
-        "natural and robust accuracy, SUM natural plus AutoAttack.\n",
+        f"{format_radius(main['eps'], main['norm'])}. {of_seeds(entrants)}{ratios}\n",
         *pipes(table),
-        "\nPublished rows are claims of papers for their own schedules; the others beside them are "
-        "of AutoAttack, 10,000 images, and no extra data.\n",
+        "",
     ]
+    if any(row.kind != "run" for row in rows):
+        lines.append(
+            "Published rows are claims of papers for their own schedules; the others beside them "
+            "are of AutoAttack, 10,000 images, and no extra data.\n"
+        )
     if ended:
         lines += [
             "Last epoch - best epoch, in points: negative where the end is worse.\n",

@@ -233,9 +233,9 @@ def rescored(case: Case) -> Finding:
     if subject.folder is not None:
         counts = [*counts, in_new_process(subject.folder, attacked, task.labels)]
         told.append(f"{counts[-1]} in a new process")
-    else:
-        told.append("a new process has no such network, and was not asked")
     text = f"{', '.join(told)} are right"
+    if subject.folder is None:
+        text += "; a new process has no such network, and was not asked"
     return found(text) if len({*counts}) == 1 else found("", [text])
 
 

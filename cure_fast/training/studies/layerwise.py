@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from cure_fast.analysis.cka import CKA, CkaSettings
-from cure_fast.analysis.opening import load
 from cure_fast.analysis.shape import Numbers, Subject, task_of
 from cure_fast.config import Config
 from cure_fast.console import say
@@ -29,9 +28,12 @@ from cure_fast.errors import InputError
 from cure_fast.figures import INK, MARK, PAGE, new_figure, outside_legend
 from cure_fast.files import user_path
 from cure_fast.loaders import read_dataset
+from cure_fast.models import ImageClassifier
+from cure_fast.models.building import load_model
 from cure_fast.models.weights import WEIGHTS_FILE
 from cure_fast.policies.blocks import stages_of
 from cure_fast.runs.environment import choose_device
+from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.training.stages import START, new_model
 from cure_fast.training.studies.drawing import entry_lines, epoch_lines, paired_bars
 from cure_fast.training.studies.shape import Found, Study, begins_naturally
@@ -99,10 +101,16 @@ def similarity(found: Found) -> dict[str, dict[str, float | None]]:
     test = test.subset(np.arange(min(IMAGES, len(test))))
     device = choose_device(config.run.device)
 
+    def network(weights: Path) -> ImageClassifier:
+        return load_model(weights, trusted=config.model.model).to(device).eval()
+
+    first = network(found.records[WHOLE][0].folder / WEIGHTS_FILE)
+    sizes = {"image_size": test.image_size, "batch_size": config.eval.eval_batch_size}
+    number = choose_threads(config.run.threads, first, device, **sizes)
+
     def diagonal(weights: Path, seed: int) -> dict[str, float | None]:
-        model = load(weights, model=config.model.model).to(device)
         seeded = replace(config, run=replace(config.run, seed=seed))
-        task = task_of([Subject(WHOLE, model=model)], test, seeded, device)
+        task = task_of([Subject(WHOLE, model=network(weights))], test, seeded, device)
         rows = CKA.run(task, CkaSettings()).rows
         return {r["natural"]: r["cka"] for r in rows if r["natural"] == r["adversarial"]}
 
@@ -114,7 +122,8 @@ def similarity(found: Found) -> dict[str, dict[str, float | None]]:
         for name, paths in weights.items()
         for seed, path in enumerate(paths)
     }
-    own = found.kept.each(parts, "cka")
+    with threads(number):
+        own = found.kept.each(parts, "cka")
 
     def averaged(name: str, layer: str) -> float | None:
         found = (own[f"{name}, seed {seed}"][layer] for seed in range(len(weights[name])))
@@ -128,7 +137,11 @@ def similarity(found: Found) -> dict[str, dict[str, float | None]]:
 
 def draw(numbers: Numbers) -> Figure:
     """Return a row of panels per variant: accuracies, robust accuracy by epoch, CKA by layer."""
-    figure, panels = new_figure(2, 3, width=PAGE, height=5, sharey="col", width_ratios=[3, 2, 2])
+    # Bars of all nine sets need more room, and their names too.
+    most = 2 + max(sum(f"U-{b}{end}" in numbers["robust"] for b in SETS) for end in VARIANTS)
+    crowded = most > 8
+    ratios = [5 if crowded else 3, 2, 2]
+    figure, panels = new_figure(2, 3, width=PAGE, height=5, sharey="col", width_ratios=ratios)
     for (ending, title), (bars, epochs, layers) in zip(
         VARIANTS.items(), (panels[:3], panels[3:]), strict=True
     ):
@@ -136,11 +149,15 @@ def draw(numbers: Numbers) -> Figure:
         rows = [row for row in numbers["rows"] if row["entry"] in (ST, WHOLE, *own)]
         below = [row["entry"].removesuffix(ending).replace(" ", "\n") for row in rows]
         paired_bars(bars, rows, below, numbers["attack"], paper=False)
+        if crowded:
+            bars.tick_params(axis="x", rotation=90)
         shown = {name: short for name, short in own.items() if name in numbers["robust"]}
         curves = {short: numbers["robust"][name] for name, short in shown.items()}
         epoch_lines(epochs, curves, "robust, validation, in %", linewidth=1)
         whole = numbers["robust"][WHOLE]
-        epochs.plot(whole["epochs"], whole["values"], color=INK, linewidth=1, label=WHOLE)
+        epochs.plot(
+            whole["epochs"], whole["values"], color=INK, marker=".", linewidth=1, label=WHOLE
+        )
         draw_similarity(layers, numbers["cka"], shown)
         for axes in (bars, epochs, layers):
             axes.set_title(f"blocks {title}", loc="left")

@@ -18,6 +18,7 @@ from cure_fast.files import file_hash
 from cure_fast.models.weights import WEIGHTS_FILE
 from cure_fast.progress import Progress
 from cure_fast.runs.folder import changes_to, is_free
+from cure_fast.runs.threads import threads
 from cure_fast.signals import StopSignals
 from cure_fast.training.compare import Comparison, compare, is_finished
 
@@ -201,7 +202,8 @@ def collected(comparison: Comparison) -> dict[str, list[Record]]:
 
 def run_alone(study: Study, settings: Settings, seeds: int, kept: Kept) -> Result:
     """Compute a study without runs; raise ``StoppedError`` after a signal."""
-    with StopSignals() as stop:
+    # What is computed there is too small for more than one thread.
+    with StopSignals() as stop, threads(1):
         return finished(study, Found(settings=settings, seeds=seeds, kept=replace(kept, stop=stop)))
 
 
