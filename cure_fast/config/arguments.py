@@ -76,8 +76,8 @@ class EvalArgs(Opening, Attacks):
     """Test images for AutoAttack alone, the first ones of --limit's, 1 or more, or the word all."""
     save_adversarial: str | None = None
     """File ending in .npz for the attacked images, float32 [N, C, H, W] in [0, 1]: images_ATTACK
-    for each attack, with labels and indices (places in the test set). Of a run it has the
-    result's."""
+    for each attack, with labels and indices (places in the test set); an image that is wrong
+    without an attack stays as it is. Of a run it has the result's."""
     networks: tuple[str, ...] | None = None
     """For a run alone: further networks to attack beside its result, such as raw or revision."""
     evaluate: tuple[Literal["best", "last"], ...] | None = None
