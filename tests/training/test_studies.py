@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +29,7 @@ from cure_fast.report.record import read_record
 from cure_fast.training import job, side_by_side
 from cure_fast.training.choices import starting_point
 from cure_fast.training.compare import check_comparison
-from cure_fast.training.studies import STUDIES, layerwise
+from cure_fast.training.studies import STUDIES, layerwise, shape
 from cure_fast.training.studies.drawing import epoch_lines
 from cure_fast.training.studies.shape import Found, collected, shown_attack
 from cure_fast.training.studies.toy import (
@@ -186,6 +187,22 @@ def test_the_layer_wise_studys_similarity_is_that_of_the_analysis(tmp_path):
         for layer, value in own[name].items():
             assert value == pytest.approx(mean(each[layer] for each in values), abs=1e-9)
     assert own["ST"] != own["full AT"]
+
+
+def test_the_bar_of_a_study_opens_after_those_of_its_runs(tmp_path, monkeypatch):
+    order = []
+
+    @contextmanager
+    def bar():
+        order.append("bar")
+        yield None
+
+    comparison, base = read("ablation", "--out", str(tmp_path / "none"))
+    for name, act in {"compare": None, "collected": {}, "finished": None}.items():
+        monkeypatch.setattr(shape, name, lambda *_, n=name, a=act: (order.append(n), a)[1])
+    monkeypatch.setattr(shape, "Progress", bar)
+    shape.run_study(STUDIES["ablation"], comparison, base)
+    assert order == ["compare", "collected", "bar", "finished"]
 
 
 def test_runs_that_are_missing_are_refused(tmp_path):

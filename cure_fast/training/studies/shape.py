@@ -166,16 +166,18 @@ def run_study(study: Study, comparison: Comparison, base: Config) -> Result:
         DivergedError, MemoryExhaustedError: if a run ended so; then there is no figure.
     """
     shown_attack(base)
-    with StopSignals() as stop, Progress() as progress:
+    with StopSignals() as stop:
         compare(comparison, stop)
         records = collected(comparison)
         runs = [record.folder for own in records.values() for record in own]
         weights = [file_hash(folder / WEIGHTS_FILE) for folder in runs]
         identity = identity_of({"study": study.name, "config": to_dict(base), "weights": weights})
         path = comparison.folder / "parts" / f"{study.name}-{identity}.json"
-        kept = Kept(path, stop=stop, progress=progress)
-        found = Found(records=records, config=base, seeds=len(comparison.seeds), kept=kept)
-        return finished(study, found)
+        # Each run has had a bar of its own, and a terminal has one at a time.
+        with Progress() as progress:
+            kept = Kept(path, stop=stop, progress=progress)
+            found = Found(records=records, config=base, seeds=len(comparison.seeds), kept=kept)
+            return finished(study, found)
 
 
 def collected(comparison: Comparison) -> dict[str, list[Record]]:
