@@ -5,14 +5,14 @@ the weights too 2. Seconds per pass are measured as the job runs, and what comes
 of a part, such as saving, by the round. What has not begun yet is taken to cost per pass what the
 last part of its kind did, and AutoAttack what other attacks do. Training of few passes per image,
 such as natural training, is no measure of training of many: what an image takes beside its passes
-(loading, update) is told apart by a trial of passes alone, see :attr:`Progress.pace`.
+(loading, update) is told apart by a trial of passes alone, see :attr:`Progress.paces`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +75,10 @@ class Part:
         some = [cost for cost in self.costs if cost]
         return sum(some) / len(some) if some else 1.0
 
-    def seconds_left(self, like: Part, pace: float | None = None) -> float:
+    def seconds_left(self, like: Part, paces: Mapping[str, float]) -> float:
         """Return the seconds it still takes, by another part's measures where it has none.
 
-        ``pace`` is the seconds of a pass alone, where a trial found them.
+        ``paces`` are the seconds of a pass alone, where a trial found them.
         """
         rounds = sum(cost > 0 for cost in self.costs[self.round + 1 :]) if self.left else 0
         gap = self.gap or (like.gap if like.kind == self.kind else 0.0)
@@ -86,9 +86,10 @@ class Part:
             rate = self.seconds / self.passes
         else:
             rate = like.seconds / like.load
-            if pace is not None and like.kind == "train":
-                beside = max(0.0, rate - pace) * like.per_image
-                rate = pace + beside / self.per_image if self.kind == "train" else pace
+            if paces and like.kind == "train":
+                beside = max(0.0, rate - paces["train"]) * like.per_image
+                one = paces["train"] + beside / self.per_image
+                rate = one if self.kind == "train" else paces["attack"]
         return self.left * rate + rounds * gap
 
 
@@ -128,8 +129,9 @@ class Progress:
         self.estimated = False
         # The last part of each kind that was measured.
         self.measured: dict[str, Part] = {}
-        # Seconds of a pass of one image in attacks, where a trial found them.
-        self.pace: float | None = None
+        # Seconds of a pass of one image in training's precision ("train") and in that of
+        # evaluation ("attack"), where a trial found them.
+        self.paces: dict[str, float] = {}
         self.bar: Any = None
         self.task: Any = None
 
@@ -223,7 +225,7 @@ class Progress:
         # The bar's thread asks too, while parts are added.
         for part in list(self.parts.values()):
             kind = "attack" if part.bound and part.kind not in self.measured else part.kind
-            left[part.bound] += part.seconds_left(self.measured.get(kind, any_part), self.pace)
+            left[part.bound] += part.seconds_left(self.measured.get(kind, any_part), self.paces)
         return left[0], left[1]
 
     def left(self) -> str:

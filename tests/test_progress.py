@@ -124,7 +124,7 @@ def test_what_natural_training_takes_beside_its_passes_is_no_measure_of_attacks(
     clock, beside, expected
 ):
     progress = Progress()
-    progress.pace = 1.0
+    progress.paces = {"train": 1.0, "attack": 2.0}
     progress.plan("pretrain", Part("train", [3.0], 30))
     progress.plan("train", Part("train", [0.0, 20.0], 10))
     progress.plan("aa", Part("autoattack", (1.0,), 50, bound=True))
@@ -133,7 +133,7 @@ def test_what_natural_training_takes_beside_its_passes_is_no_measure_of_attacks(
             clock[0] += 10 * (3.0 + beside)
             work.advance(10)
     # An image of the adversarial epoch: twenty passes, and what comes beside them once.
-    assert progress.seconds_left() == (pytest.approx(10 * expected), pytest.approx(50 * 1.0))
+    assert progress.seconds_left() == (pytest.approx(10 * expected), pytest.approx(50 * 2.0))
 
 
 def test_what_is_not_known_is_said_to_be_a_bound(clock):

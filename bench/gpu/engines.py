@@ -183,8 +183,8 @@ def _authors(case: Case, plan: Plan, batch: Batch) -> Work:
     return Work(lambda: run.step(nchw, batch.y))
 
 
-def open_run(case: Case, plan: Plan, loader: Loader) -> TrainState:
-    """Return a run of this project's trainer at its first step."""
+def open_run(case: Case, plan: Plan, loader: Loader, amp: str = "auto") -> TrainState:
+    """Return a run of this project's trainer at its first step, in the precision of ``--amp``."""
     sizes = plan.sizes
     config = Config(
         attack=AttackConfig(attack_steps=sizes.attack_steps),
@@ -199,7 +199,7 @@ def open_run(case: Case, plan: Plan, loader: Loader) -> TrainState:
     config = select_method(config, case.method)
     width = sizes.widths.get(case.model)
     model = build_model(case.model, num_classes=10, width=width).to(plan.device)
-    model.compute_dtype = choose_dtype("auto", plan.device)
+    model.compute_dtype = choose_dtype(amp, plan.device)
     return build_run(config, model, loader, plan.device)
 
 

@@ -52,11 +52,16 @@ def processor_name() -> str:
     return processor().get("model name") or platform.processor() or platform.machine()
 
 
-def warn_of_emulation(amp: str, device: torch.device) -> None:
-    """Print a warning where bf16 is asked of a processor that has no instructions for it."""
+def multiplies_bf16() -> bool | None:
+    """Return whether the processor has instructions for bfloat16, None where nothing tells."""
     told = processor()
     flags = f"{told.get('flags', '')} {told.get('Features', '')}".split()  # of x86, of ARM
-    if amp == "bf16" and device.type == "cpu" and flags and BF16.isdisjoint(flags):
+    return not BF16.isdisjoint(flags) if flags else None
+
+
+def warn_of_emulation(amp: str, device: torch.device) -> None:
+    """Print a warning where bf16 is asked of a processor that has no instructions for it."""
+    if amp == "bf16" and device.type == "cpu" and multiplies_bf16() is False:
         warn(
             "--amp bf16: this processor has no instructions for it, and takes 2 to 10 times as "
             "long as for float32; leave --amp out"

@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -105,12 +105,21 @@ def timed(
     return {number: statistics.median(each) for number, each in taken.items()}
 
 
-def pace(model: ImageClassifier, number: int, *, image_size: int, batch_size: int) -> float:
+def pace(
+    model: ImageClassifier,
+    number: int,
+    *,
+    image_size: int,
+    batch_size: int,
+    dtype: torch.dtype | None = None,
+) -> float:
     """Return the seconds of a pass of one image in attacks, on the CPU with so many threads.
 
-    Passes are counted as in :mod:`cure_fast.progress`: back to the images is a second one.
+    Passes are counted as in :mod:`cure_fast.progress`: back to the images is a second one. They
+    are computed in ``dtype``, by default in float32.
     """
-    with attack_mode(model, "eval"), threads(number):
+    autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
+    with attack_mode(model, "eval"), threads(number), autocast:
         images = fitting(model, image_size=image_size, batch_size=batch_size)
         before = time.perf_counter()
         there_and_back(model, images)

@@ -38,12 +38,12 @@ from cure_fast.runs.folder import (
     start_record,
 )
 from cure_fast.runs.sinks import final_results
-from cure_fast.runs.threads import choose_threads, pace, threads
+from cure_fast.runs.threads import choose_threads, threads
 from cure_fast.signals import Interrupted, StopSignals
 from cure_fast.step.state import TrainState
 from cure_fast.training.data import Data, open_loader, read_data
 from cure_fast.training.opening import opening
-from cure_fast.training.plan import plan_job
+from cure_fast.training.plan import plan_job, time_passes
 from cure_fast.training.stages import START, Stage, new_model, take_start, train_stage
 from cure_fast.training.teachers import check_sources, copy_name, keep_teachers, read_teachers
 from cure_fast.training.trainer import build_run
@@ -115,7 +115,7 @@ def run_job(
             )
             plan_job(progress, config, data)
             if device.type == "cpu":
-                progress.pace = pace(model, number, **sizes)
+                time_passes(progress, config, model, number, data.train.image_size, resume)
     except Interrupted as error:
         again = (
             f"continue with: {command('train', named, '--resume')}" if resume else "start it again"

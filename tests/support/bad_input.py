@@ -54,7 +54,7 @@ def no_training() -> Iterator[None]:
     stand_ins = {
         "cure_fast.training.job.run_stages": reached,
         "cure_fast.training.job.plan_job": lambda *_: None,
-        "cure_fast.training.job.pace": lambda *_, **__: None,
+        "cure_fast.training.job.time_passes": lambda *_, **__: None,
         "cure_fast.cli.evaluate.measure_run": reached,
         "cure_fast.cli.evaluate.attack_model": reached,
         "cure_fast.loaders.beton.ensure_beton": reached,

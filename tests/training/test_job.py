@@ -154,7 +154,7 @@ def assert_resumes(tmp_path, method, policies, monkeypatch):
     all methods.
     """
     monkeypatch.setattr(plan, "epoch_costs", lambda config: [1.0] * config.optim.epochs)
-    for name in ("pace", "tell_end"):
+    for name in ("time_passes", "tell_end"):
         monkeypatch.setattr(job, name, lambda *_, **__: None)
     monkeypatch.setattr(job, "measure_run", lambda *_: ({}, {}))
     monkeypatch.setattr(job, "keep_results", lambda *_: SimpleNamespace(record=None))
