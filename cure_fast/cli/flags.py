@@ -261,7 +261,8 @@ def converter(hint: Any) -> Callable[[Any, Sequence[cyclopts.Token]], Any]:
         # Lists of a flag that is given twice come together.
         token = tokens[-1]
         kinds, why = alternatives(hint), ""
-        for kind in kinds:
+        # A choice may be called none too.
+        for kind in sorted(kinds, key=lambda kind: get_origin(kind) is not Literal):
             try:
                 return read_value(kind, token.value)
             except ValueError as error:
@@ -357,7 +358,7 @@ def pointing_to(prog: str, what: str) -> Iterator[None]:
 
 def read_value(kind: Any, word: str) -> Any:
     """Return the value of one plain type that ``word`` writes, or raise ``ValueError`` with why."""
-    if kind is type(None) and word == "None":
+    if kind is type(None) and word in ("none", "None"):
         return None
     if get_origin(kind) is Literal and word in get_args(kind):
         return word

@@ -240,11 +240,10 @@ def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     from cure_fast.engine.choose import engine_asked
     from cure_fast.loaders.choose import FEW_BYTES
     from cure_fast.loaders.ffcv_reader import ffcv_problem
-    from cure_fast.runs.environment import choose_device, choose_dtype
+    from cure_fast.runs.environment import choose_device, precision
     from cure_fast.runs.folder import run_folder
 
     device = choose_device(config.run.device)
-    dtype = choose_dtype(config.run.amp, device)
     problem, info = ffcv_problem(), DATASETS.get(config.data.data)
     loader, size = config.data.loader, (config.data.image_size or (info.image_size if info else 0))
     # Of folders neither number nor size is known before they are read.
@@ -252,20 +251,18 @@ def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     if loader == "auto":
         loader = "resident" if few or problem else "ffcv"
     cores = len(os.sched_getaffinity(0))
-    workers = {"ffcv": "1", "torch": str(cores)}.get(loader, "-")
+    workers = {"ffcv": "1", "torch": str(cores)}.get(loader)
     larger = "; torch where the images take over a quarter of the memory" if problem else ""
     unset = ("width", "the published one"), ("train_images", "all"), ("limit", "all")
-    off = {name: ("off", "") for name in ("wandb", "trackio", "clip_grad", "init_from")}
     words = {name: (word, "") for name, word in (*unset, ("image_size", "as they are"))}
     return {
         **words,
-        **off,
         "aa_limit": ("all" if config.eval.limit is None else config.eval.limit, "[--limit]"),
         "eval_norm": (config.evaluated_norm, "[--norm]"),
         "micro_batch_size": (config.optim.batch_size, "[--batch-size]"),
         **({} if config.run.out else {"out": (str(run_folder(config, resume=False)), "")}),
         "device": (str(device), "[auto]"),
-        "amp": ("float32" if dtype is None else str(dtype).removeprefix("torch."), "[auto]"),
+        "amp": (precision(config.run.amp, device), "[auto]"),
         "engine": (engine_asked(config, device), "[auto]"),
         "loader": (loader, f"[auto{larger}]"),
         "workers": (workers, f"[of loader {loader}]"),

@@ -210,6 +210,8 @@ def format_radius(eps: float, norm: str) -> str:
 
 def as_word(value: object) -> str:
     """Return a value as a command line takes it; floats of many decimals as fractions of 255."""
+    if value is None or value == ():
+        return "none"
     if isinstance(value, tuple):
         return ",".join(map(as_word, value))
     if isinstance(value, float):

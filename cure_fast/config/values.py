@@ -92,12 +92,13 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)  # pyright: ignore[reportArgumentType]
     if origin in (Union, types.UnionType):
-        # The text is how command lines and files of TOML write it.
-        if value in (None, "None") and type(None) in arguments:
-            return None
         kinds = [a for a in arguments if a is not type(None)]
         # A word in a number's place.
         words = [a for a in kinds if get_origin(a) is Literal and isinstance(value, str)]
+        named = any(value in get_args(word) for word in words)
+        # The text is how command lines and files of TOML write it.
+        if value in (None, "none", "None") and len(kinds) < len(arguments) and not named:
+            return None
         return convert(name, [*words, *kinds][0], value)
     if origin is Literal:
         check(value in arguments, name, value, f"one of {', '.join(map(str, arguments))}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from cure_fast.config import Config
 from cure_fast.config.checks import format_radius
@@ -25,6 +26,8 @@ PAPERS = {"natural": "natural", "pgd20": "PGD-20", "cw20": "C&W", "aa": "AutoAtt
 # Settings of an attack in which two runs may differ: the seed, and what is a result.
 OF_THE_RUN = {"seed", "robust_after", "natural_correct"}
 SIGN = "\N{PLUS-MINUS SIGN}"
+# What a run ran on, as columns.
+RAN = ("engine", "precision", "device")
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,25 @@ class Entrant:
         return several(e.engine for run in self.records.values() for e in run.stage("train"))
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        """What is recorded of each time that one of the runs began or went on."""
+        began = [run.environment or {} for run in self.records.values()]
+        return [start for first in began for start in (first, *first.get("resumed", []))]
+
+    @property
     def devices(self) -> str:
         """The processors or GPUs that the runs were on."""
-        began = [run.environment or {} for run in self.records.values()]
-        starts = [start for first in began for start in (first, *first.get("resumed", []))]
-        return several(s.get("gpu" if s.get("device") == "cuda" else "cpu") for s in starts)
+        return several(s.get("gpu" if s.get("device") == "cuda" else "cpu") for s in self.starts)
+
+    @property
+    def precisions(self) -> str:
+        """What training computed in."""
+        return several(start.get("precision") for start in self.starts)
+
+    @property
+    def ran(self) -> tuple[str, str, str]:
+        """The cells under :data:`RAN`."""
+        return self.engines, self.precisions, self.devices
 
     @property
     def mark(self) -> Mark:
@@ -156,7 +173,7 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
     results = [
         ["entry", *map(attack_name, attacks), f"published {' / '.join(PAPERS.values())}", "of"]
     ]
-    given = [["entry", "seeds", "start", "epochs", "start, s", "training, s", "engine", "device"]]
+    given = [["entry", "seeds", "start", "epochs", "start, s", "training, s", *RAN]]
     for entrant in entrants:
         row = entrant.published
         paper = ["-", "-"] if row is None else [" / ".join(scores(row)), row.row]
@@ -165,7 +182,7 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
         seconds = [f"{entrant.seconds(stage):,.0f}" for stage in ("pretrain", "train")]
         seeds = ", ".join(map(str, sorted(entrant.records))) or "none"
         budget = [seeds, entrant.start, str(entrant.config.optim.epochs), *seconds]
-        given.append([entrant.name, *budget, entrant.engines, entrant.devices])
+        given.append([entrant.name, *budget, *entrant.ran])
     return "\n".join(
         [
             f"# Comparison on {data_name(config.data.data)} with {config.model.model}\n",
@@ -236,6 +253,7 @@ def table_csv(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
             "pretrain_seconds": entrant.seconds("pretrain"),
             "train_seconds": entrant.seconds("train"),
             "engine": entrant.engines,
+            "precision": entrant.precisions,
             "device": entrant.devices,
         }
         for attack in attacks:

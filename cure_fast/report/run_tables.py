@@ -22,6 +22,7 @@ from cure_fast.files import csv_text, file_hash, replacing
 from cure_fast.methods import labels, paper_row
 from cure_fast.report.comparison import (
     PAPERS,
+    RAN,
     SIGN,
     Entrant,
     check_alike,
@@ -259,10 +260,8 @@ def markdown(
         [row.name, *(spread(row.deltas.get(attack, []), SIGN) for attack in attacks)]
         for row in ended
     ]
-    budget = [["", "start", "epochs", "engine", "device"]]
-    budget += [
-        [e.name, e.start, str(e.config.optim.epochs), e.engines, e.devices] for e in entrants
-    ]
+    budget = [["", "start", "epochs", *RAN]]
+    budget += [[e.name, e.start, str(e.config.optim.epochs), *e.ran] for e in entrants]
     ratios = " NRR is 2NR / (N + R) of natural and robust accuracy, SUM natural plus AutoAttack."
     if not SUMMARY.keys() & set(names):
         ratios = ""

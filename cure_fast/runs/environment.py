@@ -100,6 +100,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def precision(amp: str, device: torch.device) -> str:
+    """Return the name of the dtype that training computes in, such as ``float32``."""
+    return str(choose_dtype(amp, device) or torch.float32).removeprefix("torch.")
+
+
 def choose_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype that training computes in, ``None`` for float32."""
     if amp == "off" or (amp == "auto" and device.type == "cpu"):

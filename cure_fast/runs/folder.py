@@ -25,7 +25,7 @@ from cure_fast.loaders import generated_hash
 from cure_fast.methods import find_method
 from cure_fast.plugins.lookup import short
 from cure_fast.policies import find_policy
-from cure_fast.runs.environment import environment
+from cure_fast.runs.environment import environment, precision
 from cure_fast.runs.former import upgraded
 
 # What may differ when a run is resumed: where and how it executes, and what is measured at its end.
@@ -63,7 +63,7 @@ EPOCH_FIELDS = (
 )
 # What may change the last bits of a result where it differs from before.
 BITS = {
-    "cuda": ("cure_fast", "torch", "gpu", "processes"),
+    "cuda": ("cure_fast", "torch", "gpu", "precision", "processes"),
     "cpu": ("cure_fast", "torch", "threads", "processes"),
 }
 
@@ -239,6 +239,7 @@ def start_record(
     """
     path = folder / "environment.json"
     here = {**environment(), "device": device.type, "loader": loader}
+    here["precision"] = precision(config.run.amp, device)
     here["processes"] = distributed.processes()
     if path.exists():
         first, *later = read_environments(path)

@@ -10,13 +10,15 @@ from dataclasses import is_dataclass
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import strange
 from cure_fast.cli.configure import read_config
-from cure_fast.cli.flags import flags_of, parameters
+from cure_fast.cli.flags import flags_of, parameters, read_flags
 from cure_fast.cli.main import COMMANDS, main
+from cure_fast.config.values import convert
 from cure_fast.methods import METHODS
 from cure_fast.policies import POLICIES
 from processes import finish, start
@@ -146,6 +148,21 @@ def test_show_prints_policies_and_their_settings(capsys):
     assert "--piat-buffers interpolate or keep" in text
 
 
+def test_what_a_run_goes_without_is_none_on_the_command_line_too(capsys):
+    """A choice of that name is not the absence of one: an evaluation of weights alone has both."""
+    assert main(["show", "quickstart", "--policies", "piat", "--lr-factors", "0.5,0.1"]) == 0
+    assert main(["show", "quickstart", "--policies", "none", "--lr-factors", "none"]) == 0
+    before, after = capsys.readouterr().out.split("name: ")[1:]
+    assert "--piat" in before and "--piat" not in after
+    absent = [line.split()[0] for line in after.splitlines() if line[29:].split()[:1] == ["none"]]
+    assert {"--aux", "--lr-factors", "--clip-grad", "--teacher", "--wandb"} <= {*absent}
+    flags = {"normalize": Literal["none", "dataset"] | None, "aux": str | None}
+    words = ["--normalize", "none", "--aux", "none"]
+    assert read_flags(words, flags) == {"normalize": "none", "aux": None}
+    assert convert("normalize", flags["normalize"], "none") == "none"
+    assert convert("aux", flags["aux"], "none") is None
+
+
 def test_flags_reach_every_section():
     words = (
         "--epochs 7 --batch-size 32 --model wrn28-10 --width 2 --method trades --beta 3 "
@@ -221,6 +238,7 @@ def test_wrong_input_exits_with_2_and_says_what_was_expected(words, folder, caps
 def test_train_eval_and_report_on_a_run(folder, capsys):
     assert main(["train", "quickstart", "--out", "run", *TINY]) == 0
     assert "report: run/report.html" in capsys.readouterr().out
+    assert json.loads(Path("run/environment.json").read_text())["precision"] == "float32"
     # An attack that the record does not hold goes into it, with its own count.
     assert main(["eval", "run", "--attacks", "fgsm", "--limit", "10"]) == 0
     results = json.loads(Path("run/results.json").read_text())
@@ -230,6 +248,13 @@ def test_train_eval_and_report_on_a_run(folder, capsys):
         assert [attacks[name]["count"] for name in attacks] == [20, 20, 10]
     Path("run/report.html").unlink()
     assert main(["report", "run"]) == 0 and Path("run/report.html").exists()
+
+
+def test_a_run_in_bfloat16_says_so_in_its_record_and_in_tables(folder):
+    assert main(["train", "quickstart", "--out", "run", "--amp", "bf16", *TINY]) == 0
+    assert json.loads(Path("run/environment.json").read_text())["precision"] == "bfloat16"
+    assert main(["compare", "run", "--out", "tables"]) == 0
+    assert "| eager | bfloat16 | " in Path("tables/comparison.md").read_text()
 
 
 def test_a_run_folder_serves_as_recipe_and_resumes(folder, capsys):

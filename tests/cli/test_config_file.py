@@ -39,7 +39,7 @@ def test_what_is_written_is_read_again(recipe, alone, here):
 
 @pytest.mark.parametrize("policies", ["piat,awp", "none"])
 def test_policies_and_what_none_takes_away(policies, here, capsys):
-    words = ["quickstart", "--method", "trades", "--policies", policies, "--width", "None"]
+    words = ["quickstart", "--method", "trades", "--policies", policies, "--width", "none"]
     assert main(["show", *words, "--toml"]) == 0
     (here / "my.toml").write_text(capsys.readouterr().out)
     config = read("my.toml")

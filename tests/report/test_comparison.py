@@ -40,7 +40,7 @@ def record(natural, robust, *, count=1000, step=0.003, reliable=True):
     scores = ModelScores("result", found, {})
     results = Results(["a", "b"], 10000, 8 / 255, None, {"trained": scores}, [])
     epochs = [Epoch("train", n, 0.1, {}, seconds=30.0, engine="eager") for n in (1, 2)]
-    machine = {"device": "cuda", "cpu": "Xeon", "gpu": "H100"}
+    machine = {"device": "cuda", "cpu": "Xeon", "gpu": "H100", "precision": "bfloat16"}
     return Record(Path(), epochs, {}, machine, [], False, results, None)
 
 
@@ -70,7 +70,8 @@ def test_figures_are_means_and_deviations_over_seeds(tmp_path):
     # A part of the images has its own count.
     assert (row["aa_s1"], row["aa_images"], row["pgd20_images"]) == ("91.0", "100", "1000")
     assert other["natural_s1"] == other["natural_std"] == "" and other["natural_mean"] == "37.2"
-    assert "| cure | 0, 1, 2 | natural, 10 epochs | 8 | 0 | 60 | eager | H100 |" in files[".md"]
+    given = "| cure | 0, 1, 2 | natural, 10 epochs | 8 | 0 | 60 | eager | bfloat16 | H100 |"
+    assert given in files[".md"]
 
 
 def test_one_seed_has_no_deviation_and_says_so(tmp_path):
