@@ -28,8 +28,6 @@ COLUMNS = (
     ("share", "% of bf16 ceiling", 100.0),
 )
 
-Figures = Callable[[Row], dict[str, float | None]]
-
 TEXT = """\
 Times are of one training step on a batch that stays the same: the median over rounds of each
 round's median, with the 20th and 80th percentile. Rows with the same number under *turns* were
