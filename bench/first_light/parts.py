@@ -51,8 +51,8 @@ TOP = 10
 REHEARSED = 3
 STEPS = 5
 # Bounds of the tests on a GPU. Without TF32 convolutions' algorithms round by some 1e-5, and a ReLU
-# near 0 that flips moves 1e-3 of a gradient. Eight bits make other masks, so that losses alone are
-# compared there.
+# near 0 that flips moves 1e-3 of a gradient. Eight bits make other masks, so that losses and the
+# norm of the gradient alone are compared there.
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 2**-5}
 FLIPS = 20
 
@@ -208,6 +208,12 @@ def problem_of(
             both.align()
             before = runs.snapshot(both.fast)
             ours, theirs = both.step(*both.fast.loader.batches[both.fast.batch])
+            if dtype != torch.float32:
+                # One image of eight that turns is an eighth.
+                ours, theirs = (
+                    {name: term for name, term in terms.items() if not name.endswith("accuracy")}
+                    for terms in (ours, theirs)
+                )
             try:
                 runs.assert_equal_terms(ours, theirs, BOUNDS[dtype])
                 if dtype == torch.float32:

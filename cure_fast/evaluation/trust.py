@@ -172,7 +172,9 @@ def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
-        with torch.autocast(device.type, enabled=False):
+        # An autocast within this one, which would be a network's own, would else keep the weights
+        # it has cast for as long as the block lasts, however they move meanwhile.
+        with torch.autocast(device.type, enabled=False, cache_enabled=False):
             yield
     finally:
         for (owner, name, _), value in zip(switches, former, strict=True):

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.first_light import __main__ as first_light
 from bench.first_light.page import verdicts, write_page
-from bench.first_light.parts import difference
+from bench.first_light.parts import BOUNDS, METHODS, difference, problem_of
 from bench.first_light.processes import GRACE, Planned, run_all
 from bench.first_light.training import cifar_words
 from bench.gpu.plan import Plan
@@ -140,9 +141,22 @@ def test_the_page_has_every_failure(tmp_path):
     assert "REHEARSAL" in page and "- equality: cure: wrong: 3 of 4 elements" in page
 
 
-def test_what_differs_is_told_of_all_results():
-    import torch
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_engines_that_are_equal_are_found_so(tmp_path, method, dtype):
+    """Also in bf16, where autocast would keep weights that a step has moved."""
+    plan = Plan(torch.device("cpu"), True, 60.0, tmp_path)
+    assert problem_of(plan, "resnet-small", 8, dtype, method, ()) == ""
 
+
+def test_engines_that_differ_are_not(tmp_path, monkeypatch):
+    """One that computes its bf16 steps with the weights of the first."""
+    monkeypatch.setattr("bench.first_light.parts.exact", lambda plan: torch.autocast("cpu"))
+    plan = Plan(torch.device("cpu"), True, 60.0, tmp_path)
+    assert "step " in problem_of(plan, "resnet-small", 8, torch.bfloat16, "pgd_at", ())
+
+
+def test_what_differs_is_told_of_all_results():
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
     assert difference([one], [one], 0) == ""
     assert difference([two, one], [one, one + 1], 1e-6) == (
@@ -152,8 +166,6 @@ def test_what_differs_is_told_of_all_results():
 
 
 def test_training_fills_the_time_by_the_measured_step(tmp_path):
-    import torch
-
     plan = Plan(torch.device("cpu"), False, 285.0, tmp_path)
     words = cifar_words(plan, tmp_path, tmp_path / "start.safetensors")
     assert words[words.index("--epochs") + 1] == str(int((285 - 120) / (0.016 * 50_000 / 128)))
