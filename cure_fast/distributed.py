@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ _apart: ContextVar[bool] = ContextVar("apart", default=False)
 LAUNCHED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 # Seconds that a process whose connection broke waits to learn which others are still there.
 ROLL_CALL_S = 3.0
+# Word of a process that ends by an error of its own; note of an error that another process tells.
+FAILED, SILENT = "failed", "told by another process"
 
 
 class LostError(RuntimeError):
@@ -52,17 +54,22 @@ def launch_problem() -> str:
         name for name, value in told.items() if name != "MASTER_ADDR" and not value.isdecimal()
     ]
     wrong += [] if told["MASTER_ADDR"] else ["MASTER_ADDR"]
-    if not wrong:
+    if not wrong and int(told["RANK"]) < int(told["WORLD_SIZE"]):
         return ""
+    if not wrong:
+        return (
+            f"RANK: expected less than WORLD_SIZE={told['WORLD_SIZE']}, got {told['RANK']}. Start "
+            "with torchrun, or unset both."
+        )
     return (
         f"WORLD_SIZE: expected {', '.join(wrong)} of a launcher with it, got "
         f"WORLD_SIZE={told['WORLD_SIZE']!r} without. Start with torchrun, or unset it."
     )
 
 
-def restarted() -> bool:
-    """Return whether the launcher has started the processes anew after one had failed."""
-    return started() > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def restarts() -> int:
+    """Return how often the launcher has started the processes anew after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if started() > 1 else 0
 
 
 def is_first() -> bool:
@@ -104,7 +111,7 @@ def joined(*, timeout_s: float) -> Iterator[None]:
 
     Raises:
         LostError: which processes are missing, where one has ended or did not come within
-            ``timeout_s`` seconds.
+            ``timeout_s`` seconds; that some are, where they did not find one another.
     """
     if started() == 1:
         yield
@@ -113,10 +120,19 @@ def joined(*, timeout_s: float) -> Iterator[None]:
     if gpu and local_place() < torch.cuda.device_count():
         torch.cuda.set_device(local_place())
     limit = timedelta(seconds=timeout_s)
-    store, own, count = next(rendezvous("env://", timeout=limit))
-    store.set_timeout(limit)
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=limit)
+    try:
+        store, own, count = next(rendezvous("env://", timeout=limit))
+        # A launcher's store outlives the processes, and those that it starts anew would find the
+        # addresses and the last words of the former.
+        store = PrefixStore(f"start {restarts()}", store)
+        store.set_timeout(limit)
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=limit)
+    except RuntimeError as error:
+        told = LostError(f"{started()} processes did not find one another ({reason(error)})")
+        if not is_first():
+            told.add_note(f"process {os.environ['RANK']}")
+        raise told from error
     try:
         with contextlib.ExitStack() as stack:
             if own:
@@ -128,10 +144,14 @@ def joined(*, timeout_s: float) -> Iterator[None]:
         missing = unheard(store, "lost", own, count)
         who = f"process {', '.join(map(str, missing))} of {count}" if missing else "a process"
         told = LostError(f"{who} has ended, or did not come within {timeout_s:g} s ({error})")
-        if own and own == min({*range(count)} - {*missing}):
+        if others_told(store, missing):
+            told.add_note(SILENT)
+        elif own and own == min({*range(count)} - {*missing}):
             told.add_note(f"process {own}")
         raise told from error
     except Exception as error:
+        with contextlib.suppress(RuntimeError):
+            store.set(f"{FAILED}/{own}", "")
         others = unheard(store, f"error: {error}", own, count)
         # The first of those that have the error tells it.
         if len(others) == count - 1 or (own and own == min({*range(count)} - {*others})):
@@ -149,7 +169,7 @@ def speaker(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if notes := getattr(cause, "__notes__", None):
-            return f"{notes[0]}: "
+            return None if notes[0] == SILENT else f"{notes[0]}: "
         cause = cause.__cause__
     return "" if is_first() else None
 
@@ -164,6 +184,13 @@ def unheard(store: Store, word: str, own: int, count: int) -> list[int]:
             others = [other for other in others if not store.check([f"{word}/{other}"])]
             time.sleep(0.02)
     return others
+
+
+def others_told(store: Store, missing: Sequence[int]) -> bool:
+    """Return whether a missing process has left word of an error that it tells itself."""
+    with contextlib.suppress(RuntimeError):
+        return any(store.check([f"{FAILED}/{other}"]) for other in missing)
+    return False
 
 
 @contextmanager
@@ -304,5 +331,9 @@ def call(collective: Callable[..., Any], *given: Any) -> None:
     try:
         collective(*given)
     except RuntimeError as error:
-        # Before it stands a place in gloo's sources.
-        raise LostError(str(error).strip().split("\n")[0].rpartition("] ")[2]) from error
+        raise LostError(reason(error)) from error
+
+
+def reason(error: RuntimeError) -> str:
+    """Return the first line of an error of torch's without the place in gloo's sources."""
+    return str(error).strip().split("\n")[0].rpartition("] ")[2]

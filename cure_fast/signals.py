@@ -151,7 +151,7 @@ def interrupts_watched() -> Iterator[None]:
 def leave_at_once() -> None:
     """End the process without any clean-up, which could hang; show the cursor a bar has hidden."""
     cursor = "\x1b[?25h\n" if os.isatty(2) else ""
-    say(f"{cursor}cure-fast: left at once; --resume goes on from the last checkpoint\n")
+    say(f"{cursor}cure-fast: left at once; train goes on with --resume, others when called again\n")
     os._exit(RESUMABLE)
 
 

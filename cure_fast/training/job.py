@@ -95,7 +95,7 @@ def run_job(
     check_config(config)
     check_network(config)
     config = identified(config)
-    if distributed.restarted() and config.run.out is not None:
+    if distributed.restarts() and config.run.out is not None:
         # The launcher's second try, after a process has failed, has the words of the first.
         resume = resume or distributed.first(lambda: has_run(config))
     named = distributed.first(lambda: run_folder(config, resume=resume))

@@ -190,6 +190,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     ],
     "Several processes": [
         ("WORLD_SIZE=2 train quickstart", "Start with torchrun"),
+        (f"{LAUNCHED.replace('RANK=0', 'RANK=2')} train quickstart", "expected less than"),
         (f"{LAUNCHED} compare quickstart --methods cure", "analyze, audit share their work"),
         (f"{LAUNCHED} train quickstart --micro-batch-size 8", "which share each batch already"),
         (f"{LAUNCHED} eval run --save-adversarial images.npz", "expected one process"),

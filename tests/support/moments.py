@@ -39,6 +39,15 @@ def signal_at(place: str, number: int, signal_number: int) -> None:
     before_call(place, number, lambda: os.kill(os.getpid(), signal_number))
 
 
+def raise_at(place: str, number: int, error: Exception) -> None:
+    """Have a call raise an error."""
+
+    def act() -> None:
+        raise error
+
+    before_call(place, number, act)
+
+
 def signal_after(place: str, signal_number: int) -> None:
     """Have the process send itself a signal at the end of each call."""
     owner, name = _find(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,20 +30,27 @@ def start_together(
     *,
     prepare: Callable[[], object] | None = None,
     of_last: Callable[[], object] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> list[Running]:
     """Start ``cure-fast WORDS`` in two processes that find one another.
 
     ``prepare`` is as for :func:`processes.start`; the last one has ``of_last`` in its place.
+    Variables in ``env`` go before what a launcher would set.
     """
     cwd.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launched |= env or {}
     return [
         start(words, cwd, env={**launched, "RANK": rank, "LOCAL_RANK": rank}, prepare=own)
         for rank, own in (("0", prepare), ("1", of_last or prepare))
     ]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class PartLoader(FixedLoader):

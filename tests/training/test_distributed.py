@@ -9,14 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from cure_fast.errors import InputError
 from cure_fast.loaders import ImageSet, Mix, choose, make_loader
 from cure_fast.runs.checkpoint import load_checkpoint
 from cure_fast.runs.log import read_rows
-from moments import signal_at
+from moments import raise_at, signal_at
 from processes import start
-from several import evaluated, mixed, results_of, start_together, trained
+from several import evaluated, free_port, mixed, results_of, start_together, trained
 from tiny_command import checkpoints, tiny_words
 
 # Sums in another order, in float64, after 20 steps.
@@ -246,3 +247,36 @@ def test_a_process_that_is_lost_is_named(tmp_path):
     assert lines[0].startswith("cure-fast: process 1 of 2 has ended, or did not come within 1800 s")
     assert lines[0].endswith("continue with: cure-fast train run --resume")
     assert checkpoints(tmp_path / "run") == [3]
+
+
+def test_processes_started_anew_go_on(tmp_path):
+    """The launcher keeps its store, in which the former processes have left their addresses."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    killed = partial(signal_at, STEP, 4, signal.SIGKILL)
+    both = start_together(shared_words(), tmp_path, of_last=killed, env=env)
+    assert [running.wait() for running in both] == [75, -signal.SIGKILL], both[0].output()
+    env["TORCHELASTIC_RESTART_COUNT"] = "1"
+    both = start_together(shared_words(), tmp_path, env=env)
+    assert [running.wait() for running in both] == [0, 0], both[0].output() + both[1].output()
+    assert "resumed after step 3" in both[0].stdout()
+
+
+def test_one_that_never_comes_is_told(tmp_path):
+    alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = shared_words("--rank-timeout", "2")
+    for rank, name in (("0", ""), ("1", "process 1: ")):
+        running = start(words, tmp_path, env={**alone, "RANK": rank})
+        assert running.wait() == 75
+        line = running.stderr().splitlines()[-1]  # before it stand torch's own
+        assert line.startswith(f"cure-fast: {name}2 processes did not find one another (")
+        assert line.endswith("; start it again, with --resume where it had begun")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_is_told_by_it_alone(tmp_path):
+    failing = partial(raise_at, STEP, 2, InputError("images: expected whole ones. Mend them."))
+    both = start_together(shared_words(), tmp_path, of_last=failing)
+    assert [running.wait() for running in both] == [75, 2], both[0].output() + both[1].output()
+    assert both[0].stderr() == ""
+    assert both[1].stderr() == "cure-fast: process 1: images: expected whole ones. Mend them.\n"
