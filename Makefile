@@ -40,8 +40,8 @@ bench: setup  ## Run the benchmarks
 bench-gpu: setup  ## Measure steps on a CUDA GPU, engine against engine; figures go to bench/results/
 	$(BIN)/python -m bench.gpu $(ARGS)
 
-first-light: setup  ## Measure what is most worth knowing on a GPU, in five minutes; CALL=2 trains
-	$(BIN)/python -m bench.first_light --call $(or $(CALL),1) $(ARGS)
+first-light:  ## Measure what is most worth knowing on a GPU, in five minutes; CALL=2 trains
+	$(or $(wildcard $(BIN)/python),python3) -m bench.first_light --call $(or $(CALL),1) $(ARGS)
 
 bench-kernels: setup  ## Test the kernels on a CUDA GPU, then measure them; figures go to bench/results/
 	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)

@@ -30,7 +30,10 @@ KINDS = [(method, engine) for method in ("cure", "trades") for engine in ("eager
 
 def main(arguments: Sequence[str]) -> None:
     """Time the steps in turns; print medians and their ratios."""
-    options = parser().parse_args(arguments)
+    reading = parser()
+    options = reading.parse_args(arguments)
+    if options.batch < 2 or options.rounds < 1:
+        reading.error("expected --batch of 2 or more and --rounds of 1 or more")
     torch.set_num_threads(1)
     print(f"{processor_name()}, torch {torch.__version__}, --amp {options.amp}", flush=True)
     plan = Plan(torch.device("cpu"), options.tiny, seconds=0.0, out=Path())

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str]) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if options.part:
         return run_part(options)
+    if options.device == "cuda" and not has_gpu():
+        print("error: no GPU that torch can use. Rehearse: --tiny --device cpu.", file=sys.stderr)
+        return 2
     folder: Path = options.out or (REHEARSALS if options.tiny else RESULTS / "first-light")
     folder.mkdir(parents=True, exist_ok=True)
     planned = SECONDS[options.call]
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parts = [Planned(name, s, command(name, s, folder, options)) for name, s in planned.items()]
     before = former(folder, [part.name for part in parts])
-    about = {"tiny": options.tiny, "command": f"python -m bench.first_light --call {options.call}"}
+    about = {"tiny": options.tiny, "command": "python -m bench.first_light"}
 
     def tell(ended: list[Ended]) -> None:
         write_page(folder, [*before, *ended], about)
@@ -68,6 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     ended = run_all(parts, folder, CALL_S, tell)
     print(f"see {folder / 'first-light.md'}")
     return 0 if all(part.how == "finished" for part in ended) else 1
+
+
+def has_gpu() -> bool:
+    """Return whether torch finds a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def parser() -> argparse.ArgumentParser:

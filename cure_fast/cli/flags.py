@@ -382,7 +382,9 @@ def read_value(kind: Any, word: str) -> Any:
 def expected(hint: Any) -> str:
     """Return what a value of the type looks like, in words."""
     kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
-    return " or ".join(map(expected_of, kinds))
+    # Of a text whatever is not empty is one.
+    without = ["none"] if len(kinds) < len(alternatives(hint)) and str not in kinds else []
+    return " or ".join([*map(expected_of, kinds), *without])
 
 
 def expected_of(kind: Any) -> str:

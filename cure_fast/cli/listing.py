@@ -235,6 +235,17 @@ def attacks_used(config: Config) -> dict[str, tuple[float, str]]:
     }
 
 
+# What None stands for where that is neither another field's value nor nothing.
+MEANT = {
+    "width": "the published one",
+    "train_images": "all",
+    "limit": "all",
+    "image_size": "as they are",
+}
+# The word of --amp that asks for a precision.
+AMP = {"float32": "off", "bfloat16": "bf16", "float16": "fp16"}
+
+
 def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     """Return what None and ``auto`` come to on this machine, by field, each with what decides."""
     from cure_fast.engine.choose import engine_asked
@@ -253,16 +264,15 @@ def machine_used(config: Config) -> dict[str, tuple[Any, str]]:
     cores = len(os.sched_getaffinity(0))
     workers = {"ffcv": "1", "torch": str(cores)}.get(loader)
     larger = "; torch where the images take over a quarter of the memory" if problem else ""
-    unset = ("width", "the published one"), ("train_images", "all"), ("limit", "all")
-    words = {name: (word, "") for name, word in (*unset, ("image_size", "as they are"))}
+    computed = precision(config.run.amp, device)
     return {
-        **words,
-        "aa_limit": ("all" if config.eval.limit is None else config.eval.limit, "[--limit]"),
+        **{name: (None, f"= {what}") for name, what in MEANT.items()},
+        "aa_limit": (config.eval.limit, "[--limit]"),
         "eval_norm": (config.evaluated_norm, "[--norm]"),
         "micro_batch_size": (config.optim.batch_size, "[--batch-size]"),
         **({} if config.run.out else {"out": (str(run_folder(config, resume=False)), "")}),
         "device": (str(device), "[auto]"),
-        "amp": (precision(config.run.amp, device), "[auto]"),
+        "amp": (AMP[computed], f"[auto] {computed}"),
         "engine": (engine_asked(config, device), "[auto]"),
         "loader": (loader, f"[auto{larger}]"),
         "workers": (workers, f"[of loader {loader}]"),
@@ -285,7 +295,10 @@ def config_json(config: Config) -> str:
     """Return a configuration as a JSON file that gives it again, and what is used with it."""
     from cure_fast.training.config_file import USED
 
-    found = {name: value for name, (value, _) in used(config).items()}
+    found = {
+        name: MEANT.get(name) if value is None else value
+        for name, (value, _) in used(config).items()
+    }
     return json.dumps({**to_dict(config), USED: found}, indent=2)
 
 

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "cpu": "Processor",
     "gpu": "GPU",
     "driver": "GPU driver",
+    "precision": "Training precision",
 }
 FILES = {
     "config.json": "the resolved configuration",

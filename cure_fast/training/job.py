@@ -26,7 +26,7 @@ from cure_fast.models.weights import load_into, read_weights
 from cure_fast.plugins.lookup import is_outside
 from cure_fast.progress import Progress, duration
 from cure_fast.runs.checkpoint import has_checkpoints
-from cure_fast.runs.environment import choose_device, warn_of_emulation
+from cure_fast.runs.environment import choose_device, precision, warn_of_emulation
 from cure_fast.runs.folder import (
     check_device,
     check_position,
@@ -258,7 +258,11 @@ def prepare(
     check_attention(config, model)
     check_logits(model, data.train, config.model.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"network: {config.model.model}, {parameters:,} parameters, on {device_name(device)}")
+    computed = precision(config.run.amp, device)
+    say(
+        f"network: {config.model.model}, {parameters:,} parameters, on {device_name(device)}"
+        f"{'' if computed == 'float32' else f', trained in {computed}'}"
+    )
     if config.model.init_from is not None and not (folder / START).exists():
         given = user_path(config.model.init_from, "--init-from")
         load_into(model, model.adapted(read_weights(given)), source=str(given))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from statistics import median
 
 import torch
 
+from cure_fast import distributed
 from cure_fast.config import Config
 from cure_fast.config.attack_names import attack_name, parse_attack
 from cure_fast.console import say, warn
@@ -20,6 +22,7 @@ from cure_fast.training.opening import epochs_of
 from cure_fast.training.passes import epoch_costs
 from cure_fast.training.stages import natural_stage
 
+TURNS = 3
 # Training of so many seconds, by its passes in float32, is told of bfloat16 where that takes at
 # most so much of a pass's time.
 LONG_S, WORTH = 600.0, 0.7
@@ -59,12 +62,14 @@ def time_passes(
     of float32's time, a vit-tiny 2.0.
     """
     timed = partial(pace, model, number, image_size=image_size, batch_size=config.optim.batch_size)
-    full = half = timed()
+    full = half = timed() / distributed.processes()
     passes = sum(part.left for part in progress.parts.values() if part.kind == "train")
     asked, ours = config.run.amp == "bf16", config.model.model in MODELS
     free = config.run.amp == "auto" and not resume and ours and passes * full > LONG_S
     if asked or (free and multiplies_bf16()):
-        half = timed(dtype=torch.bfloat16)
+        # In turns, as a processor's speed changes.
+        turns = [(timed(), timed(dtype=torch.bfloat16)) for _ in range(TURNS)]
+        full, half = (median(each) / distributed.processes() for each in zip(*turns, strict=True))
     progress.paces = {"train": half if asked else full, "attack": full}
     if not asked and half < WORTH * full:
         say(

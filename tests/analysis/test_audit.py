@@ -49,8 +49,8 @@ def honest():
         found = torch.autograd.grad(loss, [*model.parameters()])
         with torch.no_grad():
             for parameter, slope in zip(model.parameters(), found, strict=True):
-                # Not by the sign of what is rounding, as of a bias that BatchNorm takes out again: it
-                # is another one on each processor, and so is the network.
+                # Not by the sign of what is rounding, as of a bias that BatchNorm takes out again:
+                # it is another one on each processor, and so is the network.
                 parameter -= 0.03 * (1 - step / 50) * slope.sign() * (slope.abs() > 1e-9)
     return model.float().eval().requires_grad_(False)
 

@@ -91,6 +91,12 @@ def test_a_device_without_sizes_for_it_is_refused(capsys):
     assert "--tiny" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_gpu_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert first_light.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_whole_plan_is_rehearsed(tmp_path):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]

@@ -69,6 +69,12 @@ def test_nor_one_whose_network_gains_nothing(passes, capsys, monkeypatch):
     assert told(capsys)[1] == ""
 
 
+def test_processes_share_the_passes(passes, capsys, monkeypatch):
+    monkeypatch.setattr(plan.distributed, "processes", lambda: 2)
+    assert told(capsys) == ({"train": 0.5, "attack": 0.5}, "")
+    assert "0.50 times as long" in told(capsys, count=2000)[1]
+
+
 def test_training_in_bfloat16_is_timed_so_and_evaluation_in_float32(passes, capsys):
     assert told(capsys, amp="bf16") == ({"train": 0.5, "attack": 1.0}, "")
 
