@@ -22,6 +22,7 @@ from cure_fast.training.opening import epochs_of
 from cure_fast.training.passes import epoch_costs
 from cure_fast.training.stages import natural_stage
 
+# Trials of each precision.
 TURNS = 3
 # Training of so many seconds, by its passes in float32, is told of bfloat16 where that takes at
 # most so much of a pass's time.
