@@ -95,9 +95,8 @@ class Entrant:
 
     @property
     def published(self) -> PaperRow | None:
-        """What is published for its data set and model, else for CIFAR-10 and ResNet-18."""
-        data = replace(self.config.data, data="cifar10")
-        usual = replace(self.config, data=data, model=replace(self.config.model, model="resnet18"))
+        """What is published for its data set and model, else for ResNet-18 on that data set."""
+        usual = replace(self.config, model=replace(self.config.model, model="resnet18"))
         return paper_row(self.config) or paper_row(usual)
 
 
@@ -170,15 +169,15 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
     """Return the page: results beside the papers', what each entry was given, what to know."""
     config = entrants[0].config
     main = main_settings(config)
-    results = [
-        ["entry", *map(attack_name, attacks), f"published {' / '.join(PAPERS.values())}", "of"]
-    ]
+    published = any(entrant.published for entrant in entrants)
+    papers = [f"published {' / '.join(PAPERS.values())}", "of"] if published else []
+    results = [["entry", *map(attack_name, attacks), *papers]]
     given = [["entry", "seeds", "start", "epochs", "start, s", "training, s", *RAN]]
     for entrant in entrants:
         row = entrant.published
         paper = ["-", "-"] if row is None else [" / ".join(scores(row)), row.row]
         cells = [spread(entrant.accuracies(attack), SIGN) for attack in attacks]
-        results.append([entrant.name, *cells, *paper])
+        results.append([entrant.name, *cells, *(paper if published else ())])
         seconds = [f"{entrant.seconds(stage):,.0f}" for stage in ("pretrain", "train")]
         seeds = ", ".join(map(str, sorted(entrant.records))) or "none"
         budget = [seeds, entrant.start, str(entrant.config.optim.epochs), *seconds]
@@ -191,8 +190,10 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
             f"({images(attacks, entrants)}), attacks within "
             f"{format_radius(main['eps'], main['norm'])}. {of_seeds(entrants)}\n",
             *pipes(results),
-            "\nPublished figures are claims of papers, for their schedules, networks and data, and "
-            "of the method without the flags of an entry.\n",
+            "\nPublished figures are claims of papers, for their schedules and networks, and of "
+            "the method without the flags of an entry.\n"
+            if published
+            else "",
             *pipes(given),
             "\nSeconds are sums over the epochs of a stage, a mean over seeds, of the wall clock: "
             "they hold what else the machine did.\n",
@@ -271,12 +272,14 @@ def table_csv(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
 
 def table_tex(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
     """Return the results beside the papers' rows as a tabular that needs no package."""
-    rows = [["entry", *map(attack_name, attacks), *(f"paper's {p}" for p in PAPERS.values())]]
+    published = any(entrant.published for entrant in entrants)
+    heads = [f"paper's {name}" for name in PAPERS.values()] if published else []
+    rows = [["entry", *map(attack_name, attacks), *heads]]
     for entrant in entrants:
         cells = [spread(entrant.accuracies(attack), r"\pm") for attack in attacks]
         row = entrant.published
         papers = ["-"] * len(PAPERS) if row is None else scores(row)
-        rows.append([entrant.name, *cells, *papers])
+        rows.append([entrant.name, *cells, *(papers if published else ())])
     head, *body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)
     return "\n".join(

@@ -74,6 +74,17 @@ def test_figures_are_means_and_deviations_over_seeds(tmp_path):
     assert given in files[".md"]
 
 
+def test_a_small_network_stands_beside_what_is_published_of_resnet18(tmp_path):
+    runs = {0: record(438, 98)}
+    files = written(tmp_path, entrant("trades", runs), entrant("trades --policies ema", runs))
+    (row, other) = csv.DictReader(files[".csv"].splitlines())
+    assert row["paper_row"] == "TRADES, ResNet-18, CIFAR-10 (CURE's Table 1)"
+    assert (row["paper_natural"], row["paper_aa"]) == ("82.41", "48.37")
+    assert "82.41 / 52.76 / 50.43 / 48.37 | TRADES, ResNet-18, CIFAR-10" in files[".md"]
+    # Nothing is published of this combination.
+    assert other["paper_row"] == "" and "| - | - |" in files[".md"]
+
+
 def test_one_seed_has_no_deviation_and_says_so(tmp_path):
     files = written(tmp_path, entrant("cure", {0: record(438, 98)}))
     assert "Of one seed each: there is no deviation" in files[".md"]
