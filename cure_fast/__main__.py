@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from cure_fast.cli.ahead import GO_ON, REPEAT, answered
@@ -21,7 +22,9 @@ def main() -> int:
 
                 code = run(turn="second" if code == GO_ON else "only")
     except Interrupted:
-        tell("cure-fast: interrupted")
+        # A launcher that ends the others after an error of the first needs no word of theirs.
+        if os.environ.get("RANK", "0") == "0":
+            tell("cure-fast: interrupted")
         code = StoppedError.code
     ignore_signals()
     return code

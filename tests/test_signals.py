@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+from cure_fast.__main__ import main as command
+from cure_fast.signals import Interrupted
+
 # Far above what a busy machine needs for these programs.
 HANG_S = 120
 
@@ -134,3 +137,17 @@ def test_a_program_that_is_done_keeps_its_exit_code(start):
     process = start(DONE)
     process.communicate(timeout=HANG_S)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("rank", "told"), [(None, True), ("0", True), ("1", False)])
+def test_the_first_process_alone_says_that_it_was_interrupted(monkeypatch, capsys, rank, told):
+    def stopped(words: list[str]) -> int:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("cure_fast.__main__.answered", stopped)
+    monkeypatch.setattr("cure_fast.__main__.ignore_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cure-fast", "list"])
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert command() == 75
+    assert capsys.readouterr().err == ("cure-fast: interrupted\n" if told else "")
