@@ -22,7 +22,8 @@ def main() -> int:
 
                 code = run(turn="second" if code == GO_ON else "only")
     except Interrupted:
-        # A launcher that ends the others after an error of the first needs no word of theirs.
+        # A launcher that ends the others after an error of the first needs no word of theirs. Told
+        # here, as `distributed` needs torch.
         if os.environ.get("RANK", "0") == "0":
             tell("cure-fast: interrupted")
         code = StoppedError.code

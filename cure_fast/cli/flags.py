@@ -18,6 +18,7 @@ from docstring_parser import parse, parse_from_object
 
 from cure_fast.config import Config
 from cure_fast.config.checks import (
+    NONE,
     alternatives,
     as_word,
     field_types,
@@ -358,7 +359,7 @@ def pointing_to(prog: str, what: str) -> Iterator[None]:
 
 def read_value(kind: Any, word: str) -> Any:
     """Return the value of one plain type that ``word`` writes, or raise ``ValueError`` with why."""
-    if kind is type(None) and word in ("none", "None"):
+    if kind is type(None) and word in NONE:
         return None
     if get_origin(kind) is Literal and word in get_args(kind):
         return word

@@ -208,10 +208,14 @@ def format_radius(eps: float, norm: str) -> str:
     return f"eps {format_pixel(eps)}{' in L2' if norm == 'l2' else ''}"
 
 
+# What stands for None on a command line and in a file, the first where it is written.
+NONE = ("none", "None")
+
+
 def as_word(value: object) -> str:
     """Return a value as a command line takes it; floats of many decimals as fractions of 255."""
     if value is None or value == ():
-        return "none"
+        return NONE[0]
     if isinstance(value, tuple):
         return ",".join(map(as_word, value))
     if isinstance(value, float):

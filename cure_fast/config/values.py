@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cure_fast.config.checks import check, field_types, parse_fraction, shown
+from cure_fast.config.checks import NONE, check, field_types, parse_fraction, shown
 from cure_fast.errors import InputError
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         words = [a for a in kinds if get_origin(a) is Literal and isinstance(value, str)]
         named = any(value in get_args(word) for word in words)
         # The text is how command lines and files of TOML write it.
-        if value in (None, "none", "None") and len(kinds) < len(arguments) and not named:
+        if value in (None, *NONE) and len(kinds) < len(arguments) and not named:
             return None
         return convert(name, [*words, *kinds][0], value)
     if origin is Literal:

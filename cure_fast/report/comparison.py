@@ -175,9 +175,9 @@ def markdown(attacks: Sequence[str], entrants: Sequence[Entrant], command: str) 
     given = [["entry", "seeds", "start", "epochs", "start, s", "training, s", *RAN]]
     for entrant in entrants:
         row = entrant.published
-        paper = ["-", "-"] if row is None else [" / ".join(scores(row)), row.row]
+        paper = ["-"] * len(papers) if row is None else [" / ".join(scores(row)), row.row]
         cells = [spread(entrant.accuracies(attack), SIGN) for attack in attacks]
-        results.append([entrant.name, *cells, *(paper if published else ())])
+        results.append([entrant.name, *cells, *paper])
         seconds = [f"{entrant.seconds(stage):,.0f}" for stage in ("pretrain", "train")]
         seeds = ", ".join(map(str, sorted(entrant.records))) or "none"
         budget = [seeds, entrant.start, str(entrant.config.optim.epochs), *seconds]
@@ -278,8 +278,8 @@ def table_tex(attacks: Sequence[str], entrants: Sequence[Entrant]) -> str:
     for entrant in entrants:
         cells = [spread(entrant.accuracies(attack), r"\pm") for attack in attacks]
         row = entrant.published
-        papers = ["-"] * len(PAPERS) if row is None else scores(row)
-        rows.append([entrant.name, *cells, *(papers if published else ())])
+        papers = ["-"] * len(heads) if row is None else scores(row)
+        rows.append([entrant.name, *cells, *papers])
     head, *body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)
     return "\n".join(

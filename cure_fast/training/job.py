@@ -105,12 +105,12 @@ def run_job(
         with stop.at_once():
             prepared = distributed.in_turn(lambda: prepare(config, device, named))
             data, loader, model, teachers = prepared
-            sizes = {"image_size": data.train.image_size, "batch_size": config.optim.batch_size}
             number = choose_threads(
                 config.run.threads,
                 model,
                 device,
-                **sizes,
+                image_size=data.train.image_size,
+                batch_size=config.optim.batch_size,
                 recorded=recorded_threads(named) if resume else None,
             )
             plan_job(progress, config, data)
